@@ -1,0 +1,9 @@
+"""Errors that a person reads: one clear line that names the thing, the bound and the remedy."""
+
+
+class UsageError(Exception):
+    """Something asked for cannot be done: a bad flag, picture, folder or shape. The command exits with 2."""
+
+
+class RunError(Exception):
+    """A run that started well and failed: NaN, full disk, lost data. The command exits with 3."""

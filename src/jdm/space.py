@@ -1,0 +1,47 @@
+"""Spaces: model space x, pixels in [-1, 1], and the unit range [0, 1] that measurements read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Space:
+    """The VAE's latent space: x = scale (latent - shift); decode is differentiable.
+
+    Args:
+        vae: an AutoencoderKL, frozen; None where model space is pixel space.
+    """
+
+    def __init__(self, vae: nn.Module | None = None):
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor) if vae is not None else 1.0  # type: ignore[union-attr]
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0) if vae is not None else 0.0  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> x, the mean of the encoder's Gaussian."""
+        if self.vae is None:
+            return pixels
+        return (self.vae.encode(pixels).latent_dist.mean.float() - self.shift) * self.scale  # type: ignore[operator]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x -> pixels, nominally in [-1, 1] and not clamped, so that gradients survive."""
+        if self.vae is None:
+            return x
+        return self.vae.decode(x / self.scale + self.shift).sample.float()  # type: ignore[operator]
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], not clamped."""
+    return (pixels + 1) / 2
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8 in 0..255, clamped and rounded as diffusers' image processor does."""
+    return (unit(pixels).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1

@@ -69,7 +69,7 @@ class ScoreModel:
     through the network in one batch.
 
     Args:
-        net: (x_t, index, text [B, L, D]) -> output like x_t.
+        net: (x_t, index, text [B, L, D]) -> output like x_t; a fourth argument where a control is given.
         text: prompts -> [B, L, D]; None for networks without a prompt.
     """
 
@@ -84,20 +84,23 @@ class ScoreModel:
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.text, self.guidance = text, guidance
 
-    def __call__(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Estimate:
-        return self._estimate(x_t, t, self._embed(y))
+    def __call__(self, x_t: Tensor, t: Tensor, y: Prompts | None = None, control: Tensor | None = None) -> Estimate:
+        return self._estimate(x_t, t, self._embed(y), control)
 
-    def conditional_and_unconditional(self, x_t: Tensor, t: Tensor, y: Prompts) -> tuple[Estimate, Estimate]:
-        """The two halves of guidance, in one batched pass."""
+    def conditional_and_unconditional(
+        self, x_t: Tensor, t: Tensor, y: Prompts, control: Tensor | None = None
+    ) -> tuple[Estimate, Estimate]:
+        """The two halves of guidance, in one batched pass; a control image serves both."""
         text = self._embed([*y, *[""] * len(y)])
-        both = self._estimate(torch.cat([x_t, x_t]), torch.cat([t, t]), text)
+        control = None if control is None else torch.cat([control, control])
+        both = self._estimate(torch.cat([x_t, x_t]), torch.cat([t, t]), text, control)
         return _half(both, 0), _half(both, 1)
 
-    def guided(self, x_t: Tensor, t: Tensor, y: Prompts) -> Estimate:
+    def guided(self, x_t: Tensor, t: Tensor, y: Prompts, control: Tensor | None = None) -> Estimate:
         """uncond + w (cond - uncond); one plain pass where w = 1."""
         if self.guidance == 1.0:
-            return self(x_t, t, y)
-        cond, uncond = self.conditional_and_unconditional(x_t, t, y)
+            return self(x_t, t, y, control)
+        cond, uncond = self.conditional_and_unconditional(x_t, t, y, control)
         eps = uncond.eps + self.guidance * (cond.eps - uncond.eps)
         return Estimate(cond.x_t, eps, cond.alpha, cond.sigma)
 
@@ -107,8 +110,9 @@ class ScoreModel:
     def _embed(self, y: Prompts | None) -> Tensor | None:
         return None if self.text is None or y is None else self.text(y)
 
-    def _estimate(self, x_t: Tensor, t: Tensor, text: Tensor | None) -> Estimate:
-        output = self.net(x_t, self.schedule.index(t), text)
+    def _estimate(self, x_t: Tensor, t: Tensor, text: Tensor | None, control: Tensor | None) -> Estimate:
+        extra = () if control is None else (control,)
+        output = self.net(x_t, self.schedule.index(t), text, *extra)
         return Estimate.of(output, self.prediction, x_t, t, self.schedule)
 
 

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from jdm.errors import UsageError
+
+KNOWN = {"canny": "jdm.controls.canny:Canny"}
 
 
 class Control:
@@ -42,6 +54,155 @@ class Control:
         return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c
 
 
-def _probe(control: Control, size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, 3, size, size, generator=generator)
+def load_control(spec: str) -> Control:
+    """The control that `spec` names: `canny`, `my_controls.py:Posterize` or `package.module:Class`.
+
+    A class is made without arguments. Loading runs the file, as `python my_controls.py` would.
+    UsageError where nothing of that name can be made.
+    """
+    spec = KNOWN.get(spec, spec)
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        near = difflib.get_close_matches(spec, KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
+        raise UsageError(f"there is no control {spec!r}; {hint} your own is named by file and class, "
+                         "such as my_controls.py:Posterize")
+    module = _module(source)
+    found = getattr(module, name, None)
+    if found is None:
+        classes = [key for key, value in vars(module).items() if _is_control(value)]
+        near = difflib.get_close_matches(name, classes, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"its controls are: {', '.join(classes) or 'none'}"
+        raise UsageError(f"{source} has no class {name}; {hint}")
+    if not _is_control(found):
+        raise UsageError(f"{spec} is not a control; write `class {name}(Control)`, "
+                         "with Control from jdm.controls")
+    try:
+        return found()
+    except Exception as error:  # a user's constructor may raise anything
+        raise UsageError(f"{spec} could not be made without arguments ({_in_short(error)}); "
+                         "give each of them a default") from error
+
+
+def checked(control: Control, size: int) -> Control:
+    """`control` itself, once two pictures [2, 3, size, size] have gone through `h` and `log_prob`.
+
+    UsageError, naming the class, what came back, the bound and the remedy, unless c is [2, channels, size,
+    size], floating point, finite and in [0, 1], and log_prob is [2], finite, with a finite gradient over the
+    pictures that is not all 0. Half of one picture is black: there a bare square root or logarithm shows.
+    """
+    name = type(control).__name__
+    if control.channels not in (1, 3):
+        raise UsageError(f"{name}.channels must be 1 or 3, got {control.channels!r}; project a map with "
+                         "another number of channels to 3 in h")
+    c = _called(f"{name}.h", control.h, _probe(size, seed=0))
+    _check_map(name, c, (2, control.channels, size, size))
+    for reference in (None, _probe(size, seed=0)):
+        images = _probe(size, seed=1).requires_grad_()
+        with torch.enable_grad():
+            try:
+                value = control.log_prob(images, c, reference)
+            except UsageError:
+                if reference is None:  # a likelihood may refuse bare control maps
+                    continue
+                raise
+            except Exception as error:
+                raise _failed(f"{name}.log_prob", error) from error
+            _check_gradient(name, value, images)
+    return control
+
+
+def _check_map(name: str, c: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(c, Tensor):
+        raise UsageError(f"{name}.h must return a tensor, got {type(c).__name__}")
+    if tuple(c.shape) != shape:
+        raise UsageError(f"{name}.h must return [B, channels, H, W], here {list(shape)}, got {list(c.shape)};"
+                         f" set {name}.channels or reshape in h")
+    if not c.is_floating_point():
+        raise UsageError(f"{name}.h must return floating point in [0, 1], got {c.dtype}; "
+                         "divide by 255 or call .float()")
+    if not c.isfinite().all():
+        raise UsageError(f"{name}.h must be finite, got NaN or infinity on a picture in [0, 1]; "
+                         "guard its divisions and logarithms")
+    if c.min() < -1e-4 or c.max() > 1 + 1e-4:
+        raise UsageError(f"{name}.h must be in [0, 1], got {c.min():.3f} to {c.max():.3f}; "
+                         "rescale it or clamp(0, 1)")
+
+
+def _check_gradient(name: str, value: Tensor, images: Tensor) -> None:
+    remedy = ("keep its operations differentiable (no rounding, threshold, uint8, numpy or .detach()), "
+              "or override log_prob with a soft surrogate of h")
+    if not isinstance(value, Tensor) or tuple(value.shape) != (len(images),):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"{name}.log_prob must return one value per picture, [{len(images)}] here, "
+                         f"got {got}; sum or average over all but the first dimension")
+    if not value.isfinite().all():
+        raise UsageError(f"{name}.log_prob must be finite, got {value.tolist()}; "
+                         "bound its logarithms away from 0")
+    if not value.requires_grad:
+        raise UsageError(f"{name}.log_prob has no gradient with respect to the picture; {remedy}")
+    try:
+        (gradient,) = torch.autograd.grad(value.sum(), images)
+    except RuntimeError as error:
+        raise UsageError(f"{name}.log_prob cannot be differentiated with respect to the picture "
+                         f"({_in_short(error)}); {remedy}") from error
+    if not gradient.isfinite().all():
+        raise UsageError(f"{name}.log_prob's gradient must be finite, got NaN or infinity; a square root "
+                         "or logarithm of 0, as in a flat part of a picture, has none: add a small constant")
+    if not gradient.any():
+        raise UsageError(f"{name}.log_prob's gradient is 0 at every pixel; {remedy}")
+
+
+def _module(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        try:
+            return importlib.import_module(source)
+        except Exception as error:  # a user's module may raise anything
+            raise UsageError(f"{source} could not be imported ({_in_short(error)}); a file is named with its "
+                             ".py, such as my_controls.py:Posterize") from error
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
+    # Named by its full path, so that two files of one name can be loaded side by side.
+    name = f"_jdm_{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:  # never, for a .py file
+        raise UsageError(f"{source} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{source} could not be run ({_in_short(error)}); try `python {source}`") from error
+    return module
+
+
+def _is_control(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Control) and value is not Control
+
+
+def _called(what: str, function, images: Tensor) -> Tensor:
+    try:
+        return function(images)
+    except UsageError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise _failed(what, error) from error
+
+
+def _failed(what: str, error: Exception) -> UsageError:
+    return UsageError(f"{what} failed on two random pictures ({_in_short(error)}); "
+                      "it must take [B, 3, H, W] in [0, 1]")
+
+
+def _in_short(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def _probe(size: int, seed: int) -> Tensor:
+    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    images[1, :, size // 2 :] = 0
+    return images

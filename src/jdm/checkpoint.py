@@ -1,0 +1,150 @@
+"""Checkpoints: every tensor and counter a run needs to go on exactly, in safetensors and JSON, written atomically.
+
+    OUT/checkpoints/step-0000500/   state.safetensors  state.json
+
+A checkpoint is written beside its place under a temporary name, flushed to disk and renamed, so that a folder
+named step-* is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jdm.errors import RunError, UsageError
+
+KEPT = 2
+
+
+@dataclass
+class State:
+    """What a run carries from step to step.
+
+    Attributes:
+        modules: trained modules, with their adapters.
+        optimizers: by phase name.
+        averages: EMA copies, by module name.
+        counters: numbers and strings that JSON can hold.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    averages: Mapping[str, nn.Module]
+    counters: dict
+
+
+def save(state: State, out: Path, step: int) -> Path:
+    """Write OUT/checkpoints/step-NNNNNNN and forget all but the last ones.
+
+    Raises:
+        RunError: the disk is full or cannot be written; what was there before is intact.
+    """
+    folder = out / "checkpoints"
+    place, draft = folder / f"step-{step:07d}", folder / f".draft-{step:07d}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file(_tensors(state), draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps({"step": step, **state.counters, **_scalars(state)}))
+        for file in draft.iterdir():
+            _flush(file)
+        shutil.rmtree(place, ignore_errors=True)
+        draft.rename(place)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunError(f"checkpoint of step {step} could not be written ({error}); free some space and run the "
+                       f"same command again: it goes on from {last(out) or 'the start'}") from None
+    for old in all_checkpoints(out)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def load(state: State, place: Path) -> dict:
+    """Put a checkpoint into `state`; returns its JSON.
+
+    Raises:
+        UsageError: it belongs to another recipe (names or shapes differ), or is damaged.
+    """
+    try:
+        info = json.loads((place / "state.json").read_text())
+        tensors = load_file(place / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{place} is damaged ({error}); delete it and run again: the run goes on from the one "
+                         "before it") from None
+    for group, modules in (("module", state.modules), ("average", state.averages)):
+        for name, module in modules.items():
+            _load_module(module, _under(tensors, f"{group}.{name}."), place, name)
+    for name, optimizer in state.optimizers.items():
+        _load_optimizer(optimizer, _under(tensors, f"optimizer.{name}."), info["optimizers"][name])
+    if "rng.torch" in tensors:
+        torch.set_rng_state(tensors["rng.torch"])
+    return info
+
+
+def all_checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(p for p in (out / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+
+
+def last(out: Path) -> Path | None:
+    found = all_checkpoints(out)
+    return found[-1] if found else None
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    tensors = {"rng.torch": torch.get_rng_state()}
+    for group, modules in (("module", state.modules), ("average", state.averages)):
+        for name, module in modules.items():
+            tensors |= {f"{group}.{name}.{k}": v for k, v in module.state_dict().items()}
+    for name, optimizer in state.optimizers.items():
+        for i, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
+    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+
+def _scalars(state: State) -> dict:
+    return {"optimizers": {n: {"groups": len(o.param_groups), "slots": sorted(
+        {k for s in o.state_dict()["state"].values() for k in s})} for n, o in state.optimizers.items()}}
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _load_module(module: nn.Module, tensors: dict[str, Tensor], place: Path, name: str) -> None:
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
+    if wrong:
+        raise UsageError(f"{place} belongs to another recipe: {name}.{wrong[0]} does not fit; resume with the "
+                         "recipe in its run.json, or choose another --out")
+    module.load_state_dict(tensors)
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict) -> None:
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        i, slot = key.split(".", 1)
+        slots.setdefault(int(i), {})[slot] = value
+    own = optimizer.state_dict()
+    if info["groups"] != len(own["param_groups"]):
+        raise UsageError("the checkpoint's optimiser has other parameter groups; it belongs to another recipe")
+    optimizer.load_state_dict({"state": slots, "param_groups": own["param_groups"]})
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

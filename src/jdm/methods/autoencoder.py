@@ -1,0 +1,79 @@
+"""The VAE of a latent diffusion model, trained from nothing (nano-sd's first stage)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.models import nano
+from jdm.run import Optimiser, Phase, Run, Task
+from jdm.space import from_bytes
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Reconstruction (squared and absolute error) plus a small KL to N(0, I).
+
+    Attributes:
+        absolute: weight of the absolute error; keeps edges.
+        kl: weight of the KL per pixel value, in nats.
+    """
+
+    absolute: float = 0.1
+    kl: float = 1e-3
+    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-3, weight_decay=1e-4))
+
+    def task(self, run: Run) -> Task:
+        vae = nano.vae().to(run.device)
+        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+
+        def begin(step: int) -> tuple[Tensor, Tensor]:
+            rows = rows_at(len(pictures), run.batch, run.seed, step)
+            pixels = from_bytes(pictures.batch(rows)).to(run.device)
+            eps = Noise(run.seed, step, run.device).normal("latent", (run.batch, *self._latent(run)))
+            return pixels, eps
+
+        def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:
+            pixels, eps = state
+            code = vae.encode(pixels).latent_dist
+            error = vae.decode(code.mean + code.std * eps).sample - pixels
+            squared, kl = error.square().mean(), code.kl().mean() / pixels[0].numel()
+            total = squared + self.absolute * error.abs().mean() + self.kl * kl
+            return total, {"squared_error": squared.detach(), "kl": kl.detach()}
+
+        def export(folder: Path, averages: dict[str, nn.Module]) -> None:
+            average = averages["vae"]
+            average.register_to_config(scaling_factor=1 / latent_std(average, pictures))  # type: ignore[operator]
+            average.save_pretrained(folder)  # type: ignore[operator]
+
+        return Task(
+            phases=[Phase("vae", [(list(vae.parameters()), self.optimiser)], loss)],
+            begin=begin, modules={"vae": vae}, averaged=("vae",), export=export,
+            probe=lambda averages: {"squared_error": reconstruction_error(averages["vae"], held_out)},
+        )
+
+    def _latent(self, run: Run) -> tuple[int, int, int]:
+        return nano.LATENT_CHANNELS, run.data.size // 4, run.data.size // 4
+
+
+@torch.no_grad()
+def latent_std(vae: nn.Module, pictures: Pictures, count: int = 2000) -> float:
+    """Standard deviation of the latents of the first `count` pictures: SD's scaling factor is its inverse."""
+    rows = torch.arange(min(count, len(pictures))).split(250)
+    return torch.cat([vae.encode(from_bytes(pictures.batch(r))).latent_dist.mean for r in rows]).std().item()
+
+
+@torch.no_grad()
+def reconstruction_error(vae: nn.Module, pictures: Pictures, count: int = 1000) -> float:
+    """Mean squared error of the round trip, pixels in [-1, 1]."""
+    rows = torch.arange(min(count, len(pictures))).split(250)
+    errors = []
+    for r in rows:
+        pixels = from_bytes(pictures.batch(r))
+        errors.append((vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).square().mean())
+    return torch.stack(errors).mean().item()

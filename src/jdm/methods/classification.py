@@ -1,0 +1,63 @@
+"""The classifier that prompt agreement and the Frechet distance read (trained on real training pictures only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from jdm.data import Noise, load_pictures, rows_at
+from jdm.errors import UsageError
+from jdm.metrics.classifier import Classifier, ClassifierConfig
+from jdm.run import Optimiser, Phase, Run, Task
+from jdm.space import from_bytes
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy with flips and shifts of up to `shift` pixels."""
+
+    config: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(name="nano-classifier"))
+    shift: int = 2
+    smoothing: float = 0.05
+    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, weight_decay=1e-2))
+
+    def task(self, run: Run) -> Task:
+        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+        if pictures.labels is None:
+            raise UsageError(f"{run.data.source} has no class labels; a classifier needs them")
+        model = Classifier(self.config).to(run.device)
+
+        def begin(step: int) -> tuple[Tensor, Tensor]:
+            rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step)
+            pixels = augmented(from_bytes(pictures.batch(rows)), self.shift, noise)
+            return pixels.to(run.device), pictures.label(rows).to(run.device)  # type: ignore[union-attr]
+
+        def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:
+            model.train()
+            return cross_entropy(model(state[0]), state[1], label_smoothing=self.smoothing), {}
+
+        def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
+            with torch.no_grad():
+                rows = torch.arange(len(held_out)).split(500)
+                guesses = torch.cat([averages["classifier"](from_bytes(held_out.batch(r)).to(run.device)).argmax(1)
+                                     for r in rows])
+            labels = held_out.label(torch.arange(len(held_out))).to(run.device)  # type: ignore[union-attr]
+            return {"accuracy": (guesses == labels).float().mean().item()}
+
+        return Task([Phase("classifier", [(list(model.parameters()), self.optimiser)], loss)], begin,
+                    {"classifier": model}, lambda folder, averages: averages["classifier"].save(folder),  # type: ignore[operator]
+                    averaged=("classifier",), probe=probe)
+
+
+def augmented(pixels: Tensor, shift: int, noise: Noise) -> Tensor:
+    """Each picture moved by up to `shift` pixels, black coming in, and half of them flipped."""
+    n, side = len(pixels), pixels.shape[-1]
+    wide = pad(pixels, [shift] * 4, value=-1.0)
+    down, right = ((noise.uniform(k, n) * (2 * shift + 1)).long() for k in ("down", "right"))
+    moved = torch.stack([p[:, d : d + side, r : r + side]
+                         for p, d, r in zip(wide, down.tolist(), right.tolist(), strict=True)])
+    return torch.where((noise.uniform("flip", n) < 0.5).view(-1, 1, 1, 1), moved.flip(-1), moved)

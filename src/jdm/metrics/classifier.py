@@ -1,0 +1,116 @@
+"""A small classifier of 32x32 pictures: its logits judge prompts, its penultimate features make distances."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jdm.errors import UsageError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What rebuilds a `Classifier`.
+
+    Attributes:
+        name: of the trained classifier, for tables and statistics; say the data in it.
+        classes: number of classes.
+        widths: channels of the stem and of the three stages, at 1/2, 1/2, 1/4 and 1/8 of the side.
+        dimensions: of the penultimate features.
+        grey: average the three channels first. Right for grey data, where a colour filter would be left as it
+            was drawn; such a classifier does not see a tint.
+    """
+
+    name: str = "classifier"
+    classes: int = 10
+    widths: tuple[int, int, int, int] = (32, 64, 128, 160)
+    dimensions: int = 128
+    grey: bool = True
+
+
+class Classifier(nn.Module):
+    """pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; 32x32 is what it is made for, 8x8 the least.
+
+    0.5M parameters, channels-last throughout. The penultimate features come out of a batch normalisation with
+    no activation after it: centred, of unit scale on the training data and free of a pile of zeros, which is
+    as close to the Frechet distance's Gaussians as a classifier gets.
+    """
+
+    def __init__(self, config: ClassifierConfig | None = None):
+        super().__init__()
+        self.config = config or ClassifierConfig()
+        stem, *stages = self.config.widths
+        layers = [_block(1 if self.config.grey else 3, stem, kernel=5, stride=2)]
+        for k, (before, after) in enumerate(zip([stem, *stages[:-1]], stages, strict=True)):
+            layers += [nn.MaxPool2d(2)] * (k > 0) + [_block(before, after)]
+        layers += [_block(stages[-1], stages[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.trunk = nn.Sequential(*layers)
+        self.penultimate = nn.Sequential(
+            nn.Linear(stages[-1], self.config.dimensions, bias=False), nn.BatchNorm1d(self.config.dimensions)
+        )
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.config.dimensions, self.config.classes))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> [B, dimensions], before the last activation."""
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise UsageError(f"pixels must be [B, 3, H, W], got {list(pixels.shape)}; repeat a grey channel")
+        if not pixels.is_floating_point():
+            raise UsageError(f"pixels must be float in [-1, 1], got {pixels.dtype}; use space.from_bytes")
+        x = pixels.mean(1, keepdim=True) if self.config.grey else pixels
+        return self.penultimate(self.trunk(x.contiguous(memory_format=torch.channels_last)))
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> [B, classes], unnormalised."""
+        return self.head(self.features(pixels))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.logits(pixels)
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits of the weights' SHA-256: equal after save and load, new after training."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; the folder is made where missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Classifier:
+        """The classifier a `save` left in the folder, in eval mode on the CPU."""
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise UsageError(f"{folder} holds no {name}; give a folder that Classifier.save wrote")
+        try:
+            values = json.loads((folder / CONFIG).read_text())
+            unknown = set(values) - {field.name for field in fields(ClassifierConfig)}
+            if unknown:
+                raise UsageError(f"{folder / CONFIG} names unknown fields: {', '.join(sorted(unknown))}")
+            model = cls(ClassifierConfig(**{**values, "widths": tuple(values["widths"])}))
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{folder} is not a saved classifier: {error}") from error
+        return model.eval()
+
+
+def _block(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))

@@ -1,0 +1,84 @@
+"""Consistency: how far a picture's measurement is from the control it was given, and its anchors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jdm.controls.base import Control
+from jdm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A consistency with the anchors without which it says nothing; all in [0, 1], lower obeys better.
+
+    Attributes:
+        value: mean |h(x) - c|.
+        chance: the same pictures against other pictures' controls: what ignoring c scores.
+        blank: a picture of one shade. On sparse controls this beats chance, so a value near it is no success.
+        round_trip: the source picture through the VAE and back: as good as this model space can be.
+    """
+
+    value: float
+    chance: float
+    blank: float
+    round_trip: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        control: Control,
+        c: Tensor,
+        measured: Tensor,
+        size: int | tuple[int, int],
+        round_trip: Tensor | None = None,
+        seed: int = 0,
+    ) -> Consistency:
+        """Value and anchors of measurements [N, channels, h, w] of generated pictures of the given size.
+
+        Args:
+            round_trip: the measurement of the decoded, encoded source pictures, like c.
+        """
+        trip = None if round_trip is None else float(consistency(c, round_trip).mean())
+        return cls(
+            float(consistency(c, measured).mean()),
+            float(chance(c, measured, seed).mean()),
+            float(blank(control, c, size).mean()),
+            trip,
+        )
+
+
+def consistency(c: Tensor, measured: Tensor) -> Tensor:
+    """Mean |h(x) - c| over channels and pixels: [N], for controls and measurements [N, ...] in [0, 1]."""
+    if c.shape != measured.shape:
+        raise UsageError(f"control {list(c.shape)} and measurement {list(measured.shape)} differ in shape")
+    return (measured.float() - c.float()).abs().flatten(1).mean(1)
+
+
+def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Consistency with another sample's control: [N].
+
+    The partner is the next sample on one cycle through all of them, in an order fixed by the seed: nobody
+    meets themselves, and neighbours in the data (one class after another) meet no more often than others.
+
+    Args:
+        measured: h of the pictures; c itself where not given, a generator that obeys perfectly.
+    """
+    if len(c) < 2:
+        raise UsageError(f"chance needs at least 2 samples to shuffle, got {len(c)}")
+    order = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed))
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(-1)
+    return consistency(c[partner.to(c.device)], c if measured is None else measured)
+
+
+def blank(control: Control, c: Tensor, size: int | tuple[int, int], level: float = 0.0) -> Tensor:
+    """Consistency of a picture of one grey level (0 is black) and the given side or (height, width): [N]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.full((1, 3, height, width), level, dtype=torch.float32, device=c.device)
+    with torch.no_grad():
+        measured = control.h(image)
+    return consistency(c, measured.to(c.device).expand(len(c), -1, -1, -1))

@@ -1,0 +1,101 @@
+"""The Frechet distance between Gaussians fitted to features, and the statistics it needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jdm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of features, with what they are of.
+
+    Attributes:
+        mean: [D], float64.
+        covariance: [D, D], float64, unbiased (divided by n - 1). Singular where n <= D.
+        n: number of pictures.
+        extractor: name of the extractor; statistics of two extractors never meet.
+        extra: provenance (prompts, steps, guidance, seed, hash of the pictures), as strings.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    n: int
+    extractor: str
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, features: Tensor, extractor: str, extra: dict[str, str] | None = None) -> Statistics:
+        """The statistics of features [N, D], N >= 2."""
+        if features.ndim != 2:
+            raise UsageError(f"features must be [N, D], got {list(features.shape)}")
+        if len(features) < 2:
+            raise UsageError(f"a covariance needs at least 2 pictures, got {len(features)}")
+        x = features.detach().cpu().double()
+        if not x.isfinite().all():
+            raise UsageError(f"features of {extractor} are not finite; look at the pictures first")
+        mean = x.mean(0)
+        covariance = (x - mean).T @ (x - mean) / (len(x) - 1)
+        return cls(mean, covariance, len(x), extractor, dict(extra or {}))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: float32 tensors, everything else as JSON strings in its metadata."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"mean": self.mean.float(), "covariance": self.covariance.float().contiguous()}
+        about = {"n": self.n, "extractor": self.extractor, "extra": self.extra}
+        save_file(tensors, path, metadata={key: json.dumps(value) for key, value in about.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """What `save` wrote; float64 again, to float32's precision."""
+        if not Path(path).is_file():
+            raise UsageError(f"no statistics at {path}; make them with Statistics.of(...).save")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                mean, covariance = (file.get_tensor(name).double() for name in ("mean", "covariance"))
+            return cls(mean, covariance, int(about["n"]), about["extractor"], about["extra"])
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise UsageError(f"{path} is not a statistics file: {error}") from error
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2): squared 2-Wasserstein of two Gaussians.
+
+    Symmetric and at least 0. From samples it is biased upward, by about 1/n: compare only at equal n, and
+    print the floor (the distance of two disjoint sets of the reference) beside it.
+    """
+    if a.extractor != b.extractor:
+        raise UsageError(f"statistics of different extractors, {a.extractor} and {b.extractor}: remake one")
+    if a.mean.shape != b.mean.shape:
+        raise UsageError(f"statistics of {a.mean.numel()} and {b.mean.numel()} dimensions do not compare")
+    for statistics in (a, b):
+        if statistics.n < 2:
+            raise UsageError(f"the Frechet distance needs n >= 2 on both sides, got {statistics.n}")
+    mean_a, mean_b = a.mean.double(), b.mean.double()
+    covariance_a, covariance_b = a.covariance.double(), b.covariance.double()
+    root = _root(covariance_a)
+    overlap = _root_trace(root @ covariance_b @ root)
+    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap
+    return max(0.0, float(distance))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _root_trace(product: Tensor) -> Tensor:
+    """tr(product^1/2) of a symmetric product; eigenvalues of rounding size count as 0, not as their roots."""
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    threshold = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(values > threshold, values, 0.0).clamp(min=0).sqrt().sum()

@@ -1,0 +1,27 @@
+"""Prompt agreement: how often a classifier sees what the prompt asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdm.errors import UsageError
+from jdm.metrics.classifier import Classifier
+from jdm.space import from_bytes
+
+
+@torch.no_grad()
+def prompt_agreement(classifier: Classifier, images: Tensor, labels: Tensor, batch: int = 256) -> float:
+    """Share of uint8 images [N, 3, H, W] that the classifier puts in the class prompted, labels [N].
+
+    In [0, 1]; its ceiling is the classifier's accuracy on real pictures, and where training pulls pictures to
+    the middle of a class it can be above that. The classifier is in eval mode after this.
+    """
+    if images.dtype != torch.uint8:
+        raise UsageError(f"images must be uint8 in 0..255, got {images.dtype}; convert with space.to_bytes")
+    if len(images) == 0 or labels.shape != (len(images),):
+        raise UsageError(f"labels must be [N], got {list(labels.shape)} for {len(images)} images")
+    classifier.eval()
+    device = next(classifier.parameters()).device
+    seen = [classifier(from_bytes(part.to(device))).argmax(1).cpu() for part in images.split(batch)]
+    return float((torch.cat(seen) == labels.cpu()).double().mean())

@@ -1,0 +1,22 @@
+"""Models by name: the shipped ones, a diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jdm.models.stable_diffusion import StableDiffusion
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {
+    "nano-sd": ("nano-sd", None),
+    "nano-controlnet": ("nano-sd", "nano-controlnet"),
+    "nano-canny": ("nano-canny", None),
+}
+
+
+def load_model(name: str) -> StableDiffusion:
+    """A shipped model ("nano-sd", "nano-controlnet", "nano-canny"), a diffusers folder, or a hub id."""
+    if name in SHIPPED and not Path(name).is_dir():
+        folder, controlnet = SHIPPED[name]
+        return StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
+    return StableDiffusion.load(name)

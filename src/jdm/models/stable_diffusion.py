@@ -1,0 +1,285 @@
+"""Stable-Diffusion-format models: a diffusers folder in, score models and generators out.
+
+With models/nano.py the only importer of diffusers. No branch on a model's size or name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from jdm.errors import RunError, UsageError
+from jdm.generator import Generator
+from jdm.schedule import NoiseSchedule
+from jdm.score import Prediction, Prompts, ScoreModel
+from jdm.space import Space
+
+CARD = "jdm.json"  # what a stock pipeline ignores: method, control, steps, provenance
+
+
+class TextEncoder:
+    """Prompts -> hidden states [B, L, D] of a CLIP text model. Frozen: each prompt is encoded once and kept.
+
+    Args:
+        capacity: how many prompts are remembered; the oldest is forgotten first.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, capacity: int = 65_536):
+        self.model, self.tokenizer, self.capacity = model, tokenizer, capacity
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+
+    def encode(self, prompts: Prompts) -> Tensor:
+        """Fresh hidden states, with gradients where the text model trains."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=self.tokenizer.model_max_length).input_ids
+        return self.model(tokens.to(next(self.model.parameters()).device))[0]
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts) -> Tensor:
+        new = [p for p in dict.fromkeys(prompts) if p not in self._memory]
+        if new:
+            for prompt, row in zip(new, self.encode(new), strict=True):
+                self._memory[prompt] = row
+        states = torch.stack([self._memory[p] for p in prompts])
+        while len(self._memory) > self.capacity:
+            self._memory.popitem(last=False)
+        return states
+
+    def forget(self) -> None:
+        """Drop every remembered prompt, e.g. before timing from the prompt on."""
+        self._memory.clear()
+
+
+class Denoiser(nn.Module):
+    """A UNet, alone or with a ControlNet: (x_t, index, text, control) -> output like x_t."""
+
+    def __init__(self, unet: nn.Module, controlnet: nn.Module | None = None):
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+        self.strength = 1.0
+
+    def forward(self, x_t: Tensor, index: Tensor, text: Tensor, control: Tensor | None = None) -> Tensor:
+        if self.controlnet is None or control is None:
+            return self.unet(x_t, index, text, return_dict=False)[0]
+        down, mid = self.controlnet(x_t, index, text, controlnet_cond=control, return_dict=False,
+                                    conditioning_scale=self.strength)
+        return self.unet(x_t, index, text, down_block_additional_residuals=down,
+                         mid_block_additional_residual=mid, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """The parts of a Stable-Diffusion-format folder, in float32, frozen and in eval mode."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: dict
+    controlnet: ControlNetModel | None = None
+    card: dict | None = None
+
+    @classmethod
+    def load(cls, path: str, controlnet: str | None = None) -> StableDiffusion:
+        """From a diffusers folder or hub id; `controlnet` adds one from its own folder.
+
+        Raises:
+            UsageError: the folder is no Stable-Diffusion-format model.
+        """
+        if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
+            raise UsageError(f"{path}: no such folder; give a diffusers folder, a hub id (owner/name), or "
+                             "nano-sd, nano-canny, nano-controlnet")
+        index, own = _json(path, "model_index.json"), "controlnet"
+        if index is None:
+            raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at "
+                             "its top")
+        missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if p not in index]
+        if missing:
+            raise UsageError(f"{path} is no Stable-Diffusion-format model: it lacks {', '.join(missing)}")
+        has_own = own in index and index[own][0] is not None
+        try:
+            control = (ControlNetModel.from_pretrained(controlnet) if controlnet else
+                       ControlNetModel.from_pretrained(path, subfolder=own) if has_own else None)
+            model = cls(
+                UNet2DConditionModel.from_pretrained(path, subfolder="unet"),
+                AutoencoderKL.from_pretrained(path, subfolder="vae"),
+                CLIPTextModel.from_pretrained(path, subfolder="text_encoder"),
+                CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
+                _json(path, "scheduler/scheduler_config.json") or {},
+                control,
+                _json(path, CARD),
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UsageError(f"{path} could not be loaded as a Stable-Diffusion-format model: "
+                             f"{str(error).splitlines()[0][:200]}") from None
+        for part in model.modules().values():
+            part.float().eval().requires_grad_(False)
+        return model
+
+    def modules(self) -> dict[str, nn.Module]:
+        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder,
+                 "controlnet": self.controlnet}
+        return {k: v for k, v in parts.items() if v is not None}
+
+    def to(self, device: torch.device | str) -> StableDiffusion:
+        for part in self.modules().values():
+            part.to(device)
+        return self
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The scheduler's levels: from its trained_betas, or its beta ramp."""
+        return NoiseSchedule(alphas_cumprod(self.scheduler))
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.scheduler.get("prediction_type", "epsilon")
+
+    @property
+    def one_step(self) -> bool:
+        """Exported by this project to answer in one step."""
+        return (self.card or {}).get("kind") == "one-step"
+
+    @property
+    def space(self) -> Space:
+        return Space(self.vae)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, n: int, size: int) -> tuple[int, int, int, int]:
+        side = size // self.downscale
+        if side * self.downscale != size:
+            raise UsageError(f"picture size must be a multiple of {self.downscale}, got {size}")
+        return n, self.unet.config.in_channels, side, side
+
+    @property
+    def size(self) -> int:
+        """The picture size the model was trained at, in pixels."""
+        return self.unet.config.sample_size * self.downscale
+
+    def text(self) -> TextEncoder:
+        return TextEncoder(self.text_encoder, self.tokenizer)
+
+    def score(self, text: TextEncoder, unet: nn.Module | None = None, guidance: float = 1.0) -> ScoreModel:
+        """The score of this model, or of another UNet of its kind."""
+        return ScoreModel(Denoiser(unet or self.unet), self.schedule, self.prediction, text, guidance)
+
+    def generator(self, text: TextEncoder, net: nn.Module | None = None, t_init: int | None = None) -> Generator:
+        """One step at `t_init`; for an exported one-step folder that is its scheduler's last level."""
+        t_init = self.schedule.n - 1 if t_init is None else t_init
+        if not 0 <= t_init < self.schedule.n:
+            raise UsageError(f"t_init must be in 0..{self.schedule.n - 1}, got {t_init}")
+        return Generator(net or Denoiser(self.unet, self.controlnet), self.schedule, t_init, text, self.prediction)
+
+    def with_parts(self, **parts) -> StableDiffusion:
+        return replace(self, **parts)
+
+
+def save_pipeline(
+    model: StableDiffusion, folder: Path, scheduler: dict | None = None, dtype: torch.dtype = torch.float32,
+    card: dict | None = None,
+) -> Path:
+    """Write a folder that stock diffusers loads; whole or not at all.
+
+    Args:
+        scheduler: a diffusers scheduler config in place of the model's own, e.g. `one_step_scheduler`'s.
+        card: what this project knows of the model; kept in jdm.json, which stock diffusers ignores.
+    """
+    config = scheduler or model.scheduler
+    kinds = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler}
+    kind = kinds.get(config.get("_class_name", ""), diffusers.DDIMScheduler)
+    parts = {k: copy.deepcopy(v).to(dtype) for k, v in model.modules().items()}
+    pipeline = diffusers.StableDiffusionControlNetPipeline if model.controlnet is not None else \
+        diffusers.StableDiffusionPipeline
+    whole = pipeline(**parts, tokenizer=model.tokenizer, scheduler=kind.from_config(config), safety_checker=None,
+                     feature_extractor=None, requires_safety_checker=False)
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        whole.save_pretrained(draft)
+        if card is not None:
+            (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunError(f"{folder} could not be written ({error}); free some space and run again") from None
+    return folder
+
+
+def alphas_cumprod(scheduler: dict) -> Tensor:
+    """alpha_t^2 of each level, from a diffusers scheduler config."""
+    return _levels(scheduler).alphas_cumprod
+
+
+def one_step_scheduler(scheduler: dict, t_init: int) -> dict:
+    """A DDIM config whose single step is the one-step generator at level index `t_init`."""
+    betas = _levels(scheduler).betas
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": t_init + 1,
+        "trained_betas": [float(b) for b in betas[: t_init + 1]],
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "steps_offset": 0,
+        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+    }
+
+
+def ddim_scheduler(scheduler: dict) -> diffusers.DDIMScheduler:
+    """A DDIM sampler on a scheduler config's levels."""
+    return diffusers.DDIMScheduler.from_config(scheduler)
+
+
+def _levels(scheduler: dict) -> DDPMScheduler:
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    return DDPMScheduler.from_config({k: scheduler[k] for k in kept if k in scheduler})
+
+
+def new_controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetModel:
+    """A ControlNet that starts as the UNet's encoder, with zero convolutions (JDM Eq. 10).
+
+    Its hint encoder halves a full-size control map until it meets the latent side.
+    """
+    halvings = downscale.bit_length() - 1
+    widths = (16, 32, 96, 256)[: halvings + 1]
+    if unet.config.block_out_channels[0] < 256:  # a small UNet has a small hint encoder
+        widths = (8, 16, 32, 64)[: halvings + 1]
+    return ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A trainable float32 copy."""
+    return copy.deepcopy(module).float().requires_grad_(True)
+
+
+def _json(path: str, name: str) -> dict | None:
+    file = Path(path) / name
+    if not Path(path).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(path, name))
+        except Exception:
+            return None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON ({error}); fetch the model again") from None

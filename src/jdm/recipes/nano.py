@@ -1,0 +1,50 @@
+"""Recipes of the nano family, on Fashion-MNIST: functions that return one Run each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jdm.methods.autoencoder import Autoencoder
+from jdm.methods.classification import Classification
+from jdm.methods.controlnet import ControlNet
+from jdm.methods.denoising import Denoising
+from jdm.methods.diff_instruct import DiffInstruct
+from jdm.methods.jdm import JDM
+from jdm.run import Run
+
+
+def nano_vae() -> Run:
+    """nano-sd's autoencoder, from nothing."""
+    return Run(method=Autoencoder(), out=Path("runs/nano-vae"), steps=3600, ema=0.998)
+
+
+def nano_classifier() -> Run:
+    """The classifier that prompt agreement and the Frechet distance read."""
+    return Run(method=Classification(), out=Path("runs/nano-classifier"), steps=4300, batch=128)
+
+
+def nano_teacher() -> Run:
+    """nano-sd's UNet and text encoder, from nothing, on the latents of nano-vae."""
+    return Run(method=Denoising(), out=Path("runs/nano-teacher"), steps=10_000, batch=64, ema=0.9995)
+
+
+def nano_controlnet() -> Run:
+    """The multi-step canny ControlNet of nano-sd: the yardstick."""
+    return Run(method=ControlNet(), out=Path("runs/nano-controlnet"), steps=4000, batch=64)
+
+
+def nano_canny() -> Run:
+    """The one-step canny student: Joint Distribution Matching."""
+    return Run(method=JDM(), out=Path("runs/nano-canny"), steps=2000, batch=64, ema=0.995, probe_every=200)
+
+
+def nano_canny_own_t() -> Run:
+    """Ablation: the condition term draws a t and noise of its own."""
+    return Run(method=JDM(shared_noise=False), out=Path("runs/nano-canny-own-t"), steps=2000, batch=64, ema=0.995,
+               probe_every=200)
+
+
+def nano_diff_instruct() -> Run:
+    """The one-step student without control: Diff-Instruct."""
+    return Run(method=DiffInstruct(), out=Path("runs/nano-diff-instruct"), steps=2000, batch=64, ema=0.995,
+               probe_every=200)

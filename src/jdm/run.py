@@ -1,0 +1,139 @@
+"""What a training run is made of: Optimiser, Phase, Task, Data, Run. The loop is in train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW with warm-up, decay and clipping; the learning rate is a pure function of the step.
+
+    Attributes:
+        clip: bound on the norm of a phase's whole gradient; a phase takes it from its first group.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 100
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    clip: float = 1.0
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of `step` in a run of `steps`."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        left = 1 - step / max(1, steps)
+        fall = {"constant": 1.0, "linear": left, "cosine": 0.5 + 0.5 * math.cos(math.pi * (1 - left))}
+        return self.lr * rise * fall[self.decay]
+
+
+@dataclass
+class Phase:
+    """Parameters, how they move, and the one loss that moves them.
+
+    Attributes:
+        groups: (parameters, optimiser) pairs; one backward serves all.
+        loss: (state of the step, repeat number) -> scalar loss and what to log.
+        repeats: updates per step. every: steps between updates.
+    """
+
+    name: str
+    groups: list[tuple[list[nn.Parameter], Optimiser]]
+    loss: Callable[[Any, int], tuple[Tensor, dict[str, Any]]]
+    repeats: int = 1
+    every: int = 1
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for parameters, _ in self.groups for p in parameters]
+
+    def optimizer(self) -> torch.optim.AdamW:
+        groups = [{"params": p, "lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay}
+                  for p, o in self.groups]
+        return torch.optim.AdamW(groups, fused=True)
+
+
+@dataclass
+class Task:
+    """What a method asks of the loop.
+
+    Attributes:
+        begin: step -> the state its phases share (batch, noise, the generator's sample).
+        modules: everything that trains, for the checkpoint.
+        averaged: names of the modules an exponential moving average is kept of.
+        export: (folder, averages) -> writes the trained model for use.
+        probe: averages -> cheap measurements on validation pictures.
+    """
+
+    phases: list[Phase]
+    begin: Callable[[int], Any]
+    modules: dict[str, nn.Module]
+    export: Callable[[Path, dict[str, nn.Module]], None]
+    averaged: tuple[str, ...] = ()
+    probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters and whose body is its equation."""
+
+    def task(self, run: Run) -> Task: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures come from.
+
+    Attributes:
+        source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id.
+        size: side in pixels; a picture is resized by its shorter side and cut from the centre.
+        split, validation: as `datasets` writes them.
+    """
+
+    source: str = "fashion-mnist"
+    size: int = 32
+    split: str = "train"
+    validation: str = "validation"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: everything that decides its result.
+
+    Attributes:
+        method: what is learnt, with its hyperparameters.
+        model: the teacher: a diffusers folder, a hub id, or "nano-sd".
+        ema: decay of the exponential moving average of the weights.
+        save_every, log_every, probe_every: in steps.
+    """
+
+    method: Any
+    out: Path
+    model: str = "nano-sd"
+    data: Data = field(default_factory=Data)
+    steps: int = 1000
+    batch: int = 64
+    seed: int = 0
+    ema: float = 0.999
+    device: str = "cpu"
+    save_every: int = 500
+    log_every: int = 20
+    probe_every: int = 0
+
+
+def described(value: Any) -> Any:
+    """A dataclass as plain JSON, with its type's name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, (list, tuple)):
+        return [described(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

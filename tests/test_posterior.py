@@ -1,0 +1,221 @@
+"""f(x_t, t): the plug-in of Eqs. 7-8 and consistency training, in closed form."""
+
+import pytest
+import torch
+
+from jdm.posterior import Posterior
+from jdm.schedule import NoiseSchedule
+from jdm.score import Estimate
+from jdm.terms import condition_alignment
+from worlds import LinearGaussianWorld, MixtureWorld, cubature, tensor
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+WORLD = LinearGaussianWorld.example(SCHEDULE)
+DATA = WORLD.data
+MIXTURE = MixtureWorld.example(SCHEDULE)
+PROBED = (0.02, 0.1, 0.25, 0.5, 0.75, 0.98)
+
+
+def noisy(t: float, n: int = 256):
+    """x_t, t, c of a linear-Gaussian world's own joint law."""
+    noise = torch.randn(n, 8, generator=torch.Generator().manual_seed(2)).double()
+    x = DATA.mean + noise[:, :3] @ torch.linalg.cholesky(DATA.cov).T
+    c = x @ WORLD.A.T + noise[:, 3:5] @ torch.linalg.cholesky(WORLD.R).T
+    t = torch.full((n,), t, dtype=torch.float64)
+    return SCHEDULE.noised(x, t, noise[:, 5:]), t, c
+
+
+def test_at_t_zero_the_posterior_is_the_identity():
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(Posterior(DATA.score, SCHEDULE)(x, torch.zeros(5)), x)
+    torch.testing.assert_close(DATA.consistency(x, torch.zeros(5)), x)
+
+
+def test_the_identity_at_t_zero_holds_row_by_row_in_a_mixed_batch():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    mixed = Posterior(DATA.score, SCHEDULE)(x, tensor([0.0, 0.5]))
+    assert torch.equal(mixed[0], x[0])
+    torch.testing.assert_close(mixed[1:], DATA.posterior_mean(x[1:], tensor([0.5])))
+
+
+@pytest.mark.parametrize("t", PROBED)
+def test_with_the_exact_score_the_posterior_is_the_mean_of_x_given_x_t(t):
+    x_t, t, _ = noisy(t)
+    ours = Posterior(DATA.score, SCHEDULE)(x_t, t)
+    torch.testing.assert_close(ours, DATA.posterior_mean(x_t, t), atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapter_is_held_on_during_every_forward():
+    log = []
+
+    class Adapter:
+        def __enter__(self):
+            log.append("on")
+
+        def __exit__(self, *_):
+            log.append("off")
+
+    def score(x_t, t, y=None):
+        log.append("score")
+        return DATA.score(x_t, t)
+
+    posterior = Posterior(score, SCHEDULE, Adapter)
+    x_t, t, _ = noisy(0.5, 4)
+    posterior(x_t, t)
+    posterior.consistency_loss(x_t, None, torch.rand(4), torch.randn_like(x_t))
+    assert log == ["on", "score", "off"] * 3
+
+
+@pytest.mark.parametrize("t", PROBED)
+@pytest.mark.parametrize("f", ["posterior_mean", "consistency"])
+def test_the_bias_of_the_plug_in_is_the_missing_width_of_the_posterior(t, f, record_property):
+    x_t, t, c = noisy(t)
+    gain = DATA.posterior_gain(t) if f == "posterior_mean" else DATA.consistency_gain(t)
+    exact = WORLD.condition_gradient(c, x_t, t)
+    ours = condition_alignment(lambda x: WORLD.log_prob(c, x), getattr(DATA, f), x_t, t)
+    torch.testing.assert_close(ours, WORLD.plug_in_gradient(c, x_t, t, gain), atol=1e-4, rtol=1e-4)
+    ratio, cosine = compared(ours, exact)
+    record_property("norm_ratio", ratio)
+    record_property("cosine", cosine)
+    print(f"{f} t={float(t[0]):.2f}: |plug-in| / |exact| = {ratio:.2f}, cosine = {cosine:.3f}")
+    # With f the posterior mean, exact = (A K)^T (R + A P A^T)^-1 r and plug-in = (A K)^T R^-1 r.
+    if f == "posterior_mean":
+        A, P, K = WORLD.A, DATA.posterior_cov(t)[0], gain[0]
+        turned = ours @ torch.linalg.pinv(A @ K) @ WORLD.R @ torch.linalg.inv(WORLD.R + A @ P @ A.T) @ (A @ K)
+        torch.testing.assert_close(turned, exact, atol=1e-4, rtol=1e-4)
+    assert ratio > 1
+
+
+@pytest.mark.parametrize("t", [0.001, *PROBED])
+def test_on_a_mixture_the_plug_in_is_exact_at_clean_levels_and_too_strong_elsewhere(t, record_property):
+    random = torch.Generator().manual_seed(4)
+    c = torch.multinomial(MIXTURE.weights, 512, replacement=True, generator=random)
+    x = MIXTURE.means[c] + MIXTURE.variances[c, None].sqrt() * torch.randn(512, 2, generator=random)
+    t = torch.full((512,), t, dtype=torch.float64)
+    x_t = SCHEDULE.noised(x, t, torch.randn(512, 2, generator=random))
+    ratio, cosine = compared(MIXTURE.plug_in_gradient(c, x_t, t), MIXTURE.condition_gradient(c, x_t, t))
+    record_property("norm_ratio", ratio)
+    record_property("cosine", cosine)
+    print(f"mixture t={float(t[0]):.2f}: |plug-in| / |exact| = {ratio:.2f}, cosine = {cosine:.3f}")
+    if float(t[0]) == 0.001:
+        assert ratio == pytest.approx(1, abs=0.02)
+        assert cosine > 0.999
+    else:
+        assert ratio > 1.5
+        assert 0.7 < cosine < 0.95
+
+
+def compared(ours: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Root-mean-square norm of `ours` over that of `exact`, and the cosine of the two stacks."""
+    return float(ours.norm() / exact.norm()), float((ours * exact).sum() / ours.norm() / exact.norm())
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_renoising_the_endpoint_to_the_same_t_and_mapping_back_samples_the_posterior(t):
+    x_t, t, _ = noisy(t, 6)
+    eps = cubature(3)
+    again = SCHEDULE.noised(DATA.consistency(x_t[:1], t[:1]).expand(6, -1), t, eps)
+    x = DATA.consistency(again, t)
+    torch.testing.assert_close(x.mean(0), DATA.posterior_mean(x_t, t)[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(x.T.cov(correction=0), DATA.posterior_cov(t)[0], atol=1e-6, rtol=1e-6)
+
+
+# --- consistency training ---
+
+
+class LinearScore:
+    """f_k(x_t) = mean + gains_k (x_t - alpha mean) on the levels of a Posterior, read as a Score."""
+
+    def __init__(self, gains: torch.Tensor, levels: torch.Tensor):
+        self.gains, self.levels = gains, levels
+
+    def __call__(self, x_t, t, y=None):
+        alpha, sigma = (v.double()[:, None] for v in (SCHEDULE.alpha(t), SCHEDULE.sigma(t)))
+        gain = self.gains[torch.searchsorted(self.levels, t)]
+        f = DATA.mean + torch.einsum("bij,bj->bi", gain, x_t - alpha * DATA.mean)
+        # sigma = 0 at t = 0, where the posterior does not look at eps.
+        return Estimate(x_t, (x_t - alpha * f) / sigma.clamp(min=1e-12), alpha, sigma)
+
+
+def every_pair(levels: int):
+    """x, eps, uniform: the exact expectation over x, eps and the level k of the consistency loss."""
+    noise = cubature(6).repeat(levels, 1)
+    uniform = ((torch.arange(levels) + 0.5) / levels).repeat_interleave(12)
+    return DATA.mean + noise[:, :3] @ torch.linalg.cholesky(DATA.cov).T, noise[:, 3:], uniform
+
+
+def regressed(levels: torch.Tensor) -> torch.Tensor:
+    """Gains of consistency training's minimiser: f_k is the regression of f_{k-1}(x_{t_{k-1}}) on x_{t_k}."""
+    alpha, sigma = SCHEDULE.alpha(levels).double(), SCHEDULE.sigma(levels).double()
+    gains = [torch.eye(3).double()]
+    for k in range(1, len(levels)):
+        cross = alpha[k - 1] * alpha[k] * DATA.cov + sigma[k - 1] * sigma[k] * torch.eye(3)
+        own = alpha[k] ** 2 * DATA.cov + sigma[k] ** 2 * torch.eye(3)
+        gains.append(gains[-1] @ cross @ torch.linalg.inv(own))
+    return torch.stack(gains)
+
+
+def test_the_levels_are_grid_points_from_clean_to_high():
+    levels = Posterior(DATA.score, SCHEDULE).levels
+    assert levels[0] == 0
+    assert len(levels) == 19
+    assert torch.equal(SCHEDULE.t(SCHEDULE.index(levels[1:])), levels[1:])
+    assert (levels.diff() > 0).all()
+    torch.testing.assert_close(levels[[1, -1]], tensor([0.02, 0.98]))
+
+
+def test_consistency_loss_of_the_exact_score_has_its_closed_form():
+    posterior = Posterior(DATA.score, SCHEDULE)
+    levels = posterior.levels
+    x, eps, uniform = every_pair(18)
+    alpha, sigma = SCHEDULE.alpha(levels).double(), SCHEDULE.sigma(levels).double()
+    K = DATA.posterior_gain(levels)
+    expected = 0
+    for k in range(1, 19):
+        on_x = alpha[k] * K[k] - alpha[k - 1] * K[k - 1]
+        on_eps = sigma[k] * K[k] - sigma[k - 1] * K[k - 1]
+        expected += (on_x @ DATA.cov @ on_x.T + on_eps @ on_eps.T).trace() / 3 / 18
+    ours = posterior.consistency_loss(x, None, uniform, eps)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_target_of_the_consistency_loss_carries_no_gradient():
+    posterior = Posterior(DATA.score, SCHEDULE)
+    gains = DATA.posterior_gain(posterior.levels).requires_grad_()
+    posterior.score = LinearScore(gains, posterior.levels)
+    x, eps, uniform = every_pair(18)
+    posterior.consistency_loss(x.requires_grad_(), None, uniform, eps).backward()
+    assert x.grad is None
+    alpha, sigma = SCHEDULE.alpha(posterior.levels).double(), SCHEDULE.sigma(posterior.levels).double()
+    K, one = gains.detach(), torch.eye(3)
+    expected = torch.zeros_like(K)
+    for k in range(1, 19):
+        own = alpha[k] ** 2 * DATA.cov + sigma[k] ** 2 * one
+        cross = alpha[k - 1] * alpha[k] * DATA.cov + sigma[k - 1] * sigma[k] * one
+        expected[k] = 2 / 3 / 18 * (K[k] @ own - K[k - 1] @ cross)
+    torch.testing.assert_close(gains.grad, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_level_by_level_regression_is_the_fixed_point_of_the_consistency_loss():
+    posterior = Posterior(DATA.score, SCHEDULE)
+    gains = regressed(posterior.levels).requires_grad_()
+    posterior.score = LinearScore(gains, posterior.levels)
+    x, eps, uniform = every_pair(18)
+    posterior.consistency_loss(x, None, uniform, eps).backward()
+    assert gains.grad.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize(("n", "low", "high", "most"), [
+    (18, 0.02, 0.98, 0.116), (50, 0.02, 0.98, 0.067), (961, 0.02, 0.98, 0.040), (1000, 0.001, 1.0, 0.005)])
+def test_consistency_training_nears_the_ode_map_from_below_as_its_grid_gets_finer(
+    n, low, high, most, record_property
+):
+    levels = Posterior(DATA.score, SCHEDULE, levels=n, low=low, high=high).levels
+    gains, exact = regressed(levels), DATA.consistency_gain(levels)
+    short = 1 - torch.linalg.eigvalsh(gains) / torch.linalg.eigvalsh(exact)
+    record_property("shortfall", float(short.max()))
+    print(f"{n} levels from {low}: f falls short of the ODE's endpoint by up to {float(short.max()):.1%}")
+    assert (short > -1e-9).all()
+    # Each step multiplies f by the cosine of an angle between (alpha std, sigma) at its two levels, so coarse
+    # levels pull f to the mean. From low = .02 most of what is left is the first step: no count mends it.
+    assert short.max() < most

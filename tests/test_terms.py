@@ -1,0 +1,232 @@
+"""Each term of jdm.terms against its closed form."""
+
+import pytest
+import torch
+
+from jdm.errors import UsageError
+from jdm.schedule import NoiseSchedule
+from jdm.score import Estimate, ScoreModel
+from jdm.terms import ascend, clipped_to, condition_alignment, distribution_matching, lambda_t, on_x
+from worlds import LinearGaussianWorld, MixtureWorld, coarse_schedule, tensor
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+WORLD = LinearGaussianWorld.example(SCHEDULE)
+OTHER = LinearGaussianWorld.example(SCHEDULE, seed=3)
+MIXTURE = MixtureWorld.example(SCHEDULE)
+
+
+def rows(n: int = 64, d: int = 3, k: int = 2):
+    """x, x_t, t, c: arbitrary, float64, t over the whole grid."""
+    random = torch.Generator().manual_seed(1)
+    x, eps, c = (torch.randn(n, m, generator=random).double() for m in (d, d, k))
+    t = SCHEDULE.grid(torch.rand(n, generator=random), 0.02, 1.0)
+    t[0] = SCHEDULE.t(0)
+    return x, SCHEDULE.noised(x, t, eps), t, c
+
+
+def test_distribution_matching_is_the_difference_of_the_two_scores():
+    _, x_t, t, _ = rows()
+    real, fake = WORLD.data.score(x_t, t), OTHER.data.score(x_t, t)
+
+    def exact(world):
+        alpha, sigma = SCHEDULE.alpha(t).double()[:, None], SCHEDULE.sigma(t).double()[:, None]
+        cov = alpha[:, :, None] ** 2 * world.data.cov + sigma[:, :, None] ** 2 * torch.eye(3)
+        return -torch.linalg.solve(cov, (x_t - alpha * world.data.mean)[:, :, None]).squeeze(2)
+
+    ours = distribution_matching(real, fake)
+    torch.testing.assert_close(ours, exact(WORLD) - exact(OTHER), atol=1e-4, rtol=1e-4)
+    # s_real - s_fake = (alpha / sigma^2) (x0_real - x0_fake)
+    in_x0 = real.alpha / real.sigma**2 * (real.x0 - fake.x0)
+    torch.testing.assert_close(ours, in_x0, atol=1e-4, rtol=1e-4)
+
+
+def test_distribution_matching_vanishes_where_the_student_is_the_data():
+    _, x_t, t, _ = rows()
+    for student in (WORLD.ignorant(), WORLD.ideal()):
+        gap = distribution_matching(WORLD.data.score(x_t, t), WORLD.marginal(student).score(x_t, t))
+        assert gap.abs().max() < 1e-8
+
+
+def test_guided_matching_is_plain_matching_plus_w_minus_1_times_the_guidance_direction():
+    _, x_t, t, _ = rows()
+    third = LinearGaussianWorld.example(SCHEDULE, seed=5)
+    cond, uncond, fake = (world.data.score(x_t, t) for world in (WORLD, OTHER, third))
+    guided = Estimate(x_t, uncond.eps + 4.5 * (cond.eps - uncond.eps), cond.alpha, cond.sigma)
+    torch.testing.assert_close(
+        distribution_matching(guided, fake),
+        distribution_matching(cond, fake) + 3.5 * distribution_matching(cond, uncond), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("through", ["posterior_mean", "consistency"])
+def test_condition_alignment_equals_the_closed_form_of_its_plug_in(through):
+    _, x_t, t, c = rows()
+    data = WORLD.data
+    gain = {"posterior_mean": data.posterior_gain, "consistency": data.consistency_gain}[through](t)
+    ours = condition_alignment(lambda x: WORLD.log_prob(c, x), getattr(data, through), x_t, t)
+    torch.testing.assert_close(ours, WORLD.plug_in_gradient(c, x_t, t, gain), atol=1e-4, rtol=1e-4)
+    assert not ours.requires_grad
+
+
+def test_condition_alignment_with_the_exact_log_prob_is_the_gradient_of_log_p_c_given_x_t():
+    _, x_t, t, c = rows()
+    ours = condition_alignment(lambda v: WORLD.log_prob_t(c, v, t), lambda v, t, y: v, x_t, t)
+    torch.testing.assert_close(ours, WORLD.condition_gradient(c, x_t, t), atol=1e-4, rtol=1e-4)
+
+
+def test_condition_alignment_on_a_mixture_equals_the_closed_form_of_its_plug_in():
+    _, x_t, t, _ = rows(d=2)
+    c = torch.arange(len(t)) % 3
+    ours = condition_alignment(lambda x: MIXTURE.log_prob(c, x, torch.zeros_like(t)),
+                               lambda v, t, y: MIXTURE.score(v, t).x0, x_t, t)
+    torch.testing.assert_close(ours, MIXTURE.plug_in_gradient(c, x_t, t), atol=1e-4, rtol=1e-4)
+
+
+def test_condition_alignment_moves_no_parameter():
+    _, x_t, t, c = rows()
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    ours = condition_alignment(lambda x: WORLD.log_prob(c, x), lambda v, t, y: v * weight, x_t, t)
+    assert weight.grad is None
+    assert not ours.requires_grad
+    assert not x_t.requires_grad
+
+
+def test_condition_alignment_works_under_no_grad():
+    _, x_t, t, c = rows()
+    with torch.no_grad():
+        ours = condition_alignment(lambda x: WORLD.log_prob(c, x), WORLD.data.posterior_mean, x_t, t)
+    assert ours.abs().sum() > 0
+
+
+def test_condition_alignment_refuses_a_summed_or_a_constant_log_prob():
+    _, x_t, t, c = rows()
+
+    def identity(v, t, y):
+        return v
+
+    with pytest.raises(UsageError, match="one value per sample"):
+        condition_alignment(lambda x: WORLD.log_prob(c, x).sum(), identity, x_t, t)
+    with pytest.raises(UsageError, match="no gradient"):
+        condition_alignment(lambda x: WORLD.log_prob(c, x.detach()), identity, x_t, t)
+
+
+def test_lambda_t_equals_its_closed_form_for_each_weighting():
+    x, x_t, t, _ = rows()
+    real = WORLD.data.score(x_t, t)
+    acp = SCHEDULE.alphas_cumprod[SCHEDULE.index(t)][:, None]
+    ratio = (1 - acp) / acp
+    mean = (WORLD.data.posterior_mean(x_t, t) - x).abs().mean(1, keepdim=True)
+    assert (mean < 0.1).any()
+    expected = {"constant": torch.ones_like(acp), "x0": ratio, "dmd": ratio / mean.clamp(min=0.1)}
+    for weighting, value in expected.items():
+        ours = lambda_t(weighting, real, x)
+        torch.testing.assert_close(ours, value, atol=1e-4, rtol=1e-4, check_dtype=False)
+
+
+def test_lambda_t_refuses_an_unknown_weighting_and_dmd_without_x():
+    _, x_t, t, _ = rows()
+    for weighting in ("dmd", "snr"):
+        with pytest.raises(UsageError, match="lambda_t must be"):
+            lambda_t(weighting, WORLD.data.score(x_t, t))
+
+
+def test_x0_weighting_turns_matching_into_the_difference_of_denoised_pictures():
+    x, x_t, t, _ = rows()
+    real, fake = WORLD.data.score(x_t, t), OTHER.data.score(x_t, t)
+    direction = distribution_matching(real, fake)
+    ours = on_x(direction, real, lambda_t("x0", real))
+    torch.testing.assert_close(ours, real.x0 - fake.x0, atol=1e-4, rtol=1e-4)
+    normaliser = (real.x0 - x).abs().mean(1, keepdim=True).clamp(min=0.1)
+    torch.testing.assert_close(on_x(direction, real, lambda_t("dmd", real, x)),
+                               (real.x0 - fake.x0) / normaliser, atol=1e-4, rtol=1e-4)
+
+
+def test_on_x_is_the_chain_rule_from_x_t_to_x():
+    x, x_t, t, c = rows()
+    clean = x.clone().requires_grad_()
+    eps = (x_t - SCHEDULE.alpha(t, x) * x) / SCHEDULE.sigma(t, x)
+    value = WORLD.log_prob_t(c, SCHEDULE.noised(clean, t, eps), t)
+    (exact,) = torch.autograd.grad(value.sum(), clean)
+    real = WORLD.data.score(x_t, t)
+    ours = on_x(WORLD.condition_gradient(c, x_t, t), real, lambda_t("constant", real))
+    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_clipped_to_bounds_each_samples_norm_and_leaves_smaller_ones_alone():
+    direction = tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    reference = tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    expected = tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]])
+    torch.testing.assert_close(clipped_to(direction, reference, 2.0), expected)
+
+
+def test_descending_ascend_moves_x_along_the_direction():
+    x, direction = torch.randn(8, 3, 2, 2).requires_grad_(), torch.randn(8, 3, 2, 2)
+    ascend(x, direction).backward()
+    torch.testing.assert_close(x.grad, -direction / 8)
+
+
+def test_ascend_carries_no_gradient_into_the_direction():
+    x, direction = torch.randn(8, 3).requires_grad_(), torch.randn(8, 3).requires_grad_()
+    ascend(x, direction).backward()
+    assert direction.grad is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_eps_x0_v_and_score_are_four_readings_of_one_estimate(prediction):
+    x, x_t, t, _ = rows()
+    x, x_t = x.float(), x_t.float()
+    alpha, sigma = SCHEDULE.alpha(t, x), SCHEDULE.sigma(t, x)
+    eps = (x_t - alpha * x) / sigma
+    output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "sample": x}[prediction]
+    estimate = Estimate.of(output, prediction, x_t, t, SCHEDULE)
+    # Float32: reading x from eps divides its rounding by alpha, at worst .068 at t = 1.
+    for ours, exact in ((estimate.eps, eps), (estimate.x0, x), (estimate.v, alpha * eps - sigma * x),
+                        (estimate.score, -eps / sigma)):
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_estimate_refuses_an_unknown_prediction():
+    x, _, t, _ = rows()
+    with pytest.raises(UsageError, match="prediction must be"):
+        Estimate.of(x, "velocity", x, t, SCHEDULE)
+
+
+class Net:
+    """eps = text [B, 1] x_t + index; counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x_t, index, text):
+        self.calls += 1
+        return (0 if text is None else text) * x_t + index[:, None]
+
+
+def lengths(y):
+    return torch.tensor([[float(len(prompt))] for prompt in y])
+
+
+def test_guidance_is_uncond_plus_w_times_the_difference_with_the_conditional_half_first():
+    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
+    model = ScoreModel(net, SCHEDULE, text=lengths, guidance=3.0)
+    index = torch.tensor([[10.0], [700.0]])
+    prompts = ("a", "cat")
+    cond, uncond = model.conditional_and_unconditional(x_t, t, prompts)
+    assert net.calls == 1
+    size = torch.tensor([[1.0], [3.0]])
+    torch.testing.assert_close(cond.eps, size * x_t + index)
+    torch.testing.assert_close(uncond.eps, index.expand(-1, 3))
+    torch.testing.assert_close(model.guided(x_t, t, prompts).eps, 3 * size * x_t + index)
+    torch.testing.assert_close(model(x_t, t, prompts).eps, cond.eps)
+    torch.testing.assert_close(model(x_t, t).eps, uncond.eps)
+
+
+def test_guidance_of_one_is_one_plain_pass():
+    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
+    model = ScoreModel(net, SCHEDULE, text=lengths)
+    torch.testing.assert_close(model.guided(x_t, t, ("a", "cat")).eps, model(x_t, t, ("a", "cat")).eps)
+    assert net.calls == 2
+
+
+def test_a_coarse_schedule_keeps_every_twentieth_level():
+    torch.testing.assert_close(coarse_schedule().alphas_cumprod[-1], SCHEDULE.alphas_cumprod[-1])
+    assert coarse_schedule().n == 50

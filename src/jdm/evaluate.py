@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from jdm.controls import Control
-from jdm.data import Pictures, load_pictures
+from jdm.controls import Control, checked, load_control
+from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.metrics.classifier import Classifier
@@ -22,7 +21,9 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
-from jdm.models.library import ASSETS
+from jdm.models.library import ASSETS, load_model
+from jdm.questions import Questions, answers
+from jdm.reference import Reference, references
 from jdm.run import Run
 from jdm.sampling import Sampler
 from jdm.space import from_bytes, to_bytes, unit
@@ -30,41 +31,8 @@ from jdm.space import from_bytes, to_bytes, unit
 if TYPE_CHECKING:
     from jdm.methods.networks import Networks
 
-REFERENCE_STEPS, REFERENCE_GUIDANCE = 25, 2.0  # of the uncontrolled teacher samples distances are taken to
 DIVERSITY_GROUPS, DIVERSITY_DRAWS = 64, 8
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What every model of one comparison is asked: the same prompts, controls, noise and pictures.
-
-    Attributes:
-        images: [N, 3, H, W] in [0, 1], where (y, c) come from. c: None for models without a control.
-    """
-
-    images: Tensor
-    y: list[str]
-    c: Tensor | None
-    labels: Tensor | None
-    seed: int
-
-    @classmethod
-    def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int) -> Questions:
-        if not 2 <= n <= len(pictures):
-            raise UsageError(f"n must be in 2..{len(pictures)} ({pictures.source}), got {n}")
-        rows = torch.arange(n)
-        generator = torch.Generator().manual_seed(seed)
-        images = unit(from_bytes(pictures.batch(rows)))
-        c = None if control is None else torch.cat([control.h(part) for part in images.split(250)])
-        return cls(images, pictures.prompts(rows, torch.rand(n, generator=generator)), c, pictures.label(rows), seed)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def head(self, n: int) -> Questions:
-        cut = (self.images[:n], self.y[:n], None if self.c is None else self.c[:n],
-               None if self.labels is None else self.labels[:n])
-        return Questions(*cut, self.seed)
+PROBE_STEPS, PROBE_GUIDANCE = 25, 2.0
 
 
 @cache
@@ -73,47 +41,80 @@ def judge() -> Classifier:
     return Classifier.load(ASSETS / "nano-classifier")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Statistics of uncontrolled teacher samples, and the distance a second set of n of them has: the floor."""
+def evaluate(
+    model: str,
+    control: str | None = None,
+    n: int = 1000,
+    seed: int = 0,
+    source: str = "fashion-mnist",
+    split: str = "test",
+    steps: int | None = None,
+    guidance: float | None = None,
+    teacher: str = "nano-sd",
+    quick: bool = False,
+) -> dict[str, Any]:
+    """All measurements of a model on the first n pictures of a split.
 
-    statistics: Statistics
-    floor: float
+    Args:
+        control: by name or import path; the one the model was trained with where not given.
+        steps, guidance: for multi-step models; 50 and the model card's, or 2, where not given.
+        teacher: whose uncontrolled samples distances are taken to.
+        quick: the first extractor alone, fewer draws for diversity, one repeat of the timing.
 
-
-def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:
-    """uint8 pictures [N, 3, H, W] for the questions; picture i has its own noise, whatever the batch."""
-    z = starting_noise(sampler.model.latent_shape(len(questions), questions.images.shape[-1]), questions.seed)
-    shown = None if control is None or questions.c is None else control.image(questions.c)
-    return sampler(z, questions.y, shown, batch)
+    Returns:
+        fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
+        diversity, prompt_agreement, nfe, seconds_per_image at batch 64 and 1, peak_memory_mb, n, and what
+        was asked.
+    """
+    loaded = load_model(model)
+    card = loaded.card or {}
+    pictures = load_pictures(source, split, loaded.size)
+    spec = control or card.get("control")
+    if spec and loaded.controlnet is None:
+        raise UsageError(f"{model} has no ControlNet; evaluate it without --control")
+    asked = checked(load_control(spec), loaded.size) if spec else None
+    if loaded.controlnet is not None and asked is None:
+        raise UsageError(f"{model} has a ControlNet; say which control with --control")
+    steps = steps or (1 if loaded.one_step else 50)
+    guidance = float(card.get("guidance", 2.0)) if guidance is None else guidance
+    sampler = Sampler(loaded, steps, guidance)
+    questions = Questions.of(pictures, asked, n, seed)
+    extractors: list[Extractor] = [ClassifierFeatures(judge())]
+    extractors += [] if quick else [EffLite0()]
+    whole = load_pictures(source, "test", loaded.size)
+    row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, "steps": steps,
+           "guidance": guidance if steps > 1 else None, "method": card.get("method")}
+    row |= measured(answers(sampler, questions, asked), questions, asked,
+                    references(teacher, extractors, whole), extractors, sampler, quick)
+    return row | cost(sampler, questions, asked, repeats=1 if quick else 3)
 
 
 def measured(
     pictures: Tensor,
     questions: Questions,
     control: Control | None,
-    references: dict[str, Reference],
+    targets: dict[str, Reference],
     extractors: list[Extractor],
     sampler: Sampler,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """All measurements of `pictures` [N, 3, H, W] uint8; the first extractor gives `fd`, others their own keys."""
+    """Measurements of uint8 pictures [N, 3, H, W]; the first extractor gives `fd`, others a suffixed one."""
     row: dict[str, Any] = {"n": len(pictures)}
     for place, extractor in enumerate(extractors):
         suffix = "" if place == 0 else f"_{extractor.name.split('-')[0]}"
         features = extractor.features(pictures)
-        reference = references[extractor.name]
-        own = Statistics.of(features, extractor.name)
-        row |= {f"fd{suffix}": frechet_distance(own, reference.statistics), f"fd_floor{suffix}": reference.floor,
+        target = targets[extractor.name]
+        distance = frechet_distance(Statistics.of(features, extractor.name), target.statistics)
+        row |= {f"fd{suffix}": distance, f"fd_floor{suffix}": target.floor(len(pictures)),
                 f"fd_extractor{suffix}": extractor.name}
         if place == 0:
-            row["fd_spread"] = frechet_bootstrap(features, reference.statistics)[1]
+            row["fd_spread"] = frechet_bootstrap(features, target.statistics)[1]
     if control is not None and questions.c is not None:
         row |= _obedience(pictures, questions, control, sampler)
     if questions.labels is not None:
         row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
-    row["diversity"] = spread_over_noise(sampler, questions, control, extractors[0])
-    row |= {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
-    return row
+    row["diversity"] = noise_diversity(sampler, questions, control, extractors[0], 16 if quick else DIVERSITY_GROUPS)
+    return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
 
 
 def cost(sampler: Sampler, questions: Questions, control: Control | None, batches: tuple[int, ...] = (64, 1),
@@ -132,8 +133,8 @@ def cost(sampler: Sampler, questions: Questions, control: Control | None, batche
     return row | {"peak_memory_mb": peak_memory_mb(next(sampler.net.parameters()).device)}
 
 
-def spread_over_noise(sampler: Sampler, questions: Questions, control: Control | None, extractor: Extractor,
-                      groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> float:
+def noise_diversity(sampler: Sampler, questions: Questions, control: Control | None, extractor: Extractor,
+                    groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> float:
     """Diversity over z at fixed (y, c): mean pairwise feature distance."""
     part = questions.head(min(groups, len(questions)))
     z = starting_noise(sampler.model.latent_shape(len(part) * draws, part.images.shape[-1]), part.seed + 1)
@@ -145,19 +146,18 @@ def spread_over_noise(sampler: Sampler, questions: Questions, control: Control |
     return diversity(features.view(len(part), draws, -1)).mean
 
 
+@torch.no_grad()
 def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
-    parts = unit(from_bytes(pictures)).split(250)
-    seen = torch.cat([control.h(part) for part in parts])
-    with torch.no_grad():
-        device = next(sampler.net.parameters()).device
-        space, trip = sampler.model.space, []
-        for part in questions.images.split(250):
-            back = to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu()
-            trip.append(control.h(unit(from_bytes(back))))
     assert questions.c is not None
-    anchors = Consistency.of(control, questions.c, seen, tuple(pictures.shape[-2:]), torch.cat(trip))  # type: ignore[arg-type]
-    each = (seen - questions.c).abs().flatten(1).mean(1)
-    spread = bootstrap(each)[1]
+    seen = torch.cat([control.h(part) for part in unit(from_bytes(pictures)).split(250)])
+    device = next(sampler.net.parameters()).device
+    space, trip = sampler.model.space, []
+    for part in questions.images.split(250):
+        back = to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu()
+        trip.append(control.h(unit(from_bytes(back))))
+    height, width = pictures.shape[-2:]
+    anchors = Consistency.of(control, questions.c, seen, (height, width), torch.cat(trip))
+    spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
     return {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
             "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
 
@@ -166,25 +166,21 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
                      n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]]:
     """averages -> consistency, distance and agreement of the averaged student on n validation pictures."""
     held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
-    questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)
     extractor = ClassifierFeatures(judge())
 
+    @cache
     def target() -> Statistics:
-        uncontrolled = networks.teacher.with_parts(controlnet=None)
-        sampler = Sampler(uncontrolled, REFERENCE_STEPS, REFERENCE_GUIDANCE)
-        pictures = answers(sampler, Questions.of(held_out, None, min(2000, len(held_out)), seed=1), None)
+        uncontrolled = Sampler(networks.teacher.with_parts(controlnet=None), PROBE_STEPS, PROBE_GUIDANCE)
+        pictures = answers(uncontrolled, Questions.of(held_out, None, min(2000, len(held_out)), seed=1), None)
         return Statistics.of(extractor.features(pictures), extractor.name)
 
-    known: list[Statistics] = []
-
     def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
-        known.extend([target()] if not known else [])
-        student = networks.averaged(averages).with_parts(card={"kind": "one-step"})
-        sampler = Sampler(student, 1)
+        questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)
+        sampler = Sampler(networks.averaged(averages))
         sampler.generator = networks.teacher.generator(networks.text, sampler.net, networks.generator.t_init)
         pictures = answers(sampler, questions, control)
-        distance = frechet_distance(Statistics.of(extractor.features(pictures), extractor.name), known[0])
-        row = {"fd": distance}
+        own = Statistics.of(extractor.features(pictures), extractor.name)
+        row = {"fd": frechet_distance(own, target())}
         if control is not None and questions.c is not None:
             seen = torch.cat([control.h(part) for part in unit(from_bytes(pictures)).split(250)])
             row["consistency"] = (seen - questions.c).abs().mean().item()

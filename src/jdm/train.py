@@ -15,7 +15,73 @@ from torch import Tensor, nn
 
 from jdm import checkpoint
 from jdm.errors import RunError, UsageError
-from jdm.run import Phase, Run, Task, described
+from jdm.run import Phase, Run, described
+
+
+class Trainer:
+    """A run in progress: the task's networks, their optimisers, averages and checkpoints.
+
+    Raises:
+        UsageError: the run cannot start.
+    """
+
+    def __init__(self, run: Run):
+        if run.steps < 1 or run.batch < 1:
+            raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
+        torch.manual_seed(run.seed)
+        self.run, self.task = run, run.method.task(run)
+        self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
+        self.averages = {n: _frozen_copy(self.task.modules[n]) for n in self.task.averaged}
+        self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
+        _record(run)
+        place = checkpoint.last(run.out)
+        self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
+        if self.start > run.steps:
+            raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
+        self.log = _Log(run.out / "metrics.jsonl", self.start)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
+        run, clock, done = self.run, time.perf_counter(), step + 1
+        logs = self._phases(step)
+        for name, average in self.averages.items():
+            _average(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
+        probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
+        if probed and self.task.probe:
+            logs |= {f"probe/{k}": v for k, v in self.task.probe(self.averages).items()}
+        if probed or done % run.log_every == 0 or done == run.steps:
+            self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
+        if done % run.save_every == 0 or done == run.steps:
+            checkpoint.save(self.state, run.out, done)
+        return logs
+
+    def export(self) -> Path:
+        """The trained model, averaged, as a folder in the run's."""
+        folder = self.run.out / "model"
+        self.task.export(folder, self.averages)
+        return folder
+
+    def _phases(self, step: int) -> dict[str, Any]:
+        logs: dict[str, Any] = {}
+        state = self.task.begin(step)
+        for phase in self.task.phases:
+            if step % phase.every:
+                continue
+            for repeat in range(phase.repeats):
+                loss, more = phase.loss(state, repeat)
+                gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
+                norm = _step(phase, self.optimizers[phase.name], gradients, step, self.run)
+                if not math.isfinite(norm) or not math.isfinite(float(loss.detach())):
+                    raise self._not_finite(phase, step, norm)
+            logs |= more | {f"{phase.name}/loss": loss.detach(), f"{phase.name}/gradient": norm}
+        return logs
+
+    def _not_finite(self, phase: Phase, step: int, norm: float) -> RunError:
+        what = "gradients that are" if not math.isfinite(norm) else "a loss that is"
+        return RunError(
+            f"phase {phase.name} gave {what} not finite at step {step}; last good checkpoint: "
+            f"{checkpoint.last(self.run.out) or 'none yet'}; lower its learning rate "
+            f"({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
 
 
 def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path:
@@ -27,57 +93,12 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
     Raises:
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
     """
-    if run.steps < 1 or run.batch < 1:
-        raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
-    torch.manual_seed(run.seed)
-    task = run.method.task(run)
-    optimizers = {p.name: p.optimizer() for p in task.phases}
-    averages = {n: _frozen_copy(task.modules[n]) for n in task.averaged}
-    state = checkpoint.State(task.modules, optimizers, averages, {})
-    _record(run)
-    place = checkpoint.last(run.out)
-    start = int(checkpoint.load(state, place)["step"]) if place else 0
-    if start > run.steps:
-        raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
-    log = _Log(run.out / "metrics.jsonl", start)
-    for step in range(start, run.steps):
-        clock = time.perf_counter()
-        logs = _iteration(task, optimizers, step, run)
-        for name, average in averages.items():
-            _average(average, task.modules[name], min(run.ema, (1 + step) / (10 + step)))
-        done = step + 1
-        if run.probe_every and task.probe and (done % run.probe_every == 0 or done == run.steps):
-            logs |= {f"probe/{k}": v for k, v in task.probe(averages).items()}
-        if done % run.log_every == 0 or done == run.steps or "probe/" in "".join(logs):
-            log.write(done, logs | {"seconds": time.perf_counter() - clock})
-        if done % run.save_every == 0 or done == run.steps:
-            checkpoint.save(state, run.out, done)
+    trainer = Trainer(run)
+    for step in range(trainer.start, run.steps):
+        logs = trainer.step(step)
         if progress:
-            progress(done, logs)
-    folder = run.out / "model"
-    task.export(folder, averages)
-    return folder
-
-
-def _iteration(task: Task, optimizers: dict, step: int, run: Run) -> dict[str, Any]:
-    logs: dict[str, Any] = {}
-    state = task.begin(step)
-    for phase in task.phases:
-        if step % phase.every:
-            continue
-        for repeat in range(phase.repeats):
-            loss, more = phase.loss(state, repeat)
-            gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
-            norm = _step(phase, optimizers[phase.name], gradients, step, run)
-            if not math.isfinite(norm) or not math.isfinite(float(loss.detach())):
-                where = checkpoint.last(run.out)
-                raise RunError(
-                    f"phase {phase.name} gave {'a loss' if math.isfinite(norm) else 'gradients'} that "
-                    f"{'is' if math.isfinite(norm) else 'are'} not finite at step {step}; "
-                    f"last good checkpoint: {where or 'none yet'}; lower its learning rate "
-                    f"({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
-        logs |= more | {f"{phase.name}/loss": loss.detach(), f"{phase.name}/gradient": norm}
-    return logs
+            progress(step + 1, logs)
+    return trainer.export()
 
 
 def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], step: int,

@@ -112,7 +112,8 @@ class JDM:
 
     def _posterior_phase(self, networks: Networks) -> Phase:
         posterior, adapter = networks.posterior, networks.adapter
-        assert posterior is not None and adapter is not None
+        assert posterior is not None
+        assert adapter is not None
 
         def loss(step: Step, _: int) -> tuple[Tensor, dict]:
             uniform = step.noise.uniform("k", len(step.z))

@@ -1,0 +1,58 @@
+"""What every model of one comparison is asked: the same prompts, controls, noise and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jdm.controls import Control
+from jdm.data import Pictures
+from jdm.errors import UsageError
+from jdm.generator import starting_noise
+from jdm.sampling import Sampler
+from jdm.space import from_bytes, unit
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts and controls of N real pictures.
+
+    Attributes:
+        images: [N, 3, H, W] in [0, 1], where (y, c) come from.
+        c: [N, k, H, W], or None for models without a control.
+        labels: [N], where the pictures have classes. seed: of the noise and of the choice of captions.
+    """
+
+    images: Tensor
+    y: list[str]
+    c: Tensor | None
+    labels: Tensor | None
+    seed: int
+
+    @classmethod
+    def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int) -> Questions:
+        """The first n pictures of a split."""
+        if not 2 <= n <= len(pictures):
+            raise UsageError(f"n must be in 2..{len(pictures)} ({pictures.source}), got {n}")
+        rows = torch.arange(n)
+        uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+        images = unit(from_bytes(pictures.batch(rows)))
+        c = None if control is None else torch.cat([control.h(part) for part in images.split(250)])
+        return cls(images, pictures.prompts(rows, uniform), c, pictures.label(rows), seed)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def head(self, n: int) -> Questions:
+        """The first n of them."""
+        cut = (None if v is None else v[:n] for v in (self.c, self.labels))
+        return Questions(self.images[:n], self.y[:n], *cut, self.seed)
+
+
+def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:
+    """uint8 pictures [N, 3, H, W] for the questions; picture i has its own noise, whatever the batch."""
+    z = starting_noise(sampler.model.latent_shape(len(questions), questions.images.shape[-1]), questions.seed)
+    shown = None if control is None or questions.c is None else control.image(questions.c)
+    return sampler(z, questions.y, shown, batch)

@@ -119,7 +119,7 @@ def test_log_prob_is_one_value_per_picture_and_0_only_at_the_reference():
     images = photographs(32)
     canny = Canny()
     c = canny.h(images)
-    assert canny.log_prob(images, c, images).abs().max() < 1e-6
+    assert canny.log_prob(images, c, images).abs().max() < 1e-5  # a float32 sum over 1,024 pixels
     for value in (canny.log_prob(images.roll(1, 0), c, images), canny.log_prob(images, c)):
         assert value.shape == (4,)
         assert (value < 0).all()

@@ -39,14 +39,14 @@ class Control:
         raise TypeError(f"{type(self).__name__} must define h(images)")
 
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
-        """log p(c | images) up to a constant: [B], nats, differentiable in images.
+        """log p(c | images) up to a constant, summed over pixels: [B], nats, differentiable in images.
 
         Args:
             images: [B, 3, H, W], nominally in [0, 1] (a decoder may overshoot).
             c: [B, channels, H, W], the control the generator was given.
             reference: the picture c came from, where there is one; [B, 3, H, W] in [0, 1].
         """
-        error = (self.h(images) - c).square().flatten(1).mean(1)
+        error = (self.h(images) - c).square().flatten(1).sum(1)
         return -error / (2 * self.temperature**2)
 
     def image(self, c: Tensor) -> Tensor:

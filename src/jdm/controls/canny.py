@@ -17,7 +17,7 @@ from jdm.errors import UsageError
 
 @dataclass(frozen=True)
 class Canny(Control):
-    """c = cv2.Canny(grey, low, high) / 255; log p(c | images) = mean q log s + (1 - q) log(1 - s), Bernoulli.
+    """c = cv2.Canny(grey, low, high) / 255; log p(c | images) = sum q log s + (1 - q) log(1 - s), Bernoulli.
 
     The soft edges s = sigmoid((|gx| + |gy| - (low + high) / 2) / temperature) are of the Sobel gradient that
     cv2.Canny thresholds, in the same units. The derivative by the logit is q - s: it vanishes neither where
@@ -72,7 +72,7 @@ class Canny(Control):
         return torch.stack(edges).unsqueeze(1).to(images.device).to(images.dtype) / 255
 
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
-        """log p(c | images) per pixel: [B], nats, float32 (float64 for float64 images).
+        """log p(c | images), summed over pixels: [B], nats, float32 (float64 for float64 images).
 
         Args:
             images: [B, 3, H, W], nominally in [0, 1]; not clamped, so that an overshoot keeps its gradient.
@@ -96,7 +96,7 @@ class Canny(Control):
             log_edge = functional.logsigmoid(logits)
         target, log_none = target.detach(), functional.logsigmoid(-logits)
         entropy = torch.special.entr(target) + torch.special.entr(1 - target)
-        return (target * log_edge + (1 - target) * log_none + entropy).flatten(1).mean(1)
+        return (target * log_edge + (1 - target) * log_none + entropy).flatten(1).sum(1)
 
     def soft_edges(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> soft edge map [B, 1, H, W] in (0, 1), differentiable."""

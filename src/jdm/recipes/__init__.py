@@ -1,0 +1,119 @@
+"""Recipes by name, by file, or by the record a run left. Names and summaries are read without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jdm.errors import UsageError
+
+if TYPE_CHECKING:
+    from jdm.run import Run
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe's place: a function without arguments, annotated as returning Run. summary: its first line."""
+
+    name: str
+    summary: str
+    module: str
+    function: str
+
+    def load(self) -> Callable[[], Run]:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+def entries() -> dict[str, Entry]:
+    """Every recipe of the package, by name, from the source alone."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and file.stem != "__init__" and _is_recipe(node):
+                name = node.name.replace("_", "-")
+                summary = (ast.get_docstring(node) or "").split("\n")[0]
+                found[name] = Entry(name, summary, f"{__name__}.{file.stem}", node.name)
+    return found
+
+
+def all_recipes() -> dict[str, Callable[[], Run]]:
+    """Every recipe's function, by name."""
+    return {name: entry.load() for name, entry in entries().items()}
+
+
+def find(spec: str) -> Callable[[], Run]:
+    """A recipe by name, a FILE.py with one, or the run.json of a run to repeat.
+
+    Raises:
+        UsageError: there is none of that name; the nearest is suggested.
+    """
+    if spec.endswith(".py"):
+        return _from_file(spec)
+    if spec.endswith(".json"):
+        return lambda: recorded(Path(spec))
+    known = entries()
+    if spec in known:
+        return known[spec].load()
+    near = difflib.get_close_matches(spec.replace("_", "-"), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(known)};"
+    raise UsageError(f"there is no recipe {spec!r}; {hint} your own is named by its file, such as my_recipe.py")
+
+
+def recorded(file: Path) -> Run:
+    """The run that a run.json describes, to be repeated exactly.
+
+    Raises:
+        UsageError: it is no such record, or its method is not one of this package's.
+    """
+    from jdm.run import from_description
+
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))["run"]
+    except FileNotFoundError:
+        raise UsageError(f"{file}: there is no such file; a run leaves its record in run.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is not the record of a run ({type(error).__name__}: {error})") from None
+    try:
+        return from_description(description, _types())
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file}: {error}; it was written by another version, or its method comes from a file of "
+                         "your own: name that file instead") from None
+
+
+def _types() -> dict[str, type]:
+    """The dataclasses a record may name: the run's own and those of every method."""
+    import jdm.methods
+
+    modules = ["jdm.run", "jdm.metrics.classifier",
+               *(f"jdm.methods.{m.name}" for m in pkgutil.iter_modules(jdm.methods.__path__))]
+    found = [v for m in modules for v in vars(importlib.import_module(m)).values()]
+    return {v.__name__: v for v in found if isinstance(v, type) and is_dataclass(v)}
+
+
+def _from_file(path: str) -> Callable[[], Run]:
+    """FILE.py's function `recipe`, or the only one that returns a Run."""
+    from jdm.controls.base import _module
+
+    module = _module(path)
+    if callable(own := getattr(module, "recipe", None)):
+        return own
+    functions = {n.name: n for n in ast.parse(Path(path).expanduser().read_text(encoding="utf-8")).body
+                 if isinstance(n, ast.FunctionDef) and _is_recipe(n)}
+    if len(functions) == 1:
+        return getattr(module, next(iter(functions)))
+    have = f"has {len(functions)} ({', '.join(functions)})" if functions else "has none"
+    raise UsageError(f"{path} must have a function recipe() -> Run, without arguments; it {have}")
+
+
+def _is_recipe(node: ast.FunctionDef) -> bool:
+    arguments = node.args
+    wanted = any([arguments.posonlyargs, arguments.args, arguments.kwonlyargs, arguments.vararg, arguments.kwarg])
+    returns = ast.unparse(node.returns) if node.returns else ""
+    return not wanted and not node.name.startswith("_") and returns.strip("'\"").split(".")[-1] == "Run"

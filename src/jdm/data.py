@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.pictures import load_picture
+from jdm.pictures import decoded, load_picture
 
 PACKAGED = Path(__file__).parent / "assets" / "fashion-mnist"
 TRAINING_SET_PLACES = (Path("/usr/share/datasets/fashion-mnist"),)
@@ -245,7 +245,7 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
         if table.get(key):
             return table[key]
     beside = path.with_suffix(".txt")
-    text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
     if not text:
         raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL "
                          "with the columns file_name and text")
@@ -274,7 +274,7 @@ def _hub(name: str, split: str, size: int) -> Pictures:
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(
-        images=lambda rows: torch.stack([load_picture(p, size) for p in whole[rows.tolist()][image]]),
+        images=lambda rows: torch.stack([decoded(p, size, name) for p in whole[rows.tolist()][image]]),
         captions=captions,
         labels=labels,
         indices=torch.arange(*bounds),

@@ -51,12 +51,13 @@ def load_picture(path: str | Path, size: int) -> Tensor:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UsageError(f"{path}: damaged or incomplete ({_in_short(error)}); "
                          "copy or save it again") from error
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-    # A box, not a crop: the filter reads across its border, so this is resize-then-crop without the large
-    # intermediate picture that a panorama would need.
-    square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return _square(rgb, size)
+
+
+def decoded(image: Image.Image, size: int, name: str = "a picture") -> Tensor:
+    """A picture that is open already -> [3, size, size], uint8 RGB, by the rule of `load_picture`."""
+    _check_size(Path(name), image)
+    return _square(_rgb(Path(name), ImageOps.exif_transpose(image)), size)
 
 
 def save_pictures(images: Tensor, folder: str | Path, stem: str) -> list[Path]:
@@ -96,6 +97,15 @@ def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Im
         tile = _image(image).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(tile, (pad + column * (width + pad), pad + row * (height + pad)))
     return sheet
+
+
+def _square(rgb: Image.Image, size: int) -> Tensor:
+    side = min(rgb.size)
+    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+    # A box, not a crop: the filter reads across its border, so this is resize-then-crop without the large
+    # intermediate picture that a panorama would need.
+    square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def _check_size(path: Path, image: Image.Image) -> None:

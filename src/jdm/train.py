@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdm import checkpoint
 from jdm.errors import RunError, UsageError
+from jdm.report import write
 from jdm.run import Phase, Run, described
 
 
@@ -33,11 +34,11 @@ class Trainer:
         self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
         self.averages = {n: _frozen_copy(self.task.modules[n]) for n in self.task.averaged}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
-        _record(run)
         place = checkpoint.last(run.out)
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
+        _record(run)
         self.log = _Log(run.out / "metrics.jsonl", self.start)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -94,11 +95,15 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
     """
     trainer = Trainer(run)
-    for step in range(trainer.start, run.steps):
-        logs = trainer.step(step)
-        if progress:
-            progress(step + 1, logs)
-    return trainer.export()
+    try:
+        for step in range(trainer.start, run.steps):
+            logs = trainer.step(step)
+            if progress:
+                progress(step + 1, logs)
+        return trainer.export()
+    except OSError as error:  # the log, the pictures, the exported folder
+        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; free some space or mend the disk and "
+                       f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
 
 
 def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], step: int,
@@ -139,11 +144,7 @@ def _record(run: Run) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     record = {"run": described(run), "versions": versions, "threads": torch.get_num_threads()}
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"{run.out} cannot be written ({error}); choose another --out") from None
+    write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 class _Log:
@@ -153,7 +154,7 @@ class _Log:
         self.path = path
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        write(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         row = {"step": step} | {k: float(v) for k, v in values.items()}

@@ -202,7 +202,9 @@ def save_pipeline(
     config = scheduler or model.scheduler
     kinds = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler}
     kind = kinds.get(config.get("_class_name", ""), diffusers.DDIMScheduler)
-    parts = {k: copy.deepcopy(v).to(dtype) for k, v in model.modules().items()}
+    parts = model.modules()
+    if dtype != torch.float32:
+        parts = {k: copy.deepcopy(v).type(dtype) for k, v in parts.items()}
     pipeline = diffusers.StableDiffusionControlNetPipeline if model.controlnet is not None else \
         diffusers.StableDiffusionPipeline
     whole = pipeline(**parts, tokenizer=model.tokenizer, scheduler=kind.from_config(config), safety_checker=None,

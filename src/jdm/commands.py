@@ -1,0 +1,241 @@
+"""The bodies of the commands: arguments -> Python API -> what is printed. Imported once a command is known."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jdm import checkpoint, pictures, report
+from jdm.cli import refuse_unknown
+from jdm.controls import checked, load_control
+from jdm.errors import RunError, UsageError
+from jdm.generator import starting_noise
+from jdm.models.library import load_model
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.progress import TrainingProgress
+from jdm.recipes import find
+from jdm.run import Run
+from jdm.sampling import Sampler
+from jdm.space import from_bytes, unit
+
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+
+def train(asked: argparse.Namespace) -> int:
+    """`jdm train`: prints the exported model's folder."""
+    from jdm.train import train as trained
+
+    run = configured(asked.recipe, asked.flags)
+    _device(run.device)
+    if place := checkpoint.last(run.out):
+        Console(stderr=True).print(f"going on from {place}", highlight=False)
+    with TrainingProgress(run.steps) as progress:
+        try:
+            folder = trained(run, progress)
+        except KeyboardInterrupt:
+            where = checkpoint.last(run.out) or "the start"
+            raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
+    print(folder)
+    return 0
+
+
+def configured(recipe: str, arguments: Sequence[str]) -> Run:
+    """A recipe's run with flags laid over it.
+
+    Raises:
+        UsageError: an unknown recipe or flag, with the nearest; a value that does not fit.
+    """
+    prog = f"jdm train {recipe}"
+    try:
+        run = find(recipe)()
+    except UsageError:
+        raise
+    except Exception as error:  # a user's recipe may raise anything
+        raise UsageError(f"{recipe} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(run, Run):
+        raise UsageError(f"{recipe} must return a jdm.run.Run, got {type(run).__name__}")
+    known = [*flags_of(run), "--help"]
+    arguments = [_whole(argument, known) for argument in arguments]
+    refuse_unknown(arguments, known, prog)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Run, default=run, args=arguments, prog=prog)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(f"{_unboxed(complaint.getvalue())}; see: {prog} --help") from None
+
+
+def flags_of(value: Any, prefix: str = "") -> list[str]:
+    """Every flag of a dataclass, nested fields with dots."""
+    found: list[str] = []
+    for field in fields(value):
+        name, own = field.name.replace("_", "-"), getattr(value, field.name)
+        if is_dataclass(own):
+            found += flags_of(own, f"{prefix}{name}.")
+        else:
+            found += [f"--{prefix}{name}"] + ([f"--{prefix}no-{name}"] if isinstance(own, bool) else [])
+    return found
+
+
+def _whole(argument: str, known: Iterable[str]) -> str:
+    """A flag in full: `--condition_weight 2` means `--method.condition-weight 2` where nothing else ends so."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    flag = flag.replace("_", "-")
+    ends = [k for k in known if k.split(".")[-1].lstrip("-") == flag.removeprefix("--")]
+    return (ends[0] if flag not in known and len(ends) == 1 else flag) + equals + value
+
+
+def _unboxed(text: str) -> str:
+    """The message of an error box, on one line."""
+    lines = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        inside = line.strip().strip("│|").strip()
+        if line.strip().startswith(("╭", "╰")) or not inside:
+            continue
+        if not inside.strip("─- "):
+            break
+        lines.append(inside)
+    return " ".join(lines) or "the flags could not be read"
+
+
+def sample(asked: argparse.Namespace) -> int:
+    """`jdm sample`: control.png, 000.png, ... and grid.png."""
+    device, out = _device(asked.device), _writable(Path(asked.out))
+    model = load_model(asked.model).to(device)
+    shown = shown_control(model, asked.image, asked.control_map, asked.control)
+    guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
+    sampler = Sampler(model, asked.steps or (1 if model.one_step else 50), guidance)
+    z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
+    images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1))
+    written = {f"{i:03d}.png": image[None] for i, image in enumerate(images)}
+    sheet = images
+    if shown is not None:
+        written["control.png"] = control = (shown * 255).round().clamp(0, 255).to(torch.uint8)
+        sheet = torch.cat([control, images])
+    try:
+        for name, image in written.items():
+            pictures.grid(image, 1, pad=0).save(out / name)
+        pictures.grid(sheet, 9, scale=max(1, 128 // model.size)).save(out / "grid.png")
+    except OSError as error:
+        raise RunError(f"{out} could not be written ({error.strerror or error}); free some space or choose another "
+                       "--out") from None
+    print(out / "grid.png")
+    return 0
+
+
+def shown_control(model: StableDiffusion, image: str | None, control_map: str | None,
+                  control: str | None) -> Tensor | None:
+    """What the ControlNet is shown, [1, 3, H, W] in [0, 1]: measured on a picture, or read from a ready map.
+
+    Raises:
+        UsageError: the model and what was given do not go together; a bad picture, map or control.
+    """
+    if model.controlnet is None:
+        if image or control_map or control:
+            raise UsageError("this model takes no control; leave out --image, --control and --control-map, or name "
+                             "a model with a ControlNet, such as nano-canny")
+        return None
+    if (image is None) == (control_map is None):
+        raise UsageError("this model draws to a control; give --image with a picture to measure it on, or "
+                         "--control-map with a ready map, and not both")
+    if control_map is not None:
+        loaded = pictures.load_picture(control_map, model.size)
+        with Image.open(control_map) as file:
+            width, height = file.size
+        if (width, height) != (model.size, model.size):
+            raise UsageError(f"{control_map}: a control map must be {model.size} x {model.size} pixels, got "
+                             f"{width} x {height}; resize it, or give the picture itself with --image")
+        return loaded[None].float() / 255
+    assert image is not None
+    spec = control or (model.card or {}).get("control")
+    if not spec:
+        raise UsageError("this model does not say which control it draws to; name it with --control canny")
+    measure = checked(load_control(spec), model.size)
+    return measure.image(measure.h(unit(from_bytes(pictures.load_picture(image, model.size)))[None]))
+
+
+def evaluate(asked: argparse.Namespace) -> int:
+    """`jdm evaluate`: prints a table and writes JSON."""
+    from jdm.evaluate import evaluate as evaluated
+
+    file = Path(asked.json) if asked.json else None
+    if file:
+        _writable(file.parent)
+    row = evaluated(asked.model, asked.control, asked.n, asked.seed, asked.source, asked.split, asked.steps,
+                    asked.guidance, asked.teacher, asked.quick)
+    if file:
+        report.write(file, json.dumps(row, indent=1) + "\n")
+    table = Table("measurement", "value", title=asked.model)
+    for key, value in row.items():
+        table.add_row(key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    return 0
+
+
+def export(asked: argparse.Namespace) -> int:
+    """`jdm export`: prints the folder."""
+    from jdm.export import export as exported
+
+    print(exported(asked.run, asked.out, {"fp32": torch.float32, "fp16": torch.float16}[asked.dtype]))
+    return 0
+
+
+def demo(asked: argparse.Namespace) -> int:
+    """`jdm demo`: prints the table last."""
+    from jdm import demo as page
+
+    out = _writable(Path(asked.out))
+    with TrainingProgress(asked.steps) as progress:
+        metrics = page.demo(out, asked.steps, asked.n, progress, progress.console.print)
+    head, body = page.rows(metrics)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # RuntimeError, AssertionError: by backend
+        first = (str(error).splitlines() or [""])[0][:120]
+        raise UsageError(f"--device {name} cannot be used here ({first}); use --device cpu") from None
+    return device
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made where missing.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another place") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} cannot be written; choose another place")
+    return folder

@@ -1,0 +1,66 @@
+"""A run's progress for a reader: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+BETWEEN_UPDATES, BETWEEN_LINES = 0.5, 10.0  # seconds
+TERMS = ("fidelity", "condition")
+
+
+class TrainingProgress:
+    """A callable for `train`: (steps done, latest numbers) -> the terms' sizes, consistency and time left.
+
+    Use as a context. The numbers are read off the device only when they are shown.
+    """
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self.steps, self.console = steps, console or Console(stderr=True)
+        self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                            TextColumn("{task.fields[numbers]}"), console=self.console, expand=True)
+        self.task = self.bar.add_task("", total=steps, numbers="")
+        self.probed: dict[str, float] = {}
+        self.begun: tuple[float, int] | None = None
+        self.shown = 0.0
+
+    def __enter__(self) -> TrainingProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def __call__(self, done: int, logs: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun = now, done
+            self.bar.reset(self.task, total=self.steps, completed=done)
+        new = {k.removeprefix("probe/"): float(v) for k, v in logs.items() if k.startswith("probe/")}
+        self.probed |= new
+        wait = BETWEEN_UPDATES if self.console.is_terminal else BETWEEN_LINES
+        if now - self.shown < wait and done < self.steps and not new:
+            return
+        self.shown = now
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in self._numbers(logs).items())
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=done, numbers=numbers)
+        else:
+            print(f"step {done}/{self.steps}  {numbers}{self._left(now, done)}", file=sys.stderr, flush=True)
+
+    def _numbers(self, logs: dict[str, Any]) -> dict[str, float]:
+        terms = [k for k in TERMS if k in logs] or [k for k in logs if k.endswith("/loss")]
+        return {k: float(logs[k]) for k in terms} | self.probed
+
+    def _left(self, now: float, done: int) -> str:
+        began, first = self.begun or (now, done)
+        if done == first or done >= self.steps:
+            return ""
+        seconds = (now - began) / (done - first) * (self.steps - done)
+        return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"

@@ -121,11 +121,11 @@ def _unboxed(text: str) -> str:
 
 def sample(asked: argparse.Namespace) -> int:
     """`jdm sample`: control.png, 000.png, ... and grid.png."""
-    device, out = _device(asked.device), _writable(Path(asked.out))
-    model = load_model(asked.model).to(device)
+    model = load_model(asked.model).to(_device(asked.device))
     shown = shown_control(model, asked.image, asked.control_map, asked.control)
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
     sampler = Sampler(model, asked.steps or (1 if model.one_step else 50), guidance)
+    out = _writable(Path(asked.out))
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1))
     written = {f"{i:03d}.png": image[None] for i, image in enumerate(images)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import UsageError
@@ -58,24 +61,49 @@ def unet() -> UNet2DConditionModel:
 
 
 def tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer whose merges make every word of `captions` one token; any text still works."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>",
-                                  initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([c.lower() for c in captions], trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
-    vocab = [*alphabet, *[a + "</w>" for a in alphabet], *["".join(p) for p in pairs]]
+    """A CLIP byte-pair tokenizer whose merges make every word of `captions` one token; any text still works.
+
+    The same captions give the same vocabulary, in any process: a resumed run must find its tokens again.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = _merges(Counter(word for c in captions for word in re.findall(r"\w+|[^\w\s]+", c.lower())))
+    vocab = [*alphabet, *[a + "</w>" for a in alphabet], *["".join(pair) for pair in merges]]
     vocab = [*dict.fromkeys(vocab), START, END]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
-        lines = ["#version: 0.2", *(" ".join(p) for p in pairs)]
-        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n")
-        return CLIPTokenizer(
-            vocab=str(Path(folder, "vocab.json")), merges=str(Path(folder, "merges.txt")),
-            bos_token=START, eos_token=END, unk_token=END, pad_token=END, model_max_length=TOKENS)
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+        files[1].write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+        return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]), bos_token=START, eos_token=END,
+                             unk_token=END, pad_token=END, model_max_length=TOKENS)
+
+
+def _merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token; ties go to the first pair in the alphabet.
+
+    Not the trainer of `tokenizers`: it breaks ties by the order of a hash table, another one in every process.
+    """
+    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, tokens in spelled.items():
+            for pair in pairwise(tokens):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = {word: _merged(tokens, best) for word, tokens in spelled.items()}
+
+
+def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for token in tokens:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return out
 
 
 def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:

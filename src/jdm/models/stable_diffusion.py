@@ -120,9 +120,9 @@ class StableDiffusion:
                 control,
                 _json(path, CARD),
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"{path} could not be loaded as a Stable-Diffusion-format model: "
-                             f"{str(error).splitlines()[0][:200]}") from None
+                             f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
         for part in model.modules().values():
             part.float().eval().requires_grad_(False)
         return model

@@ -1,0 +1,148 @@
+"""Measurements of whole models: what is asked, what is answered, what is reported."""
+
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from jdm import evaluate as evaluation
+from jdm import report
+from jdm.controls import Canny
+from jdm.data import load_pictures
+from jdm.errors import UsageError
+from jdm.evaluate import evaluate, noise_diversity
+from jdm.metrics.extractors import ClassifierFeatures
+from jdm.metrics.frechet import Statistics, frechet_distance
+from jdm.questions import Questions, answers
+from jdm.reference import Reference, references
+from jdm.sampling import Sampler, generator
+from jdm.space import from_bytes, unit
+
+PICTURES = load_pictures("fashion-mnist", "test[:40]", 32)
+
+
+@pytest.fixture
+def student(tmp_path):
+    torch.manual_seed(0)
+    return tiny.student(tiny.model(), tmp_path / "student")
+
+
+@pytest.fixture
+def classifier(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "judge", tiny.judge)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tiny.judge()
+
+
+def sampler() -> Sampler:
+    torch.manual_seed(0)
+    return Sampler(tiny.model(), steps=2, guidance=2.0)
+
+
+def test_a_question_s_prompt_and_control_come_from_one_picture():
+    questions = Questions.of(PICTURES, Canny(), 12, seed=0)
+    for i in range(12):
+        grey = PICTURES.batch(torch.tensor([i]))[0, 0].numpy()
+        assert np.array_equal(questions.c[i, 0].numpy() * 255, cv2.Canny(grey, 100, 200))
+        assert questions.y[i] in PICTURES.captions[questions.labels[i]]
+
+
+def test_picture_i_is_the_same_in_any_batch():
+    questions = Questions.of(PICTURES, None, 7, seed=3)
+    one, many = (answers(sampler(), questions, None, batch=b) for b in (1, 7))
+    assert (one.int() - many.int()).abs().max() <= 1
+
+
+def test_guidance_counts_two_evaluations_a_step_and_one_step_counts_one():
+    model = tiny.model()
+    assert [Sampler(model, s, w).nfe for s, w in ((50, 2.0), (50, 1.0), (1, 2.0))] == [100, 50, 1]
+
+
+def test_a_floor_between_stored_sizes_is_linear_in_one_over_n():
+    statistics = Statistics(torch.zeros(2), torch.eye(2), 9, "x", {"floors": json.dumps({"100": 3.0, "200": 2.0})})
+    reference = Reference(statistics)
+    assert reference.floor(100) == 3.0
+    assert reference.floor(200) == 2.0
+    assert reference.floor(400) == 2.0
+    assert reference.floor(50) == pytest.approx(6.0)
+    assert reference.floor(150) == pytest.approx(1.0 + 200 / 150)  # 3 = a + b/100, 2 = a + b/200: a = 1, b = 200
+
+
+def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "teacher"
+    from jdm.models.stable_diffusion import save_pipeline
+
+    save_pipeline(tiny.model(), folder)
+    extractor = ClassifierFeatures(classifier)
+    made = references(str(folder), [extractor], PICTURES, steps=2, samples=30)[extractor.name]
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    again = references(str(folder), [extractor], PICTURES, steps=2, samples=30)[extractor.name]
+    assert len(files) == 1
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert frechet_distance(made.statistics, again.statistics) < 1e-4
+    assert made.floor(30) > 0
+
+
+def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, monkeypatch):
+    from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+
+    teacher = tmp_path / "teacher"
+    torch.manual_seed(0)
+    save_pipeline(tiny.model(), teacher)
+    monkeypatch.setattr(evaluation, "references", lambda t, e, p: references(t, e, p.part("[:30]"), 2, samples=30))
+    row = evaluate(str(student), "canny", n=20, seed=5, teacher=str(teacher), quick=True)
+    questions = Questions.of(load_pictures("fashion-mnist", "test", 32), Canny(), 20, seed=5)
+    pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
+    seen = Canny().h(unit(from_bytes(pictures)))
+    assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
+    own = Statistics.of(ClassifierFeatures(classifier).features(pictures), row["fd_extractor"])
+    kept = references(str(teacher), [ClassifierFeatures(classifier)], PICTURES.part("[:30]"), 2, samples=30)
+    assert row["n"] == 20
+    assert row["nfe"] == 1
+    assert row["fd"] > 0
+    assert own.extractor in kept or row["fd_extractor"] == own.extractor
+    assert 0 <= row["prompt_agreement"] <= 1
+    assert row["seconds_per_image"] > 0
+    assert 0.15 < row["consistency_chance"] + row["consistency_blank"]
+
+
+def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier):
+    from jdm.models.stable_diffusion import save_pipeline
+
+    save_pipeline(tiny.model(), tmp_path / "teacher")
+    with pytest.raises(UsageError, match="no ControlNet"):
+        evaluate(str(tmp_path / "teacher"), "canny", n=4)
+
+
+def test_noise_diversity_of_a_generator_that_ignores_z_is_zero(classifier):
+    sampler_ = sampler()
+    questions = Questions.of(PICTURES, None, 3, seed=0)
+    sampler_.x = lambda z, y, control=None: torch.zeros_like(z)  # type: ignore[method-assign]
+    assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4) < 1e-5
+
+
+def test_generator_draws_n_pictures_that_depend_on_the_seed(student):
+    draw = generator(str(student), Canny())
+    picture = PICTURES.batch(torch.tensor([0]))[0]
+    first, same, other = (draw("coat", picture, n=3, seed=s) for s in (0, 0, 1))
+    assert first.shape == (3, 3, 32, 32)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    with pytest.raises(UsageError, match="give a control and a picture"):
+        draw("coat")
+
+
+def test_a_report_is_self_contained_and_escapes_what_it_is_given():
+    from PIL import Image
+
+    text = report.page("A <b>", report.picture(Image.new("RGB", (4, 4)), "p"), report.table(["x"], [["<1>"]]),
+                       report.curve("loss", [(0, 1.0), (5, 0.5)]))
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "A &lt;b&gt;" in text
+    assert "&lt;1&gt;" in text
+    assert "<polyline" in text

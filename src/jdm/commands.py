@@ -111,7 +111,7 @@ def _unboxed(text: str) -> str:
     lines = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
         inside = line.strip().strip("│|").strip()
-        if line.strip().startswith(("╭", "╰")) or not inside:
+        if line.strip().startswith(("╭", "╰", "+")) or not inside:
             continue
         if not inside.strip("─- "):
             break

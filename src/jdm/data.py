@@ -259,7 +259,7 @@ def _hub(name: str, split: str, size: int) -> Pictures:
         whole = load_dataset(name, split="test" if split == "test" else "train")
     except Exception as error:
         raise UsageError(f"{name!r} is neither fashion-mnist, a folder, nor a dataset that could be loaded "
-                         f"({type(error).__name__}: {(str(error).splitlines() or [type(error).__name__])[0][:120]})") from None
+                         f"({type(error).__name__}: {str(error)[:120]})") from None
     features = whole.features
     image = next((k for k in ("image", "img", "picture") if k in features), None)
     text = next((k for k in ("text", "caption", "prompt") if k in features), None)

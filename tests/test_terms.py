@@ -151,9 +151,9 @@ def test_on_x_is_the_chain_rule_from_x_t_to_x():
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
-def test_clipped_to_bounds_each_samples_norm_and_leaves_smaller_ones_alone():
+def test_clipped_to_bounds_each_samples_norm_by_the_batch_s_mean_and_leaves_smaller_ones_alone():
     direction = tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    reference = tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    reference = tensor([[0.0, 0.5], [1.5, 0.0], [0.0, 1.0]])
     expected = tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]])
     torch.testing.assert_close(clipped_to(direction, reference, 2.0), expected)
 

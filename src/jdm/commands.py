@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -107,16 +108,13 @@ def _whole(argument: str, known: Iterable[str]) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The message of an error box, on one line."""
-    lines = []
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-        inside = line.strip().strip("│|").strip()
-        if line.strip().startswith(("╭", "╰", "+")) or not inside:
-            continue
-        if not inside.strip("─- "):
-            break
-        lines.append(inside)
-    return " ".join(lines) or "the flags could not be read"
+    """The message of an error box, on one line: what stands between its title and its first rule."""
+    lines = [line.strip(" │") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    body = [line for line in lines if line][1:]
+    if body and not body[0].strip("-"):  # the title is underlined where boxes cannot be drawn
+        body = body[1:]
+    message = itertools.takewhile(lambda line: line.strip("─-") and not line.startswith("╰"), body)
+    return " ".join(message) or "the flags could not be read"
 
 
 def sample(asked: argparse.Namespace) -> int:

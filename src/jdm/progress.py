@@ -21,8 +21,8 @@ class TrainingProgress:
 
     def __init__(self, steps: int, console: Console | None = None):
         self.steps, self.console = steps, console or Console(stderr=True)
-        self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-                            TextColumn("{task.fields[numbers]}"), console=self.console, expand=True)
+        self.bar = Progress(BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                            TextColumn("{task.fields[numbers]}"), console=self.console)
         self.task = self.bar.add_task("", total=steps, numbers="")
         self.probed: dict[str, float] = {}
         self.begun: tuple[float, int] | None = None

@@ -86,9 +86,12 @@ def on_x(direction: Tensor, estimate: Estimate, weight: Tensor) -> Tensor:
 
 
 def clipped_to(direction: Tensor, reference: Tensor, ratio: float) -> Tensor:
-    """`direction` with each sample's norm at most `ratio` times that of `reference`."""
-    bound = ratio * _norms(reference)
-    scale = (bound / _norms(direction).clamp(min=1e-12)).clamp(max=1)
+    """`direction` with each sample's norm at most `ratio` times the mean norm of `reference` over the batch.
+
+    The batch's mean and not the sample's own norm: at clean levels the score difference vanishes, and that is where
+    a plug-in likelihood is right.
+    """
+    scale = (ratio * _norms(reference).mean() / _norms(direction).clamp(min=1e-12)).clamp(max=1)
     return direction * scale.view(-1, *[1] * (direction.ndim - 1))
 
 

@@ -26,9 +26,8 @@ class JDM:
         t_range: noise levels of both terms. fake_range: those of the fake score's own training.
         weighting: lambda_t, shared by both terms.
         condition_weight: of the condition term.
-        condition_clip: bound on the condition term's norm, in units of the fidelity term's, per sample;
-            0 leaves it alone.
-            Paper: none is printed; here: 1, because the two differ by orders of magnitude.
+        condition_clip: bound on each sample's condition term, in units of the fidelity term's mean norm over the
+            batch; 0 leaves it alone. Paper: none is printed; here: the two differ by orders of magnitude.
         shared_noise: Paper: one x_t for both terms. False gives the condition term a t and noise of its own.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
         fake_updates: per student step. rank: of the posterior's LoRA. levels: K of Eq. 8.
@@ -48,7 +47,7 @@ class JDM:
     rank: int = 16
     levels: int = 18
     unet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-4, betas=(0.0, 0.95)))
-    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
+    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, betas=(0.9, 0.95)))
     fake: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
     posterior: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
 
@@ -89,7 +88,7 @@ class JDM:
         condition = on_x(aligned, estimate, weight_c) * self.condition_weight
         raw = condition
         if self.condition_clip:
-            condition = clipped_to(condition, fidelity, self.condition_clip * self.condition_weight)
+            condition = clipped_to(condition, fidelity, self.condition_clip)
         logs = {"fidelity": _size(fidelity), "condition": _size(condition), "condition_raw": _size(raw),
                 "cos_fidelity_condition": cosine(fidelity, condition), "cos_real_fake": cosine(real.eps, fake.eps),
                 "std_x": step.x.detach().std()}

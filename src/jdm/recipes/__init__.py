@@ -102,8 +102,8 @@ def _from_file(path: str) -> Callable[[], Run]:
     from jdm.controls.base import _module
 
     module = _module(path)
-    if callable(own := getattr(module, "recipe", None)):
-        return own
+    if hasattr(module, "recipe"):
+        return module.recipe
     functions = {n.name: n for n in ast.parse(Path(path).expanduser().read_text(encoding="utf-8")).body
                  if isinstance(n, ast.FunctionDef) and _is_recipe(n)}
     if len(functions) == 1:

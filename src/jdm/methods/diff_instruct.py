@@ -23,8 +23,8 @@ class DiffInstruct:
     fake_range: tuple[float, float] = (0.0, 1.0)
     weighting: Weighting = "dmd"
     fake_updates: int = 1
-    unet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-4, betas=(0.0, 0.95)))
-    fake: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
+    unet: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-6, betas=(0.0, 0.95)))
+    fake: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
 
     def task(self, run: Run) -> Task:
         networks = Networks.of(run, self.t_init, self.guidance, with_control=False)

@@ -31,6 +31,8 @@ class JDM:
         shared_noise: Paper: one x_t for both terms. False gives the condition term a t and noise of its own.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
         fake_updates: per student step. rank: of the posterior's LoRA. levels: K of Eq. 8.
+        unet, controlnet, fake, posterior: Paper: no rate is printed; here: those of the same group's nearest work,
+            for SD1.5. A recipe for a smaller model raises them.
     """
 
     control: str = "canny"
@@ -46,10 +48,10 @@ class JDM:
     fake_updates: int = 1
     rank: int = 16
     levels: int = 18
-    unet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-4, betas=(0.0, 0.95)))
-    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, betas=(0.9, 0.95)))
-    fake: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
-    posterior: Optimiser = field(default_factory=lambda: Optimiser(lr=5e-4, betas=(0.0, 0.95)))
+    unet: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-6, betas=(0.0, 0.95)))
+    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
+    fake: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
+    posterior: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
 
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)

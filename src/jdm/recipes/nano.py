@@ -41,12 +41,12 @@ CONTROL = Optimiser(lr=2e-3, betas=(0.9, 0.95))
 
 
 def _jdm(**changes: Any) -> JDM:
-    return replace(JDM(unet=STUDENT, controlnet=CONTROL, fake=FAKE, posterior=FAKE, use_reference=False), **changes)
+    return replace(JDM(unet=STUDENT, controlnet=CONTROL, fake=FAKE, posterior=FAKE), **changes)
 
 
 def nano_canny() -> Run:
     """The one-step canny student: Joint Distribution Matching."""
-    return Run(method=_jdm(), out=Path("runs/nano-canny"), steps=3600, batch=32, ema=0.999, probe_every=300)
+    return Run(method=_jdm(), out=Path("runs/nano-canny"), steps=2700, batch=32, ema=0.999, probe_every=300)
 
 
 def nano_canny_own_t() -> Run:

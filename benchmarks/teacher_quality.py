@@ -53,7 +53,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         row = {"guidance": guidance, "n": args.n, "agreement": prompt_agreement(judge(), made, questions.labels)}
         for e in extractors:
-            distance = frechet_distance(Statistics.of(e.features(made), e.name), Statistics.of(features[e.name], e.name))
+            own, target = (Statistics.of(f, e.name) for f in (e.features(made), features[e.name]))
+            distance = frechet_distance(own, target)
             row |= {f"fd/{e.name}": distance, f"fd_over_floor/{e.name}": distance / floors[e.name]}
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), f"({seconds:.0f} s)", flush=True)
         rows.append(row)

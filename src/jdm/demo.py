@@ -41,7 +41,7 @@ def recipe(out: Path, steps: int, batch: int = 32) -> Run:
     """The shipped student's recipe, shortened, on the half of the packaged pictures that trains."""
     run = nano_canny()
     return replace(run, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100, log_every=5,
-                   probe_every=0, data=replace(run.data, split=TRAINS, validation=ASKS))
+                   probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
 
 
 def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dict], None] | None = None,

@@ -23,6 +23,7 @@ class Questions:
         images: [N, 3, H, W] in [0, 1], where (y, c) come from.
         c: [N, k, H, W], or None for models without a control.
         labels: [N], where the pictures have classes. seed: of the noise and of the choice of captions.
+        source: the data set's name.
     """
 
     images: Tensor
@@ -30,6 +31,7 @@ class Questions:
     c: Tensor | None
     labels: Tensor | None
     seed: int
+    source: str
 
     @classmethod
     def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int) -> Questions:
@@ -40,7 +42,8 @@ class Questions:
         uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed))
         images = unit(from_bytes(pictures.batch(rows)))
         c = None if control is None else torch.cat([control.h(part) for part in images.split(250)])
-        return cls(images, pictures.prompts(rows, uniform), c, pictures.label(rows), seed)
+        return cls(images, pictures.prompts(rows, uniform), c, pictures.label(rows), seed,
+                   pictures.source.rsplit("/", 1)[0])
 
     def __len__(self) -> int:
         return len(self.y)
@@ -48,7 +51,7 @@ class Questions:
     def head(self, n: int) -> Questions:
         """The first n of them."""
         cut = (None if v is None else v[:n] for v in (self.c, self.labels))
-        return Questions(self.images[:n], self.y[:n], *cut, self.seed)
+        return Questions(self.images[:n], self.y[:n], *cut, self.seed, self.source)
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:

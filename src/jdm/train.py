@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm import checkpoint
+from jdm.data import fingerprint, load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.report import write
 from jdm.run import Phase, Run, described
@@ -143,7 +144,9 @@ def _record(run: Run) -> None:
 
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    record = {"run": described(run), "versions": versions, "threads": torch.get_num_threads()}
+    pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+    data = {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures)}
+    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads()}
     write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
 
 

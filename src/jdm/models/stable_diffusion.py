@@ -213,6 +213,8 @@ def save_pipeline(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         whole.save_pretrained(draft)
+        for config in draft.rglob("*.json"):
+            _forget_place(config)
         if card is not None:
             (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
@@ -221,6 +223,13 @@ def save_pipeline(
         shutil.rmtree(draft, ignore_errors=True)
         raise RunError(f"{folder} could not be written ({error}); free some space and run again") from None
     return folder
+
+
+def _forget_place(config: Path) -> None:
+    """Drop where a part was loaded from: a path of the machine that trained it."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def alphas_cumprod(scheduler: dict) -> Tensor:

@@ -12,10 +12,10 @@ from jdm.errors import UsageError
 
 
 def folder_of(place, count: int = 3, captions: bool = True):
-    """`count` pictures of 40 x 24, the i-th of grey value 10 i."""
+    """`count` pictures of 40 x 24, the i-th of grey value 5 i."""
     place.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        Image.fromarray(np.full((24, 40, 3), 10 * i, np.uint8)).save(place / f"{i}.png")
+        Image.fromarray(np.full((24, 40, 3), 5 * i, np.uint8)).save(place / f"{i}.png")
         if captions:
             (place / f"{i}.txt").write_text(f"caption {i}\n")
     return place
@@ -85,7 +85,7 @@ def test_a_folder_with_texts_beside_its_pictures(tmp_path):
     assert captions_of(pictures) == ["caption 0", "caption 1", "caption 2"]
     images = pictures.batch(torch.tensor([2, 0]))
     assert images.shape == (2, 3, 16, 16)
-    assert images.flatten(1).float().mean(1).tolist() == [20, 0]
+    assert images.flatten(1).float().mean(1).tolist() == [10, 0]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -265,6 +265,7 @@ def _hub(name: str, split: str, size: int) -> Pictures:
     text = next((k for k in ("text", "caption", "prompt") if k in features), None)
     if image is None or (text is None and "label" not in features):
         raise UsageError(f"{name}: needs an image column and a text or label column, has {list(features)}")
+    column: str = image
     labels = None if text else torch.tensor(whole["label"])
     if labels is not None:
         names = features["label"].names
@@ -274,7 +275,7 @@ def _hub(name: str, split: str, size: int) -> Pictures:
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(
-        images=lambda rows: torch.stack([decoded(p, size, name) for p in whole[rows.tolist()][image]]),
+        images=lambda rows: torch.stack([decoded(p, size, name) for p in whole[rows.tolist()][column]]),
         captions=captions,
         labels=labels,
         indices=torch.arange(*bounds),

@@ -30,7 +30,8 @@ class Generator:
         prediction: Prediction = "epsilon",
     ):
         self.net, self.schedule, self.t_init = net, schedule, t_init
-        self.text, self.prediction = text, prediction
+        self.text = text
+        self.prediction: Prediction = prediction
 
     def __call__(self, z: Tensor, y: Prompts, control: Tensor | None = None) -> Tensor:
         """x [B, ...] like z, from noise z, prompts y and a control image [B, 3, H, W] in [0, 1]."""

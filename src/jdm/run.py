@@ -77,7 +77,7 @@ class Task:
     phases: list[Phase]
     begin: Callable[[int], Any]
     modules: dict[str, nn.Module]
-    export: Callable[[Path, dict[str, nn.Module]], None]
+    export: Callable[[Path, dict[str, nn.Module]], object]
     averaged: tuple[str, ...] = ()
     probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Sampler:
         """Model-space samples [B, ...] like z."""
         if self.steps == 1:
             return self.generator(z, y, control)
-        scheduler, n = self._scheduler, self.model.schedule.n
+        scheduler: Any = self._scheduler
+        n = self.model.schedule.n
         scheduler.set_timesteps(self.steps)
         x_t = z * scheduler.init_noise_sigma
         for index in scheduler.timesteps:
@@ -69,7 +71,7 @@ class Sampler:
         pictures = []
         for rows in torch.arange(len(z)).split(batch):
             shown = None if control is None else control[rows].to(device)
-            x = self.x(z[rows].to(device), [y[i] for i in rows.tolist()], shown)
+            x = self.x(z[rows].to(device), [y[int(i)] for i in rows], shown)
             pictures.append(to_bytes(self.model.space.decode(x)).cpu())
         return torch.cat(pictures)
 

@@ -81,7 +81,8 @@ class ScoreModel:
         text: Callable[[Prompts], Tensor] | None = None,
         guidance: float = 1.0,
     ):
-        self.net, self.schedule, self.prediction = net, schedule, prediction
+        self.net, self.schedule = net, schedule
+        self.prediction: Prediction = prediction
         self.text, self.guidance = text, guidance
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Prompts | None = None, control: Tensor | None = None) -> Estimate:

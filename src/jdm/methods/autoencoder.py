@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
+from jdm.models.stable_diffusion import placed
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.space import from_bytes
 
@@ -28,7 +30,7 @@ class Autoencoder:
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-3, weight_decay=1e-4))
 
     def task(self, run: Run) -> Task:
-        vae = nano.vae().to(run.device)
+        vae: Any = placed(nano.vae(), run.device)
         pictures = load_pictures(run.data.source, run.data.split, run.data.size)
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
 
@@ -62,14 +64,14 @@ class Autoencoder:
 
 
 @torch.no_grad()
-def latent_std(vae: nn.Module, pictures: Pictures, count: int = 2000) -> float:
+def latent_std(vae: Any, pictures: Pictures, count: int = 2000) -> float:
     """Standard deviation of the latents of the first `count` pictures: SD's scaling factor is its inverse."""
     rows = torch.arange(min(count, len(pictures))).split(250)
     return torch.cat([vae.encode(from_bytes(pictures.batch(r))).latent_dist.mean for r in rows]).std().item()
 
 
 @torch.no_grad()
-def reconstruction_error(vae: nn.Module, pictures: Pictures, count: int = 1000) -> float:
+def reconstruction_error(vae: Any, pictures: Pictures, count: int = 1000) -> float:
     """Mean squared error of the round trip, pixels in [-1, 1]."""
     rows = torch.arange(min(count, len(pictures))).split(250)
     errors = []

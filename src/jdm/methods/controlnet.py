@@ -12,7 +12,7 @@ from jdm.data import Noise, load_pictures, rows_at
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
 from jdm.methods.networks import loaded_control
 from jdm.models.library import load_model
-from jdm.models.stable_diffusion import Denoiser, new_controlnet, save_pipeline
+from jdm.models.stable_diffusion import Denoiser, new_controlnet, placed, save_pipeline
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel
 from jdm.space import from_bytes, unit
@@ -32,8 +32,8 @@ class ControlNet:
         pictures = load_pictures(run.data.source, run.data.split, run.data.size)
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         latents = encoded(teacher.space, pictures)
-        net = new_controlnet(teacher.unet, teacher.downscale).to(run.device)
-        text = teacher.text()
+        net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
+        text = teacher.text(one_by_one=True)
         score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
 
         def shown(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, TextEncoder, save_pipeline
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion, TextEncoder, placed, save_pipeline
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel
 from jdm.space import Space, from_bytes
@@ -41,10 +41,10 @@ class Denoising:
     def task(self, run: Run) -> Task:
         pictures = load_pictures(run.data.source, run.data.split, run.data.size)
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
-        vae = nano.load_vae(self.vae).to(run.device)
+        vae = placed(nano.load_vae(self.vae), run.device)
         latents = encoded(Space(vae), pictures)
         tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
-        unet, encoder = nano.unet().to(run.device), nano.text_encoder(tokenizer).to(run.device)
+        unet, encoder = placed(nano.unet(), run.device), placed(nano.text_encoder(tokenizer), run.device)
         score = self._score(unet, encoder, tokenizer)
 
         def begin(step: int) -> Batch:

@@ -97,8 +97,9 @@ class JDM:
         return fidelity + condition, logs
 
     def _log_prob(self, networks: Networks, control: Control, step: Step):
-        reference = step.images if self.use_reference else None
-        return lambda x: control.log_prob(unit(networks.space.decode(x)), step.c, reference)
+        c, reference = step.c, step.images if self.use_reference else None
+        assert c is not None
+        return lambda x: control.log_prob(unit(networks.space.decode(x)), c, reference)
 
     def _generator_phase(self, networks: Networks, control: Control) -> Phase:
         def loss(step: Step, _: int) -> tuple[Tensor, dict]:

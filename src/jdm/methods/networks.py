@@ -22,6 +22,7 @@ from jdm.models.stable_diffusion import (
     copied,
     new_controlnet,
     one_step_scheduler,
+    placed,
     save_pipeline,
 )
 from jdm.posterior import Posterior
@@ -49,8 +50,8 @@ class Networks:
            levels: int = 18, span: tuple[float, float] = (0.02, 0.98)) -> Networks:
         """Student and fake start as copies of the teacher; a posterior of LoRA `rank` sits on the fake."""
         teacher = load_model(run.model).to(run.device)
-        text = teacher.text()
-        control = new_controlnet(teacher.unet, teacher.downscale).to(run.device) if with_control else None
+        text = teacher.text(one_by_one=True)
+        control = placed(new_controlnet(teacher.unet, teacher.downscale), run.device) if with_control else None
         student = Denoiser(copied(teacher.unet), control)
         fake_unet = copied(teacher.unet)
         fake = teacher.score(text, fake_unet)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -41,7 +42,7 @@ SCHEDULER = {
 
 def vae() -> AutoencoderKL:
     """An autoencoder that quarters the side; see docs/results for the comparison with one that halves it."""
-    return AutoencoderKL(
+    return AutoencoderKL(  # type: ignore[arg-type]  (diffusers declares tuples of one)
         in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, sample_size=SIZE,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
@@ -107,10 +108,10 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
+    special: dict[str, Any] = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
-        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id))
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS, **special))
 
 
 def schedule() -> NoiseSchedule:
@@ -123,4 +124,4 @@ def load_vae(folder: str) -> AutoencoderKL:
     if not Path(folder, "config.json").is_file():
         raise UsageError(f"{folder}: no autoencoder there; train one with: jdm train nano-vae")
     model = AutoencoderKL.from_pretrained(folder)
-    return model.to(torch.float32).eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)

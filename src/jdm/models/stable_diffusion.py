@@ -11,6 +11,7 @@ import shutil
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
@@ -26,6 +27,7 @@ from jdm.score import Prediction, Prompts, ScoreModel
 from jdm.space import Space
 
 CARD = "jdm.json"  # what a stock pipeline ignores: method, control, steps, provenance
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class TextEncoder:
@@ -33,10 +35,12 @@ class TextEncoder:
 
     Args:
         capacity: how many prompts are remembered; the oldest is forgotten first.
+        one_by_one: each prompt is encoded alone, so that its states do not depend, in their last bits, on the
+            company it was first met in: a resumed run must find the same bits.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, capacity: int = 65_536):
-        self.model, self.tokenizer, self.capacity = model, tokenizer, capacity
+    def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, capacity: int = 65_536, one_by_one: bool = False):
+        self.model, self.tokenizer, self.capacity, self.one_by_one = model, tokenizer, capacity, one_by_one
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Prompts) -> Tensor:
@@ -48,8 +52,8 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Prompts) -> Tensor:
         new = [p for p in dict.fromkeys(prompts) if p not in self._memory]
-        if new:
-            for prompt, row in zip(new, self.encode(new), strict=True):
+        for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
+            for prompt, row in zip(group, self.encode(group), strict=True):
                 self._memory[prompt] = row
         states = torch.stack([self._memory[p] for p in prompts])
         while len(self._memory) > self.capacity:
@@ -158,21 +162,21 @@ class StableDiffusion:
     @property
     def downscale(self) -> int:
         """Pixels per latent, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def latent_shape(self, n: int, size: int) -> tuple[int, int, int, int]:
         side = size // self.downscale
         if side * self.downscale != size:
             raise UsageError(f"picture size must be a multiple of {self.downscale}, got {size}")
-        return n, self.unet.config.in_channels, side, side
+        return n, self.unet.config["in_channels"], side, side
 
     @property
     def size(self) -> int:
         """The picture size the model was trained at, in pixels."""
-        return self.unet.config.sample_size * self.downscale
+        return self.unet.config["sample_size"] * self.downscale
 
-    def text(self) -> TextEncoder:
-        return TextEncoder(self.text_encoder, self.tokenizer)
+    def text(self, one_by_one: bool = False) -> TextEncoder:
+        return TextEncoder(self.text_encoder, self.tokenizer, one_by_one=one_by_one)
 
     def score(self, text: TextEncoder, unet: nn.Module | None = None, guidance: float = 1.0) -> ScoreModel:
         """The score of this model, or of another UNet of its kind."""
@@ -202,13 +206,14 @@ def save_pipeline(
     config = scheduler or model.scheduler
     kinds = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler}
     kind = kinds.get(config.get("_class_name", ""), diffusers.DDIMScheduler)
-    parts = model.modules()
+    parts: dict[str, Any] = dict(model.modules())
     if dtype != torch.float32:
         parts = {k: copy.deepcopy(v).type(dtype) for k, v in parts.items()}
     pipeline = diffusers.StableDiffusionControlNetPipeline if model.controlnet is not None else \
         diffusers.StableDiffusionPipeline
-    whole = pipeline(**parts, tokenizer=model.tokenizer, scheduler=kind.from_config(config), safety_checker=None,
-                     feature_extractor=None, requires_safety_checker=False)
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    whole = pipeline(**parts, tokenizer=model.tokenizer, scheduler=kind.from_config(config),
+                     requires_safety_checker=False)
     draft = folder.with_name(f".{folder.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -254,12 +259,12 @@ def one_step_scheduler(scheduler: dict, t_init: int) -> dict:
 
 def ddim_scheduler(scheduler: dict) -> diffusers.DDIMScheduler:
     """A DDIM sampler on a scheduler config's levels."""
-    return diffusers.DDIMScheduler.from_config(scheduler)
+    return cast(diffusers.DDIMScheduler, diffusers.DDIMScheduler.from_config(scheduler))
 
 
 def _levels(scheduler: dict) -> DDPMScheduler:
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    return DDPMScheduler.from_config({k: scheduler[k] for k in kept if k in scheduler})
+    return cast(DDPMScheduler, DDPMScheduler.from_config({k: scheduler[k] for k in kept if k in scheduler}))
 
 
 def new_controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetModel:
@@ -269,9 +274,15 @@ def new_controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetMode
     """
     halvings = downscale.bit_length() - 1
     widths = (16, 32, 96, 256)[: halvings + 1]
-    if unet.config.block_out_channels[0] < 256:  # a small UNet has a small hint encoder
+    if unet.config["block_out_channels"][0] < 256:  # a small UNet has a small hint encoder
         widths = (8, 16, 32, 64)[: halvings + 1]
     return ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths)
+
+
+def placed(module: Module, device: torch.device | str) -> Module:
+    """The module itself, on the device."""
+    nn.Module.to(module, device)
+    return module
 
 
 def copied(module: nn.Module) -> nn.Module:

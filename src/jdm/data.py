@@ -266,12 +266,11 @@ def _hub(name: str, split: str, size: int) -> Pictures:
     if image is None or (text is None and "label" not in features):
         raise UsageError(f"{name}: needs an image column and a text or label column, has {list(features)}")
     column: str = image
-    labels = None if text else torch.tensor(whole["label"])
-    if labels is not None:
-        names = features["label"].names
+    if text is None:
+        labels, names = torch.tensor(whole["label"]), features["label"].names
         captions = tuple(tuple(_phrase(t, n.lower()) for t in TEMPLATES) for n in names)
     else:
-        captions = tuple((c,) for c in whole[text])
+        labels, captions = None, tuple((c,) for c in whole[text])
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(

@@ -50,8 +50,8 @@ class Questions:
 
     def head(self, n: int) -> Questions:
         """The first n of them."""
-        cut = (None if v is None else v[:n] for v in (self.c, self.labels))
-        return Questions(self.images[:n], self.y[:n], *cut, self.seed, self.source)
+        c, labels = (None if v is None else v[:n] for v in (self.c, self.labels))
+        return Questions(self.images[:n], self.y[:n], c, labels, self.seed, self.source)
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:

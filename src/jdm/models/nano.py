@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -42,12 +41,12 @@ SCHEDULER = {
 
 def vae() -> AutoencoderKL:
     """An autoencoder that quarters the side; see docs/results for the comparison with one that halves it."""
-    return AutoencoderKL(  # type: ignore[arg-type]  (diffusers declares tuples of one)
-        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, sample_size=SIZE,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
+    levels: dict[str, Any] = {  # diffusers declares them as tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 32, 64)}
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, sample_size=SIZE, layers_per_block=1,
+        norm_num_groups=8, mid_block_add_attention=False, **levels)
 
 
 def unet() -> UNet2DConditionModel:
@@ -108,7 +107,8 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
-    special: dict[str, Any] = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS, **special))

@@ -159,6 +159,8 @@ def test_only_the_last_checkpoints_are_kept(teacher, tmp_path):
 def test_a_checkpoint_of_another_recipe_is_refused_and_the_record_kept(teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=1)
     train(run)
+    with pytest.raises(UsageError, match="holds a run with another seed"):
+        train(replace(run, seed=1))
     with pytest.raises(UsageError, match="belongs to another recipe"):
         train(replace(run, method=replace(run.method, rank=4)))
     assert recorded(tmp_path / "run.json") == run

@@ -84,8 +84,9 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     ask("fresh_after")
     report.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     sheet = _sheet(questions, control, pictures)
+    sheet.save(out / "grid.png")
     _page(out, run, metrics, sheet)
-    say(f"4. {out / 'report.html'} and {out / 'metrics.json'}")
+    say(f"4. {out / 'report.html'}, {out / 'metrics.json'} and {out / 'grid.png'}")
     return metrics
 
 

@@ -36,6 +36,8 @@ class Trainer:
         self.averages = {n: _frozen_copy(self.task.modules[n]) for n in self.task.averaged}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
         place = checkpoint.last(run.out)
+        if place:
+            _refuse_another(run)
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
@@ -133,6 +135,22 @@ def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def _refuse_another(run: Run) -> None:
+    """UsageError where run.out holds a run on other data, of another model, batch or seed.
+
+    The method's own settings may change: a run that failed is often cured by a lower rate.
+    """
+    try:
+        before = json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError):
+        return  # the tensors themselves still have to fit
+    now = json.loads(json.dumps(described(run)))
+    changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
+    if changed:
+        raise UsageError(f"{run.out} holds a run with another {changed[0]}; choose another --out, or go on with it as "
+                         f"it was: jdm train {run.out / 'run.json'}")
 
 
 def _record(run: Run) -> None:

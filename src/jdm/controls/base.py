@@ -67,7 +67,7 @@ def load_control(spec: str) -> Control:
         hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
         raise UsageError(f"there is no control {spec!r}; {hint} your own is named by file and class, "
                          "such as my_controls.py:Posterize")
-    module = _module(source)
+    module = imported(source)
     found = getattr(module, name, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_control(value)]
@@ -153,7 +153,7 @@ def _check_gradient(name: str, value: Tensor, images: Tensor) -> None:
         raise UsageError(f"{name}.log_prob's gradient is 0 at every pixel; {remedy}")
 
 
-def _module(source: str) -> ModuleType:
+def imported(source: str) -> ModuleType:
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)

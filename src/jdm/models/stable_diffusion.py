@@ -194,8 +194,7 @@ class StableDiffusion:
 
 
 def save_pipeline(
-    model: StableDiffusion, folder: Path, scheduler: dict | None = None, dtype: torch.dtype = torch.float32,
-    card: dict | None = None,
+    model: StableDiffusion, folder: Path, scheduler: dict | None = None, card: dict | None = None
 ) -> Path:
     """Write a folder that stock diffusers loads; whole or not at all.
 
@@ -207,8 +206,6 @@ def save_pipeline(
     kinds = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler}
     kind = kinds.get(config.get("_class_name", ""), diffusers.DDIMScheduler)
     parts: dict[str, Any] = dict(model.modules())
-    if dtype != torch.float32:
-        parts = {k: copy.deepcopy(v).type(dtype) for k, v in parts.items()}
     pipeline = diffusers.StableDiffusionControlNetPipeline if model.controlnet is not None else \
         diffusers.StableDiffusionPipeline
     parts |= {"safety_checker": None, "feature_extractor": None}

@@ -99,9 +99,9 @@ def _types() -> dict[str, type]:
 
 def _from_file(path: str) -> Callable[[], Run]:
     """FILE.py's function `recipe`, or the only one that returns a Run."""
-    from jdm.controls.base import _module
+    from jdm.controls.base import imported
 
-    module = _module(path)
+    module = imported(path)
     if hasattr(module, "recipe"):
         return module.recipe
     functions = {n.name: n for n in ast.parse(Path(path).expanduser().read_text(encoding="utf-8")).body

@@ -1,7 +1,7 @@
 """A results page from the JSON files of `jdm evaluate`: no number is typed by hand.
 
     python benchmarks/results_page.py OUT.md --title TITLE --row "ControlNet, 50 steps" a.json --row "JDM" b.json \\
-        [--baseline 0] [--note "..."] [--teacher teacher.json] [--step-time step.json]
+        [--baseline 0] [--teacher t.json ...] [--step-time step.json] [--curve NAME metrics.jsonl] [--note "..."]
 
 The first row is the baseline of the ratios unless --baseline says otherwise.
 """
@@ -59,13 +59,25 @@ def ratios(name: str, row: dict, base_name: str, base: dict) -> str:
             f"and {faster['seconds_per_image_batch1']:.0f} times at batch 1.")
 
 
-def teacher(record: dict) -> str:
+def curve(file: Path) -> str:
+    """What a run measured on validation pictures while it trained."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [{k.removeprefix("probe/"): v for k, v in r.items() if k == "step" or k.startswith("probe/")} for r in rows]
+    rows = [r for r in rows if len(r) > 1]
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(f"{row[k]:.4g}" for k in keys) + " |" for row in rows])
+
+
+def teacher(records: list[dict]) -> str:
     """The teacher's curves over guidance."""
+    record = records[0]
+    rows = sorted((row for r in records for row in r["rows"]), key=lambda row: row["guidance"])
     lines = [f"Classifier on real test pictures: {record['ceiling']:.4f}. Floors between disjoint halves of the real "
              "test pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in record["floors"].items()) + ".", ""]
-    keys = list(record["rows"][0])
+    keys = list(rows[0])
     lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    lines += ["| " + " | ".join(f"{row[k]:.4g}" for k in keys) + " |" for row in record["rows"]]
+    lines += ["| " + " | ".join(f"{row[k]:.4g}" for k in keys) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -76,13 +88,15 @@ def main() -> None:
     parser.add_argument("--row", nargs=2, action="append", required=True, metavar=("NAME", "JSON"))
     parser.add_argument("--baseline", type=int, default=0)
     parser.add_argument("--note", action="append", default=[])
-    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--teacher", type=Path, nargs="+", default=[])
+    parser.add_argument("--curve", nargs=2, action="append", default=[], metavar=("NAME", "JSONL"))
     parser.add_argument("--step-time", type=Path)
     args = parser.parse_args()
     names = [name for name, _ in args.row]
     rows = [json.loads(Path(file).read_text()) for _, file in args.row]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    parts = [f"# {args.title}", f"{date.today()}, commit {commit}, {torch.get_num_threads()} threads, "
+    threads = sorted({row["threads"] for row in rows})
+    parts = [f"# {args.title}", f"{date.today()}, commit {commit}, timed with {threads} CPU threads, "
              f"{platform.machine()}, torch {torch.__version__}.", table(names, rows)]
     base = args.baseline
     parts.append("\n".join(ratios(names[i], row, names[base], rows[base]) for i, row in enumerate(rows) if i != base))
@@ -92,7 +106,9 @@ def main() -> None:
                  "bootstrap over pictures, one training seed. Consistency: mean |h(x) - c| with OpenCV's Canny. "
                  "Diversity: mean pairwise feature distance over z at fixed prompt and control.")
     if args.teacher:
-        parts.append("## The teacher, over guidance\n\n" + teacher(json.loads(args.teacher.read_text())))
+        parts.append("## The teacher, over guidance\n\n" + teacher([json.loads(f.read_text()) for f in args.teacher]))
+    for name, file in args.curve:
+        parts.append(f"## {name}, while it trained\n\n{curve(Path(file))}")
     if args.step_time:
         times = json.loads(args.step_time.read_text())
         rows_ms = "\n".join(f"| {k} | {v * 1e3:.1f} |" for k, v in times.items() if k != "ratio")

@@ -124,9 +124,9 @@ def measured(
 
 
 def cost(sampler: Sampler, questions: Questions, control: Control | None, batches: tuple[int, ...] = (64, 1),
-         repeats: int = 3) -> dict[str, float]:
+         repeats: int = 3) -> dict[str, Any]:
     """Seconds from prompt and control to pixels, per picture, at each batch size; and peak memory in MiB."""
-    row: dict[str, float] = {}
+    row: dict[str, Any] = {}
     for batch in batches:
         part = questions.head(min(batch, len(questions)))
 
@@ -136,7 +136,8 @@ def cost(sampler: Sampler, questions: Questions, control: Control | None, batche
 
         key = "seconds_per_image" if batch != 1 else "seconds_per_image_batch1"
         row[key] = seconds_per_image(once, len(part), repeats)
-    return row | {"peak_memory_mb": peak_memory_mb(next(sampler.net.parameters()).device)}
+    device = next(sampler.net.parameters()).device
+    return row | {"peak_memory_mb": peak_memory_mb(device), "device": str(device), "threads": torch.get_num_threads()}
 
 
 def noise_diversity(sampler: Sampler, questions: Questions, control: Control | None, extractor: Extractor,

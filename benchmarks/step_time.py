@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=20, help="full iterations before the first: prompts are encoded once")
     parser.add_argument("--model", default="nano-sd")
     parser.add_argument("--split", default="test")
     parser.add_argument("--json", type=Path)
@@ -124,10 +125,12 @@ def main() -> None:
         passes = bare_passes(run)
         trainer = Trainer(run)
         times: dict[str, list[float]] = {name: [] for name in [*passes, "optimiser steps", "full iteration"]}
+        for step in range(args.warmup):
+            trainer.step(step)
         for round_number in range(args.rounds + 1):
             for name, fn in passes.items():
                 times[name].append(clocked(fn))
-            times["full iteration"].append(clocked(lambda n=round_number: trainer.step(n)))
+            times["full iteration"].append(clocked(lambda n=round_number: trainer.step(args.warmup + n)))
             times["optimiser steps"].append(clocked(optimiser_steps(trainer)))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     bare = sum(medians[name] for name in passes)

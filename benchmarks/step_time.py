@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=20, help="full iterations before the first: prompts are encoded once")
+    parser.add_argument("--warmup", type=int, default=20, help="full iterations first: each prompt is encoded once")
     parser.add_argument("--model", default="nano-sd")
     parser.add_argument("--split", default="test")
     parser.add_argument("--json", type=Path)

@@ -207,9 +207,10 @@ def demo(asked: argparse.Namespace) -> int:
     with TrainingProgress(asked.steps) as progress:
         metrics = page.demo(out, asked.steps, asked.n, progress, progress.console.print)
     head, body = page.rows(metrics)
-    table = Table(*head)
-    for row in body:
-        table.add_row(*row)
+    table = Table(*(row[0] for row in [head, *body]))
+    for name, *values in zip(*[head, *body], strict=True):
+        if name:
+            table.add_row(name, *values)
     Console().print(table)
     return 0
 

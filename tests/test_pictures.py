@@ -180,24 +180,24 @@ def test_a_side_below_eight_pixels_is_refused(tmp_path):
 
 def test_pictures_are_saved_in_order_and_load_back_the_same(tmp_path):
     images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
-    paths = save_pictures(images, tmp_path / "new" / "folder", "sample")
-    assert [path.name for path in paths] == ["sample-000.png", "sample-001.png", "sample-002.png"]
+    paths = save_pictures(images, tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["000.png", "001.png", "002.png"]
     for path, image in zip(paths, images, strict=True):
         assert torch.equal(load_picture(path, 16), image)
-    assert save_pictures(images[:0], tmp_path, "none") == []
+    assert save_pictures(images[:0], tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match=r"could not write pictures .*name another folder"):
-        save_pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "file", "a")
+        save_pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "file")
 
 
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
                                     torch.zeros(1, 1, 8, 8, dtype=torch.uint8)])
 def test_what_is_not_rgb_bytes_is_not_written(images, tmp_path):
     with pytest.raises(UsageError, match=r"must be uint8 .N, 3, H, W., got .*to_bytes"):
-        save_pictures(images, tmp_path, "a")
+        save_pictures(images, tmp_path)
     with pytest.raises(UsageError, match=r"must be uint8"):
         grid(images, 2)
 

@@ -126,14 +126,13 @@ def sample(asked: argparse.Namespace) -> int:
     out = _writable(Path(asked.out))
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1))
-    written = {f"{i:03d}.png": image[None] for i, image in enumerate(images)}
+    pictures.save_pictures(images, out)
     sheet = images
-    if shown is not None:
-        written["control.png"] = control = (shown * 255).round().clamp(0, 255).to(torch.uint8)
-        sheet = torch.cat([control, images])
     try:
-        for name, image in written.items():
-            pictures.grid(image, 1, pad=0).save(out / name)
+        if shown is not None:
+            measured = (shown * 255).round().clamp(0, 255).to(torch.uint8)
+            pictures.grid(measured, 1, pad=0).save(out / "control.png")
+            sheet = torch.cat([measured, images])
         pictures.grid(sheet, 9, scale=max(1, 128 // model.size)).save(out / "grid.png")
     except OSError as error:
         raise RunError(f"{out} could not be written ({error.strerror or error}); free some space or choose another "

@@ -60,14 +60,14 @@ def decoded(image: Image.Image, size: int, name: str = "a picture") -> Tensor:
     return _square(_rgb(Path(name), ImageOps.exif_transpose(image)), size)
 
 
-def save_pictures(images: Tensor, folder: str | Path, stem: str) -> list[Path]:
-    """uint8 [N, 3, H, W] -> folder/stem-000.png, ...: the paths written, in order; the folder is made.
+def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
+    """uint8 [N, 3, H, W] -> folder/000.png, ...: the paths written, in order; the folder is made.
 
     An older file of the same name is replaced. RunError where the disk refuses.
     """
     _check_bytes(images)
     digits = max(3, len(str(len(images) - 1)))
-    paths = [Path(folder) / f"{stem}-{index:0{digits}d}.png" for index in range(len(images))]
+    paths = [Path(folder) / f"{index:0{digits}d}.png" for index in range(len(images))]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, image in zip(paths, images, strict=True):

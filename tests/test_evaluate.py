@@ -146,3 +146,21 @@ def test_a_report_is_self_contained_and_escapes_what_it_is_given():
     assert "A &lt;b&gt;" in text
     assert "&lt;1&gt;" in text
     assert "<polyline" in text
+
+
+def test_a_folder_too_small_to_validate_on_trains_without_measurements(tmp_path, teacher, classifier):
+    import dataclasses
+
+    from PIL import Image
+
+    from jdm.recipes.nano import nano_canny
+    from jdm.run import Data
+    from jdm.train import train
+
+    for i in range(4):  # one of them validates, one tests
+        Image.new("RGB", (40, 50), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a coat")
+    run = tiny.run(nano_canny(), tmp_path / "out", teacher, steps=1)
+    folder = train(dataclasses.replace(run, data=Data(str(tmp_path)), batch=2, probe_every=1))
+    assert (folder / "model_index.json").is_file()
+    assert "probe" not in (tmp_path / "out" / "metrics.jsonl").read_text()

@@ -170,9 +170,14 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
 
 
 def validation_probe(networks: Networks, run: Run, control: Control | None,
-                     n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]]:
-    """averages -> consistency, distance and agreement of the averaged student on n validation pictures."""
+                     n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
+    """averages -> consistency, distance and agreement of the averaged student on n validation pictures.
+
+    None where the data holds fewer than two of them, or of the test pictures whose prompts the reference answers.
+    """
     held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+    if len(held_out) < 2 or len(load_pictures(run.data.source, "test", run.data.size)) < 2:
+        return None  # a folder too small to spare the two that a covariance needs
     extractor = extractors(run.data.source)[0]
 
     @cache

@@ -135,6 +135,54 @@ def test_a_folder_without_pictures_and_a_name_of_nothing_are_refused(tmp_path):
         load_pictures(str(tmp_path / "nowhere"), "train", 16)
 
 
+# The hub: a real dataset object, without the network
+
+
+def hub_dataset(monkeypatch, features: dict, rows: int = 30):
+    """`datasets.load_dataset` answers with `rows` pictures of 40 x 24 and the columns given."""
+    import datasets
+
+    columns = {"image": [Image.fromarray(np.full((24, 40, 3), i, np.uint8)) for i in range(rows)]}
+    kinds = {"image": datasets.Image()}
+    for name, (kind, value) in features.items():
+        columns[name], kinds[name] = [value(i) for i in range(rows)], kind
+    made = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or made)
+    return asked
+
+
+def test_a_hub_dataset_with_class_labels_gets_captions_of_the_classes(monkeypatch):
+    import datasets
+
+    kind = datasets.ClassLabel(names=["Apple", "Bag"])
+    asked = hub_dataset(monkeypatch, {"label": (kind, lambda i: i % 2)})
+    train, held_out = (load_pictures("someone/things", split, 16) for split in ("train", "validation"))
+    assert asked[0] == ("someone/things", "train")
+    assert (len(train), len(held_out)) == (27, 3)  # a tenth validates
+    assert captions_of(train)[:2] == ["apple", "bag"]
+    assert held_out.label(torch.arange(3)).tolist() == [1, 0, 1]
+    assert train.batch(torch.tensor([5])).unique().tolist() == [5]
+
+
+def test_a_hub_dataset_with_texts_keeps_them(monkeypatch):
+    import datasets
+
+    asked = hub_dataset(monkeypatch, {"text": (datasets.Value("string"), lambda i: f"text {i}")})
+    pictures = load_pictures("someone/things", "test", 16)
+    assert asked == [("someone/things", "test")]
+    assert captions_of(pictures)[3] == "text 3"
+    assert pictures.labels is None
+
+
+def test_a_hub_dataset_without_a_text_or_label_is_refused_with_its_columns(monkeypatch):
+    import datasets
+
+    hub_dataset(monkeypatch, {"price": (datasets.Value("int32"), lambda i: i)})
+    with pytest.raises(UsageError, match=r"someone/things: needs an image column and a text or label.*price"):
+        load_pictures("someone/things", "train", 16)
+
+
 # Orders and noise
 
 

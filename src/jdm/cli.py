@@ -151,6 +151,10 @@ def _sample_flags(sample: _Parser) -> None:
     sample.add_argument("--image", help="a picture to measure the control on: any format, any size")
     sample.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
     sample.add_argument("--control-map", help="a ready control map, as large as the model's pictures")
+    sample.add_argument("--also", action="append", default=[], metavar="MODEL",
+                        help="a further ControlNet for the same UNet, measured on the same picture; repeatable")
+    sample.add_argument("--strength", action="append", type=float, default=[],
+                        help="of each control in turn, the model's own first; 1 where not given; repeatable")
     sample.add_argument("--n", type=_positive, default=4, help="how many")
     sample.add_argument("--seed", type=_seed, default=0)
     sample.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")

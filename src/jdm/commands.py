@@ -27,8 +27,8 @@ from jdm.cli import refuse_unknown
 from jdm.controls import checked, load_control
 from jdm.errors import RunError, UsageError
 from jdm.generator import starting_noise
-from jdm.models.library import load_model
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.library import load_controlnet, load_model
+from jdm.models.stable_diffusion import StableDiffusion, placed
 from jdm.progress import TrainingProgress
 from jdm.recipes import find
 from jdm.run import Run
@@ -121,8 +121,12 @@ def sample(asked: argparse.Namespace) -> int:
     """`jdm sample`: control.png, 000.png, ... and grid.png."""
     model = load_model(asked.model).to(_device(asked.device))
     shown = shown_control(model, asked.image, asked.control_map, asked.control)
+    also = [load_controlnet(name, model) for name in asked.also]
+    if also:
+        shown = _beside(shown, [spec for _, spec in also], asked)
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
-    sampler = Sampler(model, asked.steps or (1 if model.one_step else 50), guidance)
+    sampler = Sampler(model, asked.steps or (1 if model.one_step else 50), guidance,
+                      [placed(net, asked.device) for net, _ in also], asked.strength)
     out = _writable(Path(asked.out))
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1))
@@ -130,8 +134,8 @@ def sample(asked: argparse.Namespace) -> int:
     sheet = images
     try:
         if shown is not None:
-            measured = (shown * 255).round().clamp(0, 255).to(torch.uint8)
-            pictures.grid(measured, 1, pad=0).save(out / "control.png")
+            measured = (torch.cat(shown.split(3, dim=1)) * 255).round().clamp(0, 255).to(torch.uint8)
+            pictures.grid(measured, len(measured), pad=0).save(out / "control.png")
             sheet = torch.cat([measured, images])
         pictures.grid(sheet, 9, scale=max(1, 128 // model.size)).save(out / "grid.png")
     except OSError as error:
@@ -170,6 +174,21 @@ def shown_control(model: StableDiffusion, image: str | None, control_map: str | 
         raise UsageError("this model does not say which control it draws to; name it with --control canny")
     measure = checked(load_control(spec), model.size)
     return measure.image(measure.h(unit(from_bytes(pictures.load_picture(image, model.size)))[None]))
+
+
+def _beside(shown: Tensor | None, specs: list[str | None], asked: argparse.Namespace) -> Tensor:
+    """The first control's image with those of further ControlNets on the same picture, along the channels."""
+    if shown is None or asked.image is None:
+        raise UsageError("--also measures its control on a picture; give one with --image to a model that draws to a "
+                         "control, such as nano-canny")
+    picture = unit(from_bytes(pictures.load_picture(asked.image, shown.shape[-1])))[None]
+    parts = [shown]
+    for spec, name in zip(specs, asked.also, strict=True):
+        if not spec:
+            raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
+        measure = checked(load_control(spec), shown.shape[-1])
+        parts.append(measure.image(measure.h(picture)))
+    return torch.cat(parts, dim=1)
 
 
 def evaluate(asked: argparse.Namespace) -> int:

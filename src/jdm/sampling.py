@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jdm.controls import Control
 from jdm.errors import UsageError
@@ -25,13 +25,16 @@ class Sampler:
     Attributes:
         steps: 1 runs the one-step generator; more run DDIM on the guided score.
         guidance: w of uncond + w (cond - uncond), for many steps; a one-step student has its own inside.
-        strength: factor on the ControlNet's residuals.
+        also: further ControlNets of the same UNet, such as those of a shared generator; their control images follow
+            the model's own along the channels.
+        strengths: factor on each ControlNet's residuals, the model's own first; 1 where not given.
     """
 
     model: StableDiffusion
     steps: int = 1
     guidance: float = 1.0
-    strength: float = 1.0
+    also: Sequence[nn.Module] = ()
+    strengths: Sequence[float] = ()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -39,8 +42,10 @@ class Sampler:
         if self.steps > 1 and self.model.one_step:
             raise UsageError(f"this model answers in one step; asked for {self.steps}")
         self.text = self.model.text()
-        self.net = Denoiser(self.model.unet, self.model.controlnet)
-        self.net.strength = self.strength
+        self.net = Denoiser(self.model.unet, self.model.controlnet, self.also)
+        if len(self.strengths) > len(self.net.strengths):
+            raise UsageError(f"{len(self.strengths)} strengths for {len(self.net.strengths)} controls; give one each")
+        self.net.strengths[: len(self.strengths)] = self.strengths
         self.generator = self.model.generator(self.text, self.net)
         self.score = ScoreModel(self.net, self.model.schedule, self.model.prediction, self.text, self.guidance)
         self._scheduler = ddim_scheduler(self.model.scheduler)

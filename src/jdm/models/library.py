@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jdm.models.stable_diffusion import CARD, StableDiffusion
+from jdm.errors import UsageError
+from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, lone_controlnet
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = {
@@ -23,3 +24,28 @@ def load_model(name: str) -> StableDiffusion:
         card = ASSETS / (controlnet or folder) / CARD
         return model.with_parts(card=json.loads(card.read_text())) if card.is_file() else model
     return StableDiffusion.load(name)
+
+
+def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel, str | None]:
+    """A ControlNet to be added to a model's own, and the control it was trained for where its card says so.
+
+    Args:
+        name: a shipped model or a folder with a ControlNet in it, or a folder that is one.
+
+    Raises:
+        UsageError: there is none, or it was made for another UNet's shapes.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        net = lone_controlnet(folder)
+        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
+    else:
+        model = load_model(name)
+        net, card = model.controlnet, model.card or {}
+        if net is None:
+            raise UsageError(f"{name} has no ControlNet; name a model that draws to a control, such as nano-canny")
+    for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
+        if net.config[key] != beside.unet.config[key]:
+            raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {net.config[key]}, the model's "
+                             f"UNet {beside.unet.config[key]}")
+    return net, card.get("control")

@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -66,20 +67,28 @@ class TextEncoder:
 
 
 class Denoiser(nn.Module):
-    """A UNet, alone or with a ControlNet: (x_t, index, text, control) -> output like x_t."""
+    """A UNet, alone or with ControlNets: (x_t, index, text, control) -> output like x_t.
 
-    def __init__(self, unet: nn.Module, controlnet: nn.Module | None = None):
+    Several ControlNets add their residuals, each times its strength; their control images come side by side along the
+    channels, [B, 3 k, H, W].
+    """
+
+    def __init__(self, unet: nn.Module, controlnet: nn.Module | None = None, also: Sequence[nn.Module] = ()):
         super().__init__()
-        self.unet, self.controlnet = unet, controlnet
-        self.strength = 1.0
+        self.unet, self.controlnet, self.also = unet, controlnet, nn.ModuleList(also)
+        self.strengths = [1.0] * (1 + len(also))
 
     def forward(self, x_t: Tensor, index: Tensor, text: Tensor, control: Tensor | None = None) -> Tensor:
         if self.controlnet is None or control is None:
             return self.unet(x_t, index, text, return_dict=False)[0]
-        down, mid = self.controlnet(x_t, index, text, controlnet_cond=control, return_dict=False,
-                                    conditioning_scale=self.strength)
-        return self.unet(x_t, index, text, down_block_additional_residuals=down,
-                         mid_block_additional_residual=mid, return_dict=False)[0]
+        nets = [self.controlnet, *self.also]
+        images = control.split(3, dim=1) if self.also else [control]
+        sums: list[Tensor] = []
+        for net, image, strength in zip(nets, images, self.strengths, strict=True):
+            down, mid = net(x_t, index, text, controlnet_cond=image, return_dict=False, conditioning_scale=strength)
+            sums = [a + b for a, b in zip(sums, [*down, mid], strict=True)] if sums else [*down, mid]
+        return self.unet(x_t, index, text, down_block_additional_residuals=tuple(sums[:-1]),
+                         mid_block_additional_residual=sums[-1], return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -113,10 +122,10 @@ class StableDiffusion:
             raise UsageError(f"{path} is no Stable-Diffusion-format model: it lacks {', '.join(missing)}")
         has_own = own in index and index[own][0] is not None
         try:
-            control = (ControlNetModel.from_pretrained(controlnet) if controlnet else
-                       ControlNetModel.from_pretrained(path, subfolder=own) if has_own else None)
+            control = (_whole(ControlNetModel, controlnet) if controlnet else
+                       _whole(ControlNetModel, path, own) if has_own else None)
             model = cls(
-                UNet2DConditionModel.from_pretrained(path, subfolder="unet"),
+                _whole(UNet2DConditionModel, path, "unet"),
                 AutoencoderKL.from_pretrained(path, subfolder="vae"),
                 CLIPTextModel.from_pretrained(path, subfolder="text_encoder"),
                 CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
@@ -274,6 +283,31 @@ def new_controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetMode
     if unet.config["block_out_channels"][0] < 256:  # a small UNet has a small hint encoder
         widths = (8, 16, 32, 64)[: halvings + 1]
     return ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths)
+
+
+def lone_controlnet(folder: Path) -> ControlNetModel:
+    """A ControlNet from a folder of its own, in float32, frozen.
+
+    Raises:
+        UsageError: it is no ControlNet's.
+    """
+    try:
+        return _whole(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{folder} is no ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
+
+
+def _whole(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
+    """A network from its folder, none of its weights left at random; ValueError where some are missing.
+
+    diffusers only logs a warning there.
+    """
+    loader = cast(Any, kind)
+    extra = {} if subfolder is None else {"subfolder": subfolder}
+    net, info = loader.from_pretrained(path, output_loading_info=True, **extra)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
+    return net
 
 
 def placed(module: Module, device: torch.device | str) -> Module:

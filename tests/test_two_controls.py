@@ -1,0 +1,78 @@
+"""Two controls at once: residuals add, each with its strength."""
+
+import pytest
+import torch
+
+from jdm.cli import main
+from jdm.errors import UsageError
+from jdm.models.library import load_controlnet, load_model
+from jdm.models.stable_diffusion import Denoiser
+from jdm.sampling import Sampler
+
+
+@pytest.fixture
+def one_step(student):
+    return load_model(str(student))
+
+
+def asked(model, n: int = 2):
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(model.latent_shape(n, 32), generator=random)
+    return z, ["a coat"] * n, torch.rand(n, 3, 32, 32, generator=random)
+
+
+def test_a_second_controlnet_of_strength_zero_changes_nothing(one_step, student):
+    net, control = load_controlnet(str(student), one_step)
+    assert control == "canny"
+    z, y, shown = asked(one_step)
+    alone = Sampler(one_step).x(z, y, shown)
+    beside = torch.cat([shown, 1 - shown], dim=1)
+    silent = Sampler(one_step, also=[net], strengths=[1.0, 0.0]).x(z, y, beside)
+    torch.testing.assert_close(silent, alone, atol=1e-6, rtol=0)
+    assert not torch.allclose(Sampler(one_step, also=[net]).x(z, y, beside), alone, atol=1e-3)
+
+
+def test_one_control_given_twice_at_half_strength_is_that_control(one_step, student):
+    net, _ = load_controlnet(str(student / "controlnet"), one_step)
+    z, y, shown = asked(one_step)
+    halves = Sampler(one_step, also=[net], strengths=[0.5, 0.5]).x(z, y, torch.cat([shown, shown], dim=1))
+    torch.testing.assert_close(halves, Sampler(one_step).x(z, y, shown), atol=1e-5, rtol=0)
+
+
+def test_two_controls_are_those_of_the_stock_multi_controlnet(one_step, student):
+    from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+
+    net, _ = load_controlnet(str(student), one_step)
+    z, _, shown = asked(one_step)
+    index, text = torch.full((2,), 625), torch.randn(2, 16, one_step.unet.config["cross_attention_dim"])
+    multi = MultiControlNetModel([one_step.controlnet, net])
+    down, mid = multi(z, index, text, [shown, 1 - shown], [0.7, 0.3], return_dict=False)
+    stock = one_step.unet(z, index, text, down_block_additional_residuals=down, mid_block_additional_residual=mid,
+                          return_dict=False)[0]
+    ours = Denoiser(one_step.unet, one_step.controlnet, [net])
+    ours.strengths = [0.7, 0.3]
+    torch.testing.assert_close(ours(z, index, text, torch.cat([shown, 1 - shown], dim=1)), stock, atol=1e-5, rtol=0)
+
+
+def test_a_controlnet_of_another_shape_or_none_is_refused(one_step, teacher, student):
+    with pytest.raises(UsageError, match="has no ControlNet"):
+        load_controlnet(str(teacher), one_step)
+    with pytest.raises(UsageError, match=r"does not fit this model: its ControlNet has block_out_channels"):
+        load_controlnet("nano-canny", one_step)
+    with pytest.raises(UsageError, match=r"is no ControlNet \(26 weights of the ControlNetModel are missing"):
+        load_controlnet(str(student / "unet"), one_step)
+    with pytest.raises(UsageError, match="3 strengths for 1 controls"):
+        Sampler(one_step, strengths=[1, 1, 1])
+
+
+def test_sample_draws_to_two_controls(student, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    line = ["sample", str(student), "--prompt", "a coat", "--image", str(tmp_path / "photo.png"), "--also",
+            str(student), "--strength", "1", "--strength", "0.5", "--n", "2", "--out", str(out)]
+    assert main(line) == 0
+    assert Image.open(out / "control.png").size == (64, 32)
+    assert main([*line[:6], "--also", "nano-canny", "--out", str(out)]) == 2
+    assert "does not fit" in capsys.readouterr().err

@@ -2,5 +2,11 @@
 
 from jdm.controls.base import Control, checked, load_control
 from jdm.controls.canny import Canny
+from jdm.controls.depth import Depth
+from jdm.controls.hed import HED
+from jdm.controls.lowres import LowRes, LowRes8
+from jdm.controls.silhouette import Silhouette
+from jdm.controls.soft_edge import SoftEdge
 
-__all__ = ["Canny", "Control", "checked", "load_control"]
+__all__ = ["HED", "Canny", "Control", "Depth", "LowRes", "LowRes8", "Silhouette", "SoftEdge", "checked",
+           "load_control"]

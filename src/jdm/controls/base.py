@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from jdm.errors import UsageError
 
-KNOWN = {"canny": "jdm.controls.canny:Canny"}
+KNOWN = {
+    "canny": "jdm.controls.canny:Canny",
+    "hed": "jdm.controls.hed:HED",
+    "depth": "jdm.controls.depth:Depth",
+    "lowres": "jdm.controls.lowres:LowRes",
+    "lowres8": "jdm.controls.lowres:LowRes8",
+    "soft-edge": "jdm.controls.soft_edge:SoftEdge",
+    "silhouette": "jdm.controls.silhouette:Silhouette",
+}
 
 
 class Control:
@@ -78,10 +87,12 @@ def load_control(spec: str) -> Control:
         raise UsageError(f"{spec} is not a control; write `class {name}(Control)`, "
                          "with Control from jdm.controls")
     try:
-        return found()
+        made = found()
     except Exception as error:  # a user's constructor may raise anything
-        raise UsageError(f"{spec} could not be made without arguments ({_in_short(error)}); "
+        raise UsageError(f"{spec} could not be made without arguments ({in_short(error)}); "
                          "give each of them a default") from error
+    _check_fields(made)
+    return made
 
 
 def checked(control: Control, size: int) -> Control:
@@ -145,7 +156,7 @@ def _check_gradient(name: str, value: Tensor, images: Tensor) -> None:
         (gradient,) = torch.autograd.grad(value.sum(), images)
     except RuntimeError as error:
         raise UsageError(f"{name}.log_prob cannot be differentiated with respect to the picture "
-                         f"({_in_short(error)}); {remedy}") from error
+                         f"({in_short(error)}); {remedy}") from error
     if not gradient.isfinite().all():
         raise UsageError(f"{name}.log_prob's gradient must be finite, got NaN or infinity; a square root "
                          "or logarithm of 0, as in a flat part of a picture, has none: add a small constant")
@@ -158,7 +169,7 @@ def imported(source: str) -> ModuleType:
         try:
             return importlib.import_module(source)
         except Exception as error:  # a user's module may raise anything
-            raise UsageError(f"{source} could not be imported ({_in_short(error)}); a file is named with its "
+            raise UsageError(f"{source} could not be imported ({in_short(error)}); a file is named with its "
                              ".py, such as my_controls.py:Posterize") from error
     path = Path(source).expanduser()
     if not path.is_file():
@@ -174,8 +185,20 @@ def imported(source: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UsageError(f"{source} could not be run ({_in_short(error)}); try `python {source}`") from error
+        raise UsageError(f"{source} could not be run ({in_short(error)}); try `python {source}`") from error
     return module
+
+
+def _check_fields(control: Control) -> None:
+    """A plain subclass of a frozen dataclass cannot change a field by naming it: refused, not ignored."""
+    own = vars(type(control))
+    if not dataclasses.is_dataclass(control) or "__dataclass_fields__" in own:
+        return
+    for field in dataclasses.fields(control):
+        name, value = field.name, getattr(control, field.name)
+        if own.get(name, value) != value:
+            raise UsageError(f"{type(control).__name__}'s {name} = {own[name]!r} has no effect, {name} is {value!r}; "
+                             f"write `{name}: {field.type} = {own[name]!r}`, under @dataclass(frozen=True)")
 
 
 def _is_control(value: object) -> bool:
@@ -192,11 +215,12 @@ def _called(what: str, function, images: Tensor) -> Tensor:
 
 
 def _failed(what: str, error: Exception) -> UsageError:
-    return UsageError(f"{what} failed on two random pictures ({_in_short(error)}); "
+    return UsageError(f"{what} failed on two random pictures ({in_short(error)}); "
                       "it must take [B, 3, H, W] in [0, 1]")
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:200]
 

@@ -1,0 +1,160 @@
+"""Depth: any DPT, MiDaS or Depth Anything model of transformers, with gradients down to the picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jdm.controls.base import Control, in_short
+from jdm.controls.filters import in_full_precision, in_pieces
+from jdm.errors import UsageError
+
+KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
+FLAT = 1e-5  # of a map's greatest magnitude: float32 noise of a constant map, which is not to be drawn as depth
+
+
+class Depth(Control):
+    """c = (d - min d) / (max d - min d) for each picture, d the estimator's depth; 0 where d is flat.
+
+    Near is bright, since these models predict inverse depth; one trained for metric depth draws far bright.
+    The model is loaded at the first measurement, not before. Another model is a subclass in a file of yours:
+
+        class Anything(Depth):
+            model = "depth-anything/Depth-Anything-V2-Small-hf"
+
+    Attributes:
+        model: a folder or hub id that AutoModelForDepthEstimation loads, with a DPT image processor.
+    """
+
+    name = "depth"
+    channels = 1
+    model: str = "Intel/dpt-hybrid-midas"
+
+    def __init__(self, model: str | None = None):
+        if model is not None:
+            self.model = model
+
+    def h(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> c [B, 1, H, W] in [0, 1], differentiable.
+
+        float32 or wider, on the pictures' device. UsageError where the model is not to be had.
+        """
+        images = in_full_precision(images)
+        network, preprocessing = self.loaded
+        network.to(images.device, images.dtype)
+
+        def measured(part: Tensor) -> Tensor:
+            depth = network(pixel_values=preprocessing(part)).predicted_depth.unsqueeze(1)
+            return normalised(preprocessing.undone(depth, part))
+
+        return in_pieces(measured, images)
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, Preprocessing]:
+        """The frozen network, and how it wants its pictures."""
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+        try:
+            network, report = AutoModelForDepthEstimation.from_pretrained(self.model, output_loading_info=True)
+            processor = AutoImageProcessor.from_pretrained(self.model)
+        except Exception as error:  # no network, no such model, not a depth estimator
+            raise UsageError(f"depth's model {self.model} could not be loaded ({in_short(error)}); name a folder or "
+                             "hub id of a DPT or Depth Anything model: class MyDepth(Depth): model = ...") from error
+        if any(key.startswith("head.") for key in report["missing_keys"]):
+            raise UsageError(f"depth's model {self.model} was trained without a depth head; name a depth estimator, "
+                             f"such as {Depth.model}")
+        return network.eval().requires_grad_(False), Preprocessing.of(processor, self.model)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """(resized(images) scale - mean) / std, padded: what DPT's image processor does to 8-bit pictures, in torch.
+
+    Resized as PIL does, antialiased, but neither rounded to 8 bits nor clipped to [0, 1], so that gradients
+    survive; bicubic overshoots beside sharp edges, which PIL clips.
+
+    Attributes:
+        size: (height, width) to resize to; None to leave pictures as they are.
+        keep_aspect: scale both sides by that factor of the two which is nearer to 1.
+        multiple: sides are rounded to it. divisor: sides are padded to it with 0, evenly.
+        kernel: bilinear or bicubic. scale: of images in [0, 1]. mean, std: of R, G and B.
+    """
+
+    size: tuple[int, int] | None
+    keep_aspect: bool
+    multiple: int
+    divisor: int
+    kernel: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any, model: str) -> Preprocessing:
+        """What a DPT image processor of transformers, of either backend, is configured to do."""
+        kernel = KERNELS.get(getattr(processor.resample, "value", processor.resample))
+        if not type(processor).__name__.startswith("DPTImageProcessor") or kernel is None:
+            raise UsageError(f"depth cannot differentiate the preprocessing of {model} ({type(processor).__name__}, "
+                             f"kernel {processor.resample}); name a DPT, MiDaS or Depth Anything model")
+        return cls(
+            size=(processor.size["height"], processor.size["width"]) if processor.do_resize else None,
+            keep_aspect=bool(processor.keep_aspect_ratio),
+            multiple=processor.ensure_multiple_of or 1,
+            divisor=(getattr(processor, "size_divisor", None) or 1) if processor.do_pad else 1,
+            kernel=kernel,
+            scale=255 * processor.rescale_factor if processor.do_rescale else 255.0,
+            mean=tuple(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
+            std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> what the network takes."""
+        sides = self.sides(*images.shape[-2:])
+        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return functional.pad((resized(images, sides, self.kernel) * self.scale - mean) / std, self._padding(*sides))
+
+    def undone(self, depth: Tensor, images: Tensor) -> Tensor:
+        """Depth [B, 1, h, w] of __call__(images), without the padding and at the size of the pictures."""
+        height, width = sides = self.sides(*images.shape[-2:])
+        left, right, top, bottom = self._padding(*sides)
+        if left + right + top + bottom:
+            depth = resized(depth, (height + top + bottom, width + left + right), "bicubic")
+            depth = depth[..., top : top + height, left : left + width]
+        # Antialiased, unlike the library's: from 384 to 32 px its bicubic would read a ninth of the pixels.
+        return resized(depth, (images.shape[-2], images.shape[-1]), "bicubic")
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that pictures of that size are resized to."""
+        if self.size is None:
+            return height, width
+        down, across = self.size[0] / height, self.size[1] / width
+        if self.keep_aspect:
+            down = across = across if abs(1 - across) < abs(1 - down) else down
+        return self._rounded(down * height), self._rounded(across * width)
+
+    def _rounded(self, side: float) -> int:
+        return max(round(side / self.multiple), 1) * self.multiple
+
+    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        across, down = (math.ceil(side / self.divisor) * self.divisor - side for side in (width, height))
+        return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+def resized(images: Tensor, size: tuple[int, int], kernel: str) -> Tensor:
+    """[B, C, H, W] -> [B, C, *size] with PIL's kernels, torch's where antialias is set."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return functional.interpolate(images, size, mode=kernel, align_corners=False, antialias=True)
+
+
+def normalised(depth: Tensor) -> Tensor:
+    """Each map [1, H, W] of [B, 1, H, W] stretched to [0, 1]; flat ones are 0."""
+    low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+    flat = high - low <= FLAT * torch.maximum(low.abs(), high.abs())
+    return ((depth - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)

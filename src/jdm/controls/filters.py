@@ -1,0 +1,47 @@
+"""What several measurements are made of: precision, luma, Gaussian kernels, networks in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PICTURES_AT_ONCE = 16
+
+
+def in_full_precision(images: Tensor) -> Tensor:
+    """float32, or float64 where it already is: a likelihood's sum over pixels does not fit bfloat16."""
+    return images if images.dtype == torch.float64 else images.float()
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey, .299 R + .587 G + .114 B: [B, 3, H, W] -> [B, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+def gaussian(std: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets -r..r in pixels, r = ceil(3 std), and the Gaussian's weights there, of sum 1."""
+    radius = math.ceil(3 * std)
+    offsets = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
+    return offsets, torch.softmax(-(offsets**2) / (2 * std**2), dim=0)
+
+
+def filtered(image: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """[B, 1, H, W] correlated with `down` along H and `across` along W, of equal odd lengths; borders replicated."""
+    radius = len(down) // 2
+    padded = functional.pad(image, (radius,) * 4, mode="replicate")
+    return functional.conv2d(functional.conv2d(padded, down.view(1, 1, -1, 1)), across.view(1, 1, 1, -1))
+
+
+def in_pieces(measure: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """measure(images) by a network: a few pictures at a time unless a gradient is asked.
+
+    Evaluation hands over hundreds of pictures at once; their activations together need not fit.
+    """
+    if torch.is_grad_enabled() and images.requires_grad:
+        return measure(images)
+    return torch.cat([measure(part) for part in images.split(PICTURES_AT_ONCE)])

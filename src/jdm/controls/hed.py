@@ -1,0 +1,146 @@
+"""HED soft edges (arXiv 1504.06375), in the architecture of the weights that ControlNets were trained with."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jdm.controls.base import Control, in_short
+from jdm.controls.filters import in_full_precision, in_pieces
+from jdm.errors import UsageError
+
+FILE = "ControlNetHED.pth"
+WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
+SMALLEST = 16  # four halvings leave one pixel
+REMEDY = f"fetch {FILE} of lllyasviel/Annotators and name it: class MyHED(HED): weights = \"{FILE}\""
+
+
+class HED(Control):
+    """c = sigmoid of the mean of five side outputs, each drawn up bilinearly to the picture's size.
+
+    The weights are read at the first measurement, not before. Your own copy is a subclass in a file of yours:
+
+        class MyHED(HED):
+            weights = "models/ControlNetHED.pth"
+
+    Attributes:
+        weights: a file (.safetensors, or a pickle of tensors and nothing else), a folder that holds
+            ControlNetHED.pth or ControlNetHED.safetensors, or a hub id whose ControlNetHED.pth is downloaded.
+        widths: channels of the five blocks; the published weights have these.
+    """
+
+    name = "hed"
+    channels = 1
+    weights: str = "lllyasviel/Annotators"
+    widths: tuple[int, ...] = WIDTHS
+
+    def __init__(self, weights: str | None = None):
+        if weights is not None:
+            self.weights = weights
+
+    def h(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], at least 16 px -> c [B, 1, H, W] in [0, 1], differentiable.
+
+        float32 or wider, on the pictures' device. UsageError where the weights are not to be had.
+        """
+        height, width = images.shape[-2:]
+        if min(height, width) < SMALLEST:
+            raise UsageError(f"hed needs pictures of at least {SMALLEST} x {SMALLEST}, got {height} x {width}; "
+                             "soft-edge measures smaller ones")
+        images = in_full_precision(images)
+        network = self.network.to(images.device, images.dtype)
+        return in_pieces(lambda part: torch.sigmoid(network(255 * part)), images)
+
+    @cached_property
+    def network(self) -> HEDNetwork:
+        """Frozen, with the weights loaded."""
+        with torch.device("meta"):
+            network = HEDNetwork(self.widths)
+        file = _found(self.weights)
+        state = _read(file)
+        _check(file, state, network.state_dict())
+        network.load_state_dict(state, assign=True)
+        return network.float().eval().requires_grad_(False)
+
+
+class HEDNetwork(nn.Module):
+    """Five VGG blocks with a side output each: RGB [B, 3, H, W] in 0..255 -> mean logit [B, 1, H, W].
+
+    Parameter names are the published weights': norm, block1.convs.0.weight, block1.projection.weight, ...
+    """
+
+    def __init__(self, widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS):
+        super().__init__()
+        self.norm = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        for number, (inputs, width, depth) in enumerate(zip((3, *widths), widths, depths, strict=False), 1):
+            self.add_module(f"block{number}", Block(inputs, width, depth))
+
+    def forward(self, images: Tensor) -> Tensor:
+        size, features, sides = images.shape[-2:], images - self.norm, []
+        for number, block in enumerate(self.children()):
+            features, side = block(functional.max_pool2d(features, 2) if number else features)
+            sides.append(functional.interpolate(side, size, mode="bilinear", align_corners=False))
+        return torch.stack(sides).mean(0)
+
+
+class Block(nn.Module):
+    """depth convolutions 3x3, each with a ReLU -> (features [B, width, H, W], side output [B, 1, H, W])."""
+
+    def __init__(self, inputs: int, width: int, depth: int):
+        super().__init__()
+        channels = (inputs, *[width] * depth)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
+        self.projection = nn.Conv2d(width, 1, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        for conv in self.convs:
+            features = functional.relu(conv(features))
+        return features, self.projection(features)
+
+
+def _found(place: str) -> Path:
+    """The file of weights that a path or hub id names."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        names = [FILE, str(Path(FILE).with_suffix(".safetensors"))]
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            raise UsageError(f"the folder {place} holds neither {' nor '.join(names)}; {REMEDY}")
+        return files[0]
+    if path.is_file():
+        return path
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or place.count("/") != 1:
+        raise UsageError(f"hed's weights {place} are not there; {REMEDY}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(place, FILE))
+    except Exception as error:  # no network, no such repository, a full disk
+        raise UsageError(f"hed's weights could not be fetched from {place} ({in_short(error)}); {REMEDY}") from error
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        # Tensors only: a pickle of anything else could run code, and is refused before it does.
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file may be damaged in any way
+        raise UsageError(f"{file} cannot be read as weights ({in_short(error)}); {REMEDY}") from error
+
+
+def _check(file: Path, state: object, expected: dict[str, Tensor]) -> None:
+    values = state.values() if isinstance(state, dict) else [state]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+        raise UsageError(f"{file} holds no dictionary of floating-point tensors; {REMEDY}")
+    for key in [*expected, *state]:
+        got, wanted = (list(where[key].shape) if key in where else "nothing" for where in (state, expected))
+        if got != wanted:
+            raise UsageError(f"{file} is not HED's: {key} must be {wanted}, got {got}; {REMEDY}")

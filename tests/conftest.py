@@ -12,28 +12,26 @@ import pytest
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """Folder of the tiny model."""
+    """Folder of the tiny model; `student` and `controlled` lie beside it."""
     import torch
 
     import tiny
-    from jdm.models.stable_diffusion import save_pipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return save_pipeline(tiny.model(), tmp_path_factory.mktemp("tiny") / "teacher")
+        return tiny.family(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def student(teacher, tmp_path_factory):
+def student(teacher):
     """Folder of a one-step student of the tiny model, with a ControlNet for canny."""
-    import torch
+    return teacher.with_name("student")
 
-    import tiny
-    from jdm.models.stable_diffusion import StableDiffusion
 
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return tiny.student(StableDiffusion.load(str(teacher)), tmp_path_factory.mktemp("tiny") / "student")
+@pytest.fixture(scope="session")
+def controlled(teacher):
+    """Folder of the tiny model with a multi-step ControlNet for canny."""
+    return teacher.with_name("controlled")
 
 
 @pytest.fixture

@@ -110,14 +110,78 @@ def compared(ours: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     return float(ours.norm() / exact.norm()), float((ours * exact).sum() / ours.norm() / exact.norm())
 
 
+# --- draws: f(x_t) noised to the same t and mapped back ---
+
+
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_renoising_the_endpoint_to_the_same_t_and_mapping_back_samples_the_posterior(t):
-    x_t, t, _ = noisy(t, 6)
-    eps = cubature(3)
-    again = SCHEDULE.noised(DATA.consistency(x_t[:1], t[:1]).expand(6, -1), t, eps)
-    x = DATA.consistency(again, t)
-    torch.testing.assert_close(x.mean(0), DATA.posterior_mean(x_t, t)[0], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(x.T.cov(correction=0), DATA.posterior_cov(t)[0], atol=1e-6, rtol=1e-6)
+def test_draws_have_the_mean_and_the_covariance_of_x_given_x_t(t):
+    x_t, t, c = noisy(t, 8)
+    drawn = []
+
+    def log_prob(x):
+        drawn.append(x.detach())
+        return WORLD.log_prob(c, x)
+
+    draws = [eps.expand(8, 3) for eps in cubature(3)]
+    condition_alignment(log_prob, DATA.consistency, x_t, t, schedule=SCHEDULE, draws=draws)
+    x = torch.stack(drawn)
+    mean = x.mean(0)
+    torch.testing.assert_close(mean, DATA.posterior_mean(x_t, t), atol=1e-6, rtol=1e-6)
+    cov = torch.einsum("kbi,kbj->bij", x - mean, x - mean) / len(x)
+    torch.testing.assert_close(cov, DATA.posterior_cov(t), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_one_draw_is_on_average_the_plug_in_of_the_posterior_mean(t):
+    x_t, t, c = noisy(t, 8)
+    ours = torch.stack([
+        condition_alignment(lambda x: WORLD.log_prob(c, x), DATA.consistency, x_t, t, schedule=SCHEDULE,
+                            draws=[eps.expand(8, 3)]) for eps in cubature(3)]).mean(0)
+    exact = WORLD.plug_in_gradient(c, x_t, t, DATA.posterior_gain(t))
+    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
+ONE = tensor([[1.0]])
+LINE = LinearGaussianWorld(tensor([0.0]), ONE, ONE, 0.09 * ONE, SCHEDULE)
+
+
+def error_of_draws(world: LinearGaussianWorld, level: float, draws: int, points: int = 6400, repeats: int = 4):
+    """(relative error, cosine) of the expected gradient against that of log p(c | x_t), over (x_t, c) of the world.
+
+    draws = 0 is the plug-in. Squares are products of two independent halves, so that the noise of an average does not
+    count as error.
+    """
+    random = torch.Generator().manual_seed(0)
+    d, k = len(world.data.mean), len(world.c_mean)
+    u, v, w = torch.randn(points, 2 * d + k, generator=random).double().split([d, d, k], 1)
+    x = world.data.mean + u @ torch.linalg.cholesky(world.data.cov).T
+    c, t = x @ world.A.T + w @ torch.linalg.cholesky(world.R).T, torch.full((points,), level).double()
+    x_t = SCHEDULE.noised(x, t, v)
+    gain, alpha = world.data.consistency_gain(t[:1])[0], float(SCHEDULE.alpha(t[:1]))
+    many, precision = c.repeat(repeats, 1), torch.linalg.inv(world.R)
+
+    def log_prob(x):
+        residual = many - x @ world.A.T
+        return -0.5 * ((residual @ precision) * residual).sum(1)
+
+    ours = condition_alignment(
+        log_prob, lambda x_t, t, y: world.data.mean + (x_t - alpha * world.data.mean) @ gain.T, x_t.repeat(repeats, 1),
+        t.repeat(repeats), schedule=SCHEDULE,
+        draws=[torch.randn(points * repeats, d, generator=random).double() for _ in range(draws)])
+    ours, exact = ours.view(2, -1, points, d).mean(1), world.condition_gradient(c, x_t, t)
+    square = ((ours[0] - exact) * (ours[1] - exact)).sum().clamp(min=0)
+    length = (ours[0] * ours[1]).sum().clamp(min=0).sqrt()
+    return float(square.sqrt() / exact.norm()), float((ours.mean(0) * exact).sum() / length / exact.norm())
+
+
+@pytest.mark.parametrize("t", [0.05, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("world", [WORLD, LINE], ids=["two-of-three", "line"])
+def test_the_bias_of_the_condition_term_shrinks_with_the_number_of_draws(world, t, record_property):
+    errors = {k: error_of_draws(world, t, k) for k in (0, 1, 4, 16, 64)}
+    record_property("errors", errors)
+    print(f"t={t}: " + ", ".join(f"K={k}: {error:.2f} (cosine {cosine:.2f})" for k, (error, cosine) in errors.items()))
+    for fewer, more in ((1, 4), (4, 16), (16, 64)):
+        assert errors[more][0] < 0.8 * errors[fewer][0]
 
 
 # --- consistency training ---

@@ -6,7 +6,16 @@ import torch
 from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, ScoreModel
-from jdm.terms import ascend, clipped_to, condition_alignment, distribution_matching, lambda_t, on_x
+from jdm.terms import (
+    ascend,
+    cfg_augmentation,
+    clean_alignment,
+    clipped_to,
+    condition_alignment,
+    distribution_matching,
+    lambda_t,
+    on_x,
+)
 from worlds import LinearGaussianWorld, MixtureWorld, coarse_schedule, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -47,14 +56,41 @@ def test_distribution_matching_vanishes_where_the_student_is_the_data():
         assert gap.abs().max() < 1e-8
 
 
-def test_guided_matching_is_plain_matching_plus_w_minus_1_times_the_guidance_direction():
+@pytest.mark.parametrize("w", [1.0, 2.0, 7.5])
+def test_guided_matching_is_plain_matching_plus_w_minus_1_times_the_augmentation(w):
     _, x_t, t, _ = rows()
     third = LinearGaussianWorld.example(SCHEDULE, seed=5)
     cond, uncond, fake = (world.data.score(x_t, t) for world in (WORLD, OTHER, third))
-    guided = Estimate(x_t, uncond.eps + 4.5 * (cond.eps - uncond.eps), cond.alpha, cond.sigma)
+    guided = Estimate(x_t, uncond.eps + w * (cond.eps - uncond.eps), cond.alpha, cond.sigma)
     torch.testing.assert_close(
         distribution_matching(guided, fake),
-        distribution_matching(cond, fake) + 3.5 * distribution_matching(cond, uncond), atol=1e-8, rtol=1e-8)
+        distribution_matching(cond, fake) + (w - 1) * cfg_augmentation(cond, uncond), atol=1e-8, rtol=1e-8)
+
+
+def test_cfg_augmentation_is_the_gradient_of_the_log_probability_of_the_prompt():
+    _, x_t, t, _ = rows(d=2)
+    y = torch.arange(len(t)) % 3
+    alpha, sigma = (v.double()[:, None] for v in (SCHEDULE.alpha(t), SCHEDULE.sigma(t)))
+    own = -(x_t - alpha * MIXTURE.means[y]) / (alpha**2 * MIXTURE.variances[y, None] + sigma**2)
+    uncond = MIXTURE.score(x_t, t)
+    ours = cfg_augmentation(Estimate(x_t, -sigma * own, uncond.alpha, uncond.sigma), uncond)
+    where = x_t.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(MIXTURE.log_prob(y, where, t).sum(), where)
+    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+    assert not ours.requires_grad
+
+
+def test_clean_alignment_is_the_gradient_of_log_p_c_given_x():
+    x, _, _, c = rows()
+    exact = torch.linalg.solve(WORLD.R, (c - x @ WORLD.A.T).T).T @ WORLD.A
+    torch.testing.assert_close(clean_alignment(lambda v: WORLD.log_prob(c, v), x), exact, atol=1e-4, rtol=1e-4)
+    x, _, t, _ = rows(d=2)
+    c, clean = torch.arange(len(t)) % 3, torch.zeros_like(t)
+    with torch.no_grad():
+        ours = clean_alignment(lambda v: MIXTURE.log_prob(c, v, clean), x)
+    torch.testing.assert_close(ours, MIXTURE.condition_gradient(c, x, clean), atol=1e-4, rtol=1e-4)
+    assert not ours.requires_grad
+    assert not x.requires_grad
 
 
 @pytest.mark.parametrize("through", ["posterior_mean", "consistency"])
@@ -65,6 +101,26 @@ def test_condition_alignment_equals_the_closed_form_of_its_plug_in(through):
     ours = condition_alignment(lambda x: WORLD.log_prob(c, x), getattr(data, through), x_t, t)
     torch.testing.assert_close(ours, WORLD.plug_in_gradient(c, x_t, t, gain), atol=1e-4, rtol=1e-4)
     assert not ours.requires_grad
+
+
+def test_with_draws_condition_alignment_weighs_each_draws_gradient_by_its_likelihood():
+    _, x_t, t, c = rows()
+    draws = [torch.randn(*x_t.shape, generator=torch.Generator().manual_seed(k)).double() for k in range(3)]
+    ours = condition_alignment(lambda x: WORLD.log_prob(c, x), WORLD.data.consistency, x_t, t, schedule=SCHEDULE,
+                               draws=draws)
+    gain, alpha = WORLD.data.consistency_gain(t), SCHEDULE.alpha(t).double()[:, None, None]
+    once = WORLD.data.consistency(x_t, t)
+    x = [WORLD.data.consistency(SCHEDULE.noised(once, t, eps), t) for eps in draws]
+    weights = torch.stack([WORLD.log_prob(c, v) for v in x]).softmax(0)
+    residuals = (weights[:, :, None] * torch.stack([c - v @ WORLD.A.T for v in x])).sum(0)
+    exact = (WORLD.A @ gain @ gain * alpha).mT @ torch.linalg.solve(WORLD.R, residuals.T).T[:, :, None]
+    torch.testing.assert_close(ours, exact.squeeze(2), atol=1e-4, rtol=1e-4)
+
+
+def test_draws_without_a_schedule_are_refused():
+    _, x_t, t, c = rows()
+    with pytest.raises(UsageError, match="need the noise schedule"):
+        condition_alignment(lambda x: WORLD.log_prob(c, x), WORLD.data.consistency, x_t, t, draws=[x_t])
 
 
 def test_condition_alignment_with_the_exact_log_prob_is_the_gradient_of_log_p_c_given_x_t():

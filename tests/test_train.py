@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import tiny
 from jdm import checkpoint
 from jdm.errors import RunError, UsageError
-from jdm.methods.controlnet import ControlNet
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Networks
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import all_recipes, entries, recorded
 from jdm.run import Run, Task
 from jdm.train import Trainer, train
@@ -45,7 +45,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", sorted(entries()))
 def test_every_recipe_trains_two_steps_and_leaves_a_model_and_a_log(name, teacher, tmp_path):
-    folder = train(tiny.run(RECIPES[name](), tmp_path, teacher))
+    folder = train(tiny.run(RECIPES[name](), tmp_path, teacher, save_every=2))
     assert any(folder.rglob("*.safetensors"))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2]
@@ -69,37 +69,54 @@ def test_every_recipe_survives_its_own_record(name, tmp_path):
 # What moves
 
 
-@pytest.mark.parametrize("name", ["nano-canny", "nano-canny-own-t", "nano-diff-instruct"])
-def test_each_phase_of_a_distillation_moves_only_its_own_parameters(name, teacher, tmp_path, monkeypatch):
-    made: list[Networks] = []
-    build = Networks.of.__func__  # type: ignore[attr-defined]
+@pytest.fixture
+def frozen(monkeypatch):
+    """Networks that no phase may move, by name, as a run loads or copies them: models, rewards, a student's UNet."""
+    import jdm.methods.text_to_image as module
 
-    def captured(cls, *args, **kwargs):
-        made.append(build(cls, *args, **kwargs))
-        return made[-1]
+    found: dict[str, torch.nn.Module] = {}
+    load, of, reward = StableDiffusion.load.__func__, Networks.of.__func__, module.load_reward  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Networks, "of", classmethod(captured))
+    def model(cls, path, *args):
+        made = load(cls, path, *args)
+        found.update({f"{Path(path).name}/{len(found)}/{k}": m for k, m in made.modules().items()})
+        return made
+
+    def networks(cls, *args, **kwargs):
+        made = of(cls, *args, **kwargs)
+        if not made.train_unet:
+            found["student"] = made.student
+        return made
+
+    monkeypatch.setattr(StableDiffusion, "load", classmethod(model))
+    monkeypatch.setattr(Networks, "of", classmethod(networks))
+    monkeypatch.setattr(module, "load_reward", lambda *args: found.setdefault("reward", reward(*args)))
+    return found
+
+
+@pytest.mark.parametrize("name", [
+    "nano-controlnet", "nano-canny", "nano-canny-own-t", "nano-diff-instruct", "nano-shared", "nano-controlled-fake",
+    "nano-frozen-posterior", "nano-draws", "nano-fake-x0", "nano-clean-likelihood", "nano-implicit", "nano-posterior",
+    "nano-controlled-teacher", "nano-dsm", "nano-nct", "nano-text-guided-blind", "nano-text-both"])
+def test_each_phase_moves_only_its_own_parameters(name, frozen, teacher, tmp_path):
     trainer = Trainer(tiny.run(RECIPES[name](), tmp_path, teacher, steps=10))
-    networks = made[0]
-    frozen = {f"teacher.{n}": m for n, m in networks.teacher.modules().items()}
-    everything = {f"{n}.{k}": p for n, m in {**networks.modules, **frozen}.items() for k, p in m.named_parameters()}
-    _check_phases(trainer, everything)
+    moving = tensors_of(trainer.task.modules)
+    multiplier = moving.pop("multiplier.value", None)  # of NCT: what its loss moves, and no optimiser
+    still = tensors_of(frozen)
+    before = {k: v.detach().clone() for k, v in still.items()}
+    assert not set(map(id, still.values())) & set(map(id, moving.values()))
+    _check_phases(trainer, {**moving, **still})
+    assert {k for k in still if not torch.equal(still[k], before[k])} == set()
+    assert len(before) > 100
+    assert multiplier is None or multiplier != trainer.run.method.multiplier
 
 
-def test_the_controlnet_recipe_moves_the_controlnet_alone(teacher, tmp_path, monkeypatch):
-    made = []
-    import jdm.methods.controlnet as module
-
-    original = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda name: made.append(original(name)) or made[-1])
-    trainer = Trainer(tiny.run(RECIPES["nano-controlnet"](), tmp_path, teacher, steps=10))
-    assert isinstance(trainer.run.method, ControlNet)
-    everything = {f"{n}.{k}": p for n, m in {**made[0].modules(), **trainer.task.modules}.items()
-                  for k, p in m.named_parameters()}
-    _check_phases(trainer, everything)
+def tensors_of(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers."""
+    return {f"{n}.{k}": v for n, m in modules.items() for k, v in (*m.named_parameters(), *m.named_buffers())}
 
 
-def _check_phases(trainer: Trainer, everything: dict[str, torch.nn.Parameter]) -> None:
+def _check_phases(trainer: Trainer, everything: dict[str, torch.Tensor]) -> None:
     names = {id(p): k for k, p in everything.items()}
     whole = list(trainer.task.phases)
     moved: dict[str, set[str]] = {phase.name: set() for phase in whole}

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from jdm.methods.denoising import Denoising
-from jdm.methods.jdm import JDM
 from jdm.metrics.classifier import Classifier, ClassifierConfig
 from jdm.models import nano
 from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler, save_pipeline
+from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run
 
 DATA = Data(split="test[:64]", validation="test[64:128]")
+# What a method's fields that name a model stand for: folders beside the tiny teacher's.
+STAND_INS = {"start": "student", "base": "student", "teacher": "controlled", "guide": "teacher",
+             "frozen_posterior": "teacher", "vae": "teacher/vae"}
 
 
 def model() -> StableDiffusion:
@@ -35,30 +37,52 @@ def model() -> StableDiffusion:
     return parts
 
 
-def student(teacher: StableDiffusion, folder: Path) -> Path:
-    """The folder of a one-step student whose ControlNet speaks up: no convolution of it is zero."""
+def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
+    """With a ControlNet that speaks up: no convolution of it is zero."""
     controlnet = new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False)
     for parameter in controlnet.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
+    return teacher.with_parts(controlnet=controlnet)
+
+
+def student(teacher: StableDiffusion, folder: Path) -> Path:
+    """The folder of a one-step student with a ControlNet."""
     card = {"kind": "one-step", "method": "jdm", "control": "canny", "t_init": 625}
-    return save_pipeline(teacher.with_parts(controlnet=controlnet), folder, one_step_scheduler(nano.SCHEDULER, 625),
-                         card=card)
+    return save_pipeline(with_controlnet(teacher), folder, one_step_scheduler(nano.SCHEDULER, 625), card=card)
+
+
+def family(folder: Path) -> Path:
+    """The teacher's folder; beside it `controlled`, it with a multi-step ControlNet, and `student`."""
+    teacher = model()
+    student(teacher, folder / "student")
+    save_pipeline(with_controlnet(teacher), folder / "controlled", card={"kind": "many-step", "control": "canny"})
+    return save_pipeline(teacher, folder / "teacher")
 
 
 def run(recipe: Run, out: Path, teacher: Path, steps: int = 2, **changes) -> Run:
-    """A recipe cut down to a few steps of the tiny model on packaged pictures."""
+    """A recipe cut down to a few steps of the tiny models of `family` on packaged pictures."""
     method = recipe.method
-    if isinstance(method, JDM):
-        method = replace(method, rank=2)
-    if isinstance(method, Denoising):
-        method = replace(method, vae=str(teacher / "vae"))
-    small = replace(recipe, method=method, out=out, model=str(teacher), data=DATA, steps=steps, batch=4, probe_every=0,
-                    save_every=1, log_every=1)
-    return replace(small, **changes)
+    small = {k: str(teacher.parent / v) for k, v in STAND_INS.items()
+             if isinstance(getattr(method, k, None), str) and getattr(method, k)}
+    if getattr(method, "reward", ""):
+        small["reward"] = f"{__file__}:Taste"
+    if hasattr(method, "rank"):
+        small["rank"] = 2
+    whole = replace(recipe, method=replace(method, **small), out=out, model=str(teacher), data=DATA, steps=steps,
+                    batch=4, probe_every=0, save_every=1, log_every=1)
+    return replace(whole, **changes)
 
 
 @cache
 def judge() -> Classifier:
     """An untrained classifier, where the shipped one would be read."""
-    torch.manual_seed(0)
-    return Classifier(ClassifierConfig(name="untrained", widths=(4, 4, 4, 4), dimensions=8)).eval()
+    with torch.random.fork_rng():  # a run that meets it first must draw what one that meets it later draws
+        torch.manual_seed(0)
+        return Classifier(ClassifierConfig(name="untrained", widths=(4, 4, 4, 4), dimensions=8)).eval()
+
+
+class Taste(PromptClassifier):
+    """A reward that knows the packaged pictures' captions."""
+
+    def __init__(self):
+        super().__init__(judge())

@@ -100,6 +100,9 @@ class Student:
         """Cov[x | c] = L L^T: what is left of z."""
         return self.L @ self.L.T
 
+    def trainable(self) -> Student:
+        return Student(*(p.clone().requires_grad_() for p in (self.B, self.L, self.b)))
+
     def flat(self) -> np.ndarray:
         return torch.cat([p.detach().flatten() for p in (self.B, self.L, self.b)]).numpy()
 
@@ -107,6 +110,36 @@ class Student:
         """The student whose parameters are the entries of `flat`."""
         B, L, b = flat.split([self.B.numel(), self.L.numel(), self.b.numel()])
         return Student(B.view_as(self.B), L.view_as(self.L), b)
+
+
+def ascended(start: Student, steps: int, of: Callable[[Student], Tensor]) -> Student:
+    """Adam with a cosine to zero, down `of(student)`."""
+    student = start.trainable()
+    optimiser = torch.optim.Adam([student.B, student.L, student.b], lr=0.05, betas=(0.9, 0.99))
+    for k in range(steps):
+        optimiser.param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * k / steps))
+        optimiser.zero_grad()
+        of(student).backward()
+        optimiser.step()
+    return Student(*(p.detach() for p in (student.B, student.L, student.b)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A method's `Step` in a world: x of these rows, and one x_t for every stream."""
+
+    x: Tensor
+    t: Tensor
+    eps: Tensor
+    c: Tensor | None = None
+    y: tuple[str, ...] = ()
+    progress: float = 0.0
+
+    shown = property(lambda self: self.c)
+    images = None
+
+    def noised(self, stream: str, schedule: NoiseSchedule, span: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+        return schedule.noised(self.x.detach(), self.t, self.eps), self.t, self.eps
 
 
 class LinearGaussianWorld:
@@ -159,6 +192,13 @@ class LinearGaussianWorld:
 
     def _c_cov(self, t: Tensor) -> Tensor:
         return self.A @ self.data.posterior_cov(t) @ self.A.T + self.R
+
+    def drawn(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """t, c, z, eps: every level of t with every point of the cubature, c from its own law."""
+        k, d = self.A.shape
+        c, z, eps = cubature(k + 2 * d).repeat(len(t), 1).split([k, d, d], 1)
+        c = self.c_mean + c @ torch.linalg.cholesky(self.c_cov).T
+        return t.repeat_interleave(2 * (k + 2 * d)), c, z, eps
 
     # --- students ---
 

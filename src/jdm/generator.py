@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.schedule import NoiseSchedule
-from jdm.score import Estimate, Prediction, Prompts
+from jdm.score import Estimate, Prediction, Prompts, Text
 
 
 class Generator:
@@ -26,7 +26,7 @@ class Generator:
         net: Callable[..., Tensor],
         schedule: NoiseSchedule,
         t_init: int,
-        text: Callable[[Prompts], Tensor],
+        text: Callable[[Prompts], Text],
         prediction: Prediction = "epsilon",
     ):
         self.net, self.schedule, self.t_init = net, schedule, t_init

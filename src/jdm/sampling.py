@@ -48,7 +48,7 @@ class Sampler:
         self.net.strengths[: len(self.strengths)] = self.strengths
         self.generator = self.model.generator(self.text, self.net)
         self.score = ScoreModel(self.net, self.model.schedule, self.model.prediction, self.text, self.guidance)
-        self._scheduler = ddim_scheduler(self.model.scheduler)
+        self._scheduler = ddim_scheduler({**self.model.scheduler, "prediction_type": "epsilon"})  # it is given eps
 
     @property
     def nfe(self) -> int:

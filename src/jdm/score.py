@@ -14,6 +14,8 @@ from jdm.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Prompts = Sequence[str]
+# What a network reads of the prompts: hidden states [B, L, D], with whatever else its family was trained on.
+Text = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ScoreModel:
 
     Args:
         net: (x_t, index, text [B, L, D]) -> output like x_t; a fourth argument where a control is given.
-        text: prompts -> [B, L, D]; None for networks without a prompt.
+        text: prompts -> what the net reads of them; None for networks without a prompt.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class ScoreModel:
         net: Callable[..., Tensor],
         schedule: NoiseSchedule,
         prediction: Prediction = "epsilon",
-        text: Callable[[Prompts], Tensor] | None = None,
+        text: Callable[[Prompts], Text] | None = None,
         guidance: float = 1.0,
     ):
         self.net, self.schedule = net, schedule
@@ -108,10 +110,10 @@ class ScoreModel:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters()) if isinstance(self.net, nn.Module) else []
 
-    def _embed(self, y: Prompts | None) -> Tensor | None:
+    def _embed(self, y: Prompts | None) -> Text | None:
         return None if self.text is None or y is None else self.text(y)
 
-    def _estimate(self, x_t: Tensor, t: Tensor, text: Tensor | None, control: Tensor | None) -> Estimate:
+    def _estimate(self, x_t: Tensor, t: Tensor, text: Text | None, control: Tensor | None) -> Estimate:
         extra = () if control is None else (control,)
         output = self.net(x_t, self.schedule.index(t), text, *extra)
         return Estimate.of(output, self.prediction, x_t, t, self.schedule)

@@ -5,13 +5,15 @@ Terms on x_t are score-like: they reach x times alpha_t lambda_t (`on_x`). All o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
+from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, Prompts
 
 Weighting = Literal["constant", "x0", "dmd"]
@@ -25,37 +27,66 @@ def distribution_matching(real: Estimate, fake: Estimate) -> Tensor:
     return (real.score - fake.score).detach()
 
 
+def cfg_augmentation(cond: Estimate, uncond: Estimate) -> Tensor:
+    """s(x_t | y) - s(x_t): the direction of classifier-free guidance (JDM Sec. 3.1, Decoupled DMD's CA).
+
+    The gradient of log p(y | x_t), of whichever teacher the estimates come from. Ascent direction like x_t, detached.
+    """
+    return (cond.score - uncond.score).detach()
+
+
 def condition_alignment(
     log_prob: Callable[[Tensor], Tensor],
     posterior: Callable[[Tensor, Tensor, Prompts | None], Tensor],
     x_t: Tensor,
     t: Tensor,
     y: Prompts | None = None,
+    schedule: NoiseSchedule | None = None,
+    draws: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Gradient over x_t of log p(c | f(x_t, t)): the condition term of JDM Eq. 5, through Eqs. 7-8.
+    """Gradient over x_t of log p(c | x_t): the condition term of JDM Eq. 5, through Eqs. 7-8.
 
-    A one-sample plug-in estimate of Eq. 7: biased when p(x | x_t) is wide (docs/equations.md).
+    Without draws log p(c | f(x_t, t)), the one-sample plug-in: biased when p(x | x_t) is wide (docs/equations.md).
+    With draws log mean_k p(c | x^k) over samples x^k of p(x | x_t): f(x_t) noised to the same t and mapped back.
 
     Args:
-        log_prob: x -> [B], nats; differentiable in x, called once.
+        log_prob: x -> [B], nats; differentiable in x, called once, or once a draw.
         posterior: f(x_t, t, y) -> x; differentiable in x_t.
         x_t: [B, ...], model space; detached on entry.
         t: [B] in (0, 1].
+        draws: standard normal noise like x_t, one tensor for each x^k; they need the schedule.
 
     Returns:
         Ascent direction like x_t, detached, in nats per unit of x_t.
     """
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
-        value = log_prob(posterior(x_t, t, y))
-        if value.shape != t.shape:
-            raise UsageError(f"log_prob must return one value per sample, shape {tuple(t.shape)}, "
-                             f"got {tuple(value.shape)}")
-        if not value.requires_grad:
-            raise UsageError("log_prob has no gradient with respect to the picture; keep its operations "
-                             "differentiable (no uint8 cast, no numpy, no .detach())")
-        (direction,) = torch.autograd.grad(value.sum(), x_t)
-    return direction
+        mapped = posterior(x_t, t, y)
+        if not draws:
+            return _gradient(log_prob(mapped), x_t, len(t))
+        if schedule is None:
+            raise UsageError("draws of p(x | x_t) need the noise schedule; pass schedule=")
+        values = [log_prob(posterior(schedule.noised(mapped, t, eps), t, y)) for eps in draws]
+        return _gradient(torch.stack(values).logsumexp(0) - math.log(len(values)), x_t, len(t))
+
+
+def clean_alignment(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient over x of log p(c | x) or of a reward: a term on the clean sample, without alpha_t lambda_t.
+
+    What JDM's ablation without p(c | x_t) uses, and Diff-Instruct++. x [B, ...] is detached on entry.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return _gradient(log_prob(x), x, len(x))
+
+
+def _gradient(value: Tensor, x: Tensor, n: int) -> Tensor:
+    if value.shape != (n,):
+        raise UsageError(f"log_prob must return one value per sample, shape {(n,)}, got {tuple(value.shape)}")
+    if not value.requires_grad:
+        raise UsageError("log_prob has no gradient with respect to the picture; keep its operations "
+                         "differentiable (no uint8 cast, no numpy, no .detach())")
+    return torch.autograd.grad(value.sum(), x)[0]
 
 
 def lambda_t(weighting: Weighting, estimate: Estimate, x: Tensor | None = None, floor: float = 0.1) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, TextEncoder, placed, save_pipeline
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
+from jdm.models.text import TextEncoder
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel
 from jdm.space import Space, from_bytes

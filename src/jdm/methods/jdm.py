@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from jdm.controls import Control
+from jdm.errors import UsageError
 from jdm.evaluate import validation_probe
-from jdm.methods.networks import Networks, Step, cosine, fake_phase, loaded_control, steps_of
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.methods.networks import (
+    Networks,
+    Step,
+    cosine,
+    fake_phase,
+    generator_phase,
+    loaded_control,
+    posterior_phase,
+    rms,
+    steps_of,
+)
+from jdm.run import Optimiser, Run, Task
+from jdm.score import Estimate
 from jdm.space import unit
-from jdm.terms import Weighting, ascend, clipped_to, condition_alignment, distribution_matching, lambda_t, on_x
+from jdm.terms import (
+    Weighting,
+    clean_alignment,
+    clipped_to,
+    condition_alignment,
+    distribution_matching,
+    lambda_t,
+    on_x,
+)
 
 
 @dataclass(frozen=True)
@@ -21,13 +43,21 @@ class JDM:
 
     Attributes:
         control: "canny", or an import path, "my_controls.py:Posterize".
+        start: one-step generator whose UNet the student begins as; the teacher's where empty.
+        train_unet: False trains a new ControlNet on the frozen UNet of `start`: phase 2 of Sec. 3.2.1.
         t_init: level index the generator runs at; sigma / alpha = 2.5 at SD's 625.
         guidance: of the real score; 1 is none.
         t_range: noise levels of both terms. fake_range: those of the fake score's own training.
         weighting: lambda_t, shared by both terms.
         condition_weight: of the condition term.
         condition_clip: bound on each sample's condition term, in units of the fidelity term's mean norm over the
-            batch; 0 leaves it alone. Paper: none is printed; here: the two differ by orders of magnitude.
+            batch, in the first half of the run and in the second, when rates have fallen and the fake score keeps up;
+            0 leaves it alone. Paper: none is printed; here: the two differ by orders of magnitude.
+        condition_on: where the likelihood is read: on the posterior's sample f(x_t) (Eq. 7); on the fake score's own
+            x0, the paper's easy way; or on the clean sample x, its ablation.
+        draws: samples of p(x | x_t) in Eq. 7's integral; 0 is the plug-in f(x_t) alone. Paper: one; in no paper: more.
+        frozen_posterior: a posterior trained beforehand on real pictures, in place of the moving one; in no paper.
+        fake_sees_control: s_fake(x_t | y, c) in the fidelity term: the exact joint KL, where the paper has its bound.
         shared_noise: Paper: one x_t for both terms. False gives the condition term a t and noise of its own.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
         fake_updates: per student step. rank: of the posterior's LoRA. levels: K of Eq. 8.
@@ -36,13 +66,19 @@ class JDM:
     """
 
     control: str = "canny"
+    start: str = ""
+    train_unet: bool = True
     t_init: int = 625
     guidance: float = 2.0
     t_range: tuple[float, float] = (0.02, 0.98)
     fake_range: tuple[float, float] = (0.0, 1.0)
     weighting: Weighting = "dmd"
     condition_weight: float = 1.0
-    condition_clip: float = 1.0
+    condition_clip: tuple[float, float] = (1.0, 1.0)
+    condition_on: Literal["posterior", "fake", "sample"] = "posterior"
+    draws: int = 0
+    frozen_posterior: str = ""
+    fake_sees_control: bool = False
     shared_noise: bool = True
     use_reference: bool = True
     fake_updates: int = 1
@@ -55,19 +91,17 @@ class JDM:
 
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
-        networks = Networks.of(run, self.t_init, self.guidance, with_control=True, rank=self.rank,
-                               levels=self.levels, span=self.t_range)
-        card = {"kind": "one-step", "method": "jdm", "control": self.control, "t_init": self.t_init}
+        networks = self._networks(run)
+        phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range)]
+        if networks.adapter is not None:
+            phases.append(posterior_phase(networks, self.posterior))
+        phases.append(generator_phase(networks, partial(self.direction, networks, control), self.unet, self.controlnet))
         return Task(
-            phases=[
-                fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
-                self._posterior_phase(networks),
-                self._generator_phase(networks, control),
-            ],
+            phases=phases,
             begin=steps_of(networks, run, control),
             modules=networks.modules,
-            averaged=("unet", "controlnet"),
-            export=lambda folder, averages: networks.export(folder, averages, self.t_init, card),
+            averaged=networks.averaged,
+            export=networks.exporter("jdm", self.control),
             probe=validation_probe(networks, run, control),
         )
 
@@ -75,56 +109,51 @@ class JDM:
         """The ascent direction on x, detached, and what to log (Eq. 5)."""
         x_t, t, _ = step.noised("generator", networks.schedule, self.t_range)
         with torch.no_grad():
-            real, fake = networks.real.guided(x_t, t, step.y), networks.fake(x_t, t, step.y)
+            real = networks.real.guided(x_t, t, step.y)
+            fake = networks.fake(x_t, t, step.y, step.shown if self.fake_sees_control else None)
         weight = lambda_t(self.weighting, real, step.x.detach())
         fidelity = on_x(distribution_matching(real, fake), real, weight)
-        if self.shared_noise:
-            estimate, weight_c = real, weight
-        else:  # the pilot's variant: a t and noise of its own
+        raw = condition = self._condition(networks, control, step, (x_t, t, real, weight)) * self.condition_weight
+        if bound := self.condition_clip[step.progress >= 0.5]:
+            condition = clipped_to(condition, fidelity, bound)
+        logs = {"fidelity": rms(fidelity), "condition": rms(condition), "condition_raw": rms(raw),
+                "cos_fidelity_condition": cosine(fidelity, condition), "cos_real_fake": cosine(real.eps, fake.eps)}
+        return fidelity + condition, logs
+
+    def _condition(self, networks: Networks, control: Control, step: Step,
+                   shared: tuple[Tensor, Tensor, Estimate, Tensor]) -> Tensor:
+        """The condition term on x (Eqs. 5 and 7), at the x_t of the fidelity term or at one of its own."""
+        c, reference = step.c, step.images if self.use_reference else None
+        assert c is not None
+
+        def log_prob(x: Tensor) -> Tensor:
+            return control.log_prob(unit(networks.space.decode(x)), c, reference)
+
+        if self.condition_on == "sample":
+            return clean_alignment(log_prob, step.x)
+        x_t, t, estimate, weight = shared
+        if not self.shared_noise:
             x_t, t, _ = step.noised("condition", networks.schedule, self.t_range)
             with torch.no_grad():
                 estimate = networks.fake(x_t, t, step.y)
-            weight_c = lambda_t(self.weighting, estimate, step.x.detach())
-        assert networks.posterior is not None
-        aligned = condition_alignment(self._log_prob(networks, control, step), networks.posterior, x_t, t, step.y)
-        condition = on_x(aligned, estimate, weight_c) * self.condition_weight
-        raw = condition
-        if self.condition_clip:
-            condition = clipped_to(condition, fidelity, self.condition_clip)
-        logs = {"fidelity": _size(fidelity), "condition": _size(condition), "condition_raw": _size(raw),
-                "cos_fidelity_condition": cosine(fidelity, condition), "cos_real_fake": cosine(real.eps, fake.eps),
-                "std_x": step.x.detach().std()}
-        return fidelity + condition, logs
+            weight = lambda_t(self.weighting, estimate, step.x.detach())
+        posterior = networks.posterior or (lambda x_t, t, y: networks.fake(x_t, t, y).x0)
+        again = [step.noise.normal(f"eps/draw/{k}", x_t.shape) for k in range(self.draws)]
+        aligned = condition_alignment(log_prob, posterior, x_t, t, step.y, networks.schedule, again)
+        return on_x(aligned, estimate, weight)
 
-    def _log_prob(self, networks: Networks, control: Control, step: Step):
-        c, reference = step.c, step.images if self.use_reference else None
-        assert c is not None
-        return lambda x: control.log_prob(unit(networks.space.decode(x)), c, reference)
-
-    def _generator_phase(self, networks: Networks, control: Control) -> Phase:
-        def loss(step: Step, _: int) -> tuple[Tensor, dict]:
-            direction, logs = self.direction(networks, control, step)
-            return ascend(step.x, direction), logs
-
-        student = networks.student
-        assert student.controlnet is not None
-        groups = [(list(student.unet.parameters()), self.unet),
-                  (list(student.controlnet.parameters()), self.controlnet)]
-        return Phase("generator", groups, loss)
-
-    def _posterior_phase(self, networks: Networks) -> Phase:
-        posterior, adapter = networks.posterior, networks.adapter
-        assert posterior is not None
-        assert adapter is not None
-
-        def loss(step: Step, _: int) -> tuple[Tensor, dict]:
-            uniform = step.noise.uniform("k", len(step.z))
-            eps = step.noise.normal("eps/posterior", step.z.shape)
-            return posterior.consistency_loss(step.x, step.y, uniform, eps), {}
-
-        return Phase("posterior", [(adapter.parameters, self.posterior)], loss)
-
-
-def _size(direction: Tensor) -> Tensor:
-    """Root mean square, over samples and components."""
-    return direction.square().mean().sqrt()
+    def _networks(self, run: Run) -> Networks:
+        if not self.train_unet and not self.start:
+            raise UsageError("a frozen UNet must be a one-step generator's; name it with --start, such as nano-canny")
+        if self.condition_on != "posterior" and (self.draws or self.frozen_posterior):
+            raise UsageError(f"draws and a frozen posterior need condition_on posterior, got {self.condition_on}")
+        if self.condition_on == "fake" and self.fake_sees_control:
+            raise UsageError("a fake score that sees the control has no x0 blind to it; use condition_on posterior")
+        networks = Networks.of(run, self.t_init, self.guidance, self.start, self.train_unet).with_controlnet()
+        if self.fake_sees_control:
+            networks = networks.with_controlled_fake()
+        if self.condition_on != "posterior":
+            return networks
+        if self.frozen_posterior:
+            return networks.with_frozen_posterior(self.frozen_posterior)
+        return networks.with_posterior(self.rank, self.levels, self.t_range)

@@ -3,63 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
 from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.library import load_model
 from jdm.models.stable_diffusion import (
     Denoiser,
     StableDiffusion,
-    TextEncoder,
     copied,
     new_controlnet,
     one_step_scheduler,
     placed,
     save_pipeline,
 )
+from jdm.models.text import TextEncoder
 from jdm.posterior import Posterior
 from jdm.run import Optimiser, Phase, Run
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.space import Space, from_bytes, unit
+from jdm.terms import ascend
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher (real), student (generator), fake and posterior, around one text encoder."""
+    """Teacher (real), student (generator), fake and posterior, around one text encoder.
+
+    Attributes:
+        student: UNet, or UNet + ControlNet. t_init: level index it runs at.
+        train_unet: False freezes the student's UNet: only its ControlNet is trained, saved and averaged.
+        adapter: the posterior's LoRA on the fake score; None where the posterior is frozen or absent.
+    """
 
     teacher: StableDiffusion
     text: TextEncoder
     real: ScoreModel
     fake: ScoreModel
     student: Denoiser
-    generator: Generator
-    posterior: Posterior | None
-    adapter: Adapter | None
+    t_init: int
+    train_unet: bool = True
+    posterior: Posterior | None = None
+    adapter: Adapter | None = None
 
     @classmethod
-    def of(cls, run: Run, t_init: int, guidance: float, with_control: bool, rank: int = 0,
-           levels: int = 18, span: tuple[float, float] = (0.02, 0.98)) -> Networks:
-        """Student and fake start as copies of the teacher; a posterior of LoRA `rank` sits on the fake."""
+    def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None,
+           train_unet: bool = True) -> Networks:
+        """Student and fake start as copies of the teacher, the student as a copy of `start`'s UNet if one is named.
+
+        Args:
+            guidance: of the real score.
+            start: a one-step generator at the same t_init: Diff-Instruct's, or phase 1 of a shared one (Sec. 3.2.1).
+        """
         teacher = load_model(run.model).to(run.device)
-        text = teacher.text(one_by_one=True)
-        control = placed(new_controlnet(teacher.unet, teacher.downscale), run.device) if with_control else None
-        student = Denoiser(copied(teacher.unet), control)
-        fake_unet = copied(teacher.unet)
-        fake = teacher.score(text, fake_unet)
-        adapter = Adapter(fake_unet, "posterior", rank) if rank else None
-        posterior = Posterior(fake, teacher.schedule, adapter.active, levels, *span) if adapter else None
-        real = teacher.score(text, guidance=guidance)
-        generator = teacher.generator(text, student, t_init)
-        return cls(teacher, text, real, fake, student, generator, posterior, adapter)
+        text = teacher.text(one_by_one=True, size=run.data.size)
+        first = placed(_one_step(start, teacher, t_init).unet, run.device) if start else teacher.unet
+        student = Denoiser(copied(first).requires_grad_(train_unet))
+        fake = teacher.score(text, copied(teacher.unet))
+        return cls(teacher, text, teacher.score(text, guidance=guidance), fake, student, t_init, train_unet)
+
+    def with_controlnet(self) -> Networks:
+        """The student with a new ControlNet, zero convolutions and all (Eq. 10)."""
+        net = new_controlnet(self.student.unet, self.teacher.downscale)  # type: ignore[arg-type]
+        return replace(self, student=Denoiser(self.student.unet, placed(net, self._device).requires_grad_(True)))
+
+    def with_controlled_fake(self) -> Networks:
+        """The fake score with a ControlNet of its own: s_fake(x_t | y, c). Before `with_posterior`."""
+        net = placed(new_controlnet(self.teacher.unet, self.teacher.downscale), self._device).requires_grad_(True)
+        fake = ScoreModel(Denoiser(self.fake.net.unet, net), self.schedule, self.teacher.prediction,  # type: ignore[attr-defined]
+                          self.text)
+        return replace(self, fake=fake)
+
+    def with_posterior(self, rank: int, levels: int, span: tuple[float, float]) -> Networks:
+        """A posterior of LoRA `rank` on the fake score, at `levels` noise levels in `span` (Eq. 8)."""
+        adapter = Adapter(self.fake.net.unet, "posterior", rank)  # type: ignore[attr-defined]
+        posterior = Posterior(self.fake, self.schedule, adapter.active, levels, *span)
+        return replace(self, posterior=posterior, adapter=adapter)
+
+    def with_frozen_posterior(self, model: str) -> Networks:
+        """A posterior trained beforehand, by `methods/posterior_training.py`."""
+        loaded = load_model(model).to(self._device)
+        if loaded.unet.config["in_channels"] != self.teacher.unet.config["in_channels"]:
+            raise UsageError(f"{model} works on other latents than the teacher; train a posterior for this teacher: "
+                             "jdm train nano-posterior")
+        return replace(self, posterior=Posterior(self.teacher.score(self.text, loaded.unet), self.schedule))
+
+    @property
+    def generator(self) -> Generator:
+        return self.teacher.generator(self.text, self.student, self.t_init)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -71,44 +111,81 @@ class Networks:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        parts = {"unet": self.student.unet, "controlnet": self.student.controlnet, "fake": self.fake.net}
+        """What trains."""
+        parts = {"unet": self.student.unet if self.train_unet else None, "controlnet": self.student.controlnet,
+                 "fake": self.fake.net}
         return {k: v for k, v in parts.items() if v is not None}  # type: ignore[misc]
 
-    def fake_parameters(self) -> list[nn.Parameter]:
-        return base_parameters(self.fake.net)  # type: ignore[arg-type]
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of the modules that are exported."""
+        return tuple(k for k in self.modules if k != "fake")
 
-    def averaged(self, averages: dict[str, nn.Module]) -> StableDiffusion:
+    def student_groups(self, unet: Optimiser, controlnet: Optimiser | None = None) -> list:
+        """(parameters, optimiser) of what trains in the student."""
+        groups = [(list(self.student.unet.parameters()), unet)] if self.train_unet else []
+        if self.student.controlnet is not None and controlnet is not None:
+            groups.append((list(self.student.controlnet.parameters()), controlnet))
+        return groups
+
+    def with_averages(self, averages: dict[str, nn.Module]) -> StableDiffusion:
         """The teacher's folder with the student's averaged networks in it."""
-        return self.teacher.with_parts(unet=averages["unet"], controlnet=averages.get("controlnet"))
+        return self.teacher.with_parts(unet=averages.get("unet", self.student.unet),
+                                       controlnet=averages.get("controlnet", self.student.controlnet))
 
-    def export(self, folder: Path, averages: dict[str, nn.Module], t_init: int, card: dict) -> None:
-        """The one-step student as a folder that stock diffusers runs in one step."""
-        scheduler = one_step_scheduler(self.teacher.scheduler, t_init)
-        save_pipeline(self.averaged(averages), folder, scheduler, card=card)
+    def exporter(self, method: str, control: str | None, **more: Any) -> Callable[[Path, dict[str, nn.Module]], object]:
+        """(folder, averages) -> writes the one-step student as a folder that stock diffusers runs in one step."""
+        scheduler = one_step_scheduler(self.teacher.scheduler, self.t_init)
+        card = {"kind": "one-step", "method": method, "control": control, "t_init": self.t_init, **more}
+        return lambda folder, averages: save_pipeline(self.with_averages(averages), folder, scheduler, card=card)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.teacher.unet.parameters()).device
+
+
+def _one_step(name: str, teacher: StableDiffusion, t_init: int) -> StableDiffusion:
+    """A one-step generator to start from, of the teacher's kind and at the level asked for.
+
+    Raises:
+        UsageError: it is no such generator.
+    """
+    model = load_model(name)
+    if not model.one_step:
+        raise UsageError(f"{name} is no one-step generator; name one, such as nano-canny, or train one first: "
+                         "jdm train nano-diff-instruct")
+    if model.schedule.n - 1 != t_init:
+        raise UsageError(f"{name} runs at level {model.schedule.n - 1}, asked for t_init {t_init}; use "
+                         f"--t-init {model.schedule.n - 1}")
+    if model.unet.config["in_channels"] != teacher.unet.config["in_channels"]:
+        raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
+    return model
 
 
 class Step:
     """One step's batch. (y, c) come from ONE picture; x = G(z, y, c) is computed once, with its graph.
 
     Attributes:
-        y: prompts. c: control [B, k, H, W] or None. images: the pictures c came from, [B, 3, H, W] in [0, 1].
+        y: prompts. c: control [B, k, H, W] or None; shown: as the ControlNet takes it, [B, 3, H, W] in [0, 1].
+        images: the pictures c came from, [B, 3, H, W] in [0, 1].
         z: generator noise. noise: every other random number of the step, by stream name.
+        progress: share of the run that is done, in [0, 1).
     """
 
     def __init__(self, networks: Networks, run: Run, pictures: Pictures, control: Control | None, step: int):
-        self.noise = Noise(run.seed, step, run.device)
+        self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
         rows = rows_at(len(pictures), run.batch, run.seed, step)
         self.images = unit(from_bytes(pictures.batch(rows))).to(run.device)
         self.y = pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
         self.c = None if control is None else control.h(self.images)
+        self.shown = None if control is None or self.c is None else control.image(self.c)
         self.z = self.noise.normal("z", networks.teacher.latent_shape(run.batch, run.data.size))
-        self._networks, self._control = networks, control
+        self._networks = networks
 
     @cached_property
     def x(self) -> Tensor:
         """The student's sample, differentiable in its parameters."""
-        shown = None if self._control is None or self.c is None else self._control.image(self.c)
-        return self._networks.generator(self.z, self.y, shown)
+        return self._networks.generator(self.z, self.y, self.shown)
 
     def noised(self, stream: str, schedule: NoiseSchedule, span: tuple[float, float]) -> tuple[Tensor, ...]:
         """(x_t, t, eps) of the detached sample, t uniform on the grid points of `span`."""
@@ -124,19 +201,56 @@ def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[
 
 
 def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],
-               every: int = 1) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6)."""
+               every: int = 1, blind: bool = False) -> Phase:
+    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6).
+
+    A fake score with a ControlNet sees c as well. blind: it does not see the prompt either.
+    """
+    controlled = networks.fake.net.controlnet is not None  # type: ignore[attr-defined]
 
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, span)
-        return (networks.fake(x_t, t, step.y).eps - eps).square().mean(), {}
+        y = [""] * len(x_t) if blind else step.y
+        estimate = networks.fake(x_t, t, y, step.shown if controlled else None)
+        return (estimate.eps - eps).square().mean(), {}
 
-    return Phase("fake", [(networks.fake_parameters(), optimiser)], loss, repeats, every)
+    parameters = base_parameters(networks.fake.net)  # type: ignore[arg-type]
+    return Phase("fake", [(parameters, optimiser)], loss, repeats, every)
+
+
+def posterior_phase(networks: Networks, optimiser: Optimiser) -> Phase:
+    """Consistency training of the posterior's LoRA on the student's samples (JDM Eq. 8)."""
+    posterior, adapter = networks.posterior, networks.adapter
+    assert posterior is not None
+    assert adapter is not None
+
+    def loss(step: Step, _: int) -> tuple[Tensor, dict]:
+        uniform = step.noise.uniform("k", len(step.z))
+        eps = step.noise.normal("eps/posterior", step.z.shape)
+        return posterior.consistency_loss(step.x, step.y, uniform, eps), {}
+
+    return Phase("posterior", [(adapter.parameters, optimiser)], loss)
+
+
+def generator_phase(networks: Networks, direction: Callable[[Step], tuple[Tensor, dict]], unet: Optimiser,
+                    controlnet: Optimiser | None = None) -> Phase:
+    """The student's samples move along `direction`."""
+
+    def loss(step: Step, _: int) -> tuple[Tensor, dict]:
+        along, logs = direction(step)
+        return ascend(step.x, along), logs | {"std_x": step.x.detach().std()}
+
+    return Phase("generator", networks.student_groups(unet, controlnet), loss)
 
 
 def loaded_control(spec: str, size: int) -> Control:
     """A control by name or import path, probed at the size it will see."""
     return checked(load_control(spec), size)
+
+
+def rms(direction: Tensor) -> Tensor:
+    """Root mean square, over samples and components; for the log."""
+    return direction.square().mean().sqrt()
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

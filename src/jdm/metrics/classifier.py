@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from jdm.errors import UsageError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SIDE, PATCH = 32, 4  # of the pictures that a mixer takes, and of its patches
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class ClassifierConfig:
     Attributes:
         name: of the trained classifier, for tables and statistics; say the data in it.
         classes: number of classes.
-        widths: channels of the stem and of the three stages, at 1/2, 1/2, 1/4 and 1/8 of the side.
+        trunk: convolutions; or mixer, a residual network over patches (MLP-Mixer, arXiv 2105.01601), for a second
+            opinion.
+        widths: of convolutions, channels of the stem and of the three stages, at 1/2, 1/2, 1/4 and 1/8 of the
+            side; of a mixer, channels of its stem, then of its blocks, all equal.
         dimensions: of the penultimate features.
         grey: average the three channels first. Right for grey data, where a colour filter would be left as it
             was drawn; such a classifier does not see a tint.
@@ -32,32 +37,30 @@ class ClassifierConfig:
 
     name: str = "classifier"
     classes: int = 10
-    widths: tuple[int, int, int, int] = (32, 64, 128, 160)
+    trunk: Literal["convolutions", "mixer"] = "convolutions"
+    widths: tuple[int, ...] = (32, 64, 128, 160)
     dimensions: int = 128
     grey: bool = True
 
 
 class Classifier(nn.Module):
-    """pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; 32x32 is what it is made for, 8x8 the least.
+    """pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; 32x32 is what it is made for.
 
-    0.5M parameters, channels-last throughout. The penultimate features come out of a batch normalisation with
-    no activation after it: centred, of unit scale on the training data and free of a pile of zeros, which is
-    as close to the Frechet distance's Gaussians as a classifier gets.
+    0.5M parameters, channels-last throughout; convolutions take pictures from 8x8, a mixer no other size. The
+    penultimate features come out of a batch normalisation with no activation after it: centred, of unit scale on
+    the training data and free of a pile of zeros, which is as close to the Frechet distance's Gaussians as a
+    classifier gets.
     """
 
     def __init__(self, config: ClassifierConfig | None = None):
         super().__init__()
         self.config = config or ClassifierConfig()
-        stem, *stages = self.config.widths
-        layers = [_block(1 if self.config.grey else 3, stem, kernel=5, stride=2)]
-        for k, (before, after) in enumerate(zip([stem, *stages[:-1]], stages, strict=True)):
-            layers += [nn.MaxPool2d(2)] * (k > 0) + [_block(before, after)]
-        layers += [_block(stages[-1], stages[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = {"convolutions": _convolutions, "mixer": _mixer}[self.config.trunk](self.config)
+        dimensions = self.config.dimensions
         self.penultimate = nn.Sequential(
-            nn.Linear(stages[-1], self.config.dimensions, bias=False), nn.BatchNorm1d(self.config.dimensions)
+            nn.Linear(self.config.widths[-1], dimensions, bias=False), nn.BatchNorm1d(dimensions)
         )
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.config.dimensions, self.config.classes))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(dimensions, self.config.classes))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -66,6 +69,9 @@ class Classifier(nn.Module):
             raise UsageError(f"pixels must be [B, 3, H, W], got {list(pixels.shape)}; repeat a grey channel")
         if not pixels.is_floating_point():
             raise UsageError(f"pixels must be float in [-1, 1], got {pixels.dtype}; use space.from_bytes")
+        if self.config.trunk == "mixer" and pixels.shape[2:] != (SIDE, SIDE):
+            raise UsageError(f"pixels must be {SIDE}x{SIDE} for a mixer, got {list(pixels.shape[2:])}; "
+                             "resize them, or use convolutions")
         x = pixels.mean(1, keepdim=True) if self.config.grey else pixels
         return self.penultimate(self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
@@ -111,6 +117,39 @@ class Classifier(nn.Module):
         return model.eval()
 
 
+def _convolutions(config: ClassifierConfig) -> nn.Sequential:
+    stem, *stages = config.widths
+    layers = [_block(1 if config.grey else 3, stem, kernel=5, stride=2)]
+    for k, (before, after) in enumerate(zip([stem, *stages[:-1]], stages, strict=True)):
+        layers += [nn.MaxPool2d(2)] * (k > 0) + [_block(before, after)]
+    return nn.Sequential(*layers, _block(stages[-1], stages[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def _block(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+
+def _mixer(config: ClassifierConfig) -> nn.Sequential:
+    stem, width = config.widths[:2]
+    if set(config.widths[1:]) != {width}:
+        raise UsageError(f"widths of a mixer must be equal after the first, got {config.widths}; it adds up its blocks")
+    patches = [nn.Conv2d(1 if config.grey else 3, stem, 5, 2, 2), nn.GELU(), nn.Conv2d(stem, width, 3, 2, 1)]
+    blocks = [_Mixing((SIDE // PATCH) ** 2, width) for _ in config.widths[1:]]
+    pooled = [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.LayerNorm(width)]
+    return nn.Sequential(*patches, nn.Flatten(2), *blocks, *pooled)
+
+
+class _Mixing(nn.Module):
+    """x [B, width, patches] + what each channel sees in the other patches, + what each patch sees in itself."""
+
+    def __init__(self, patches: int, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.across, self.within = (
+            nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n)) for n in (patches, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.across(self.norms[0](x.mT).mT)
+        return x + self.within(self.norms[1](x.mT)).mT

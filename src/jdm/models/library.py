@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 
 from jdm.errors import UsageError
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, lone_controlnet
+from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, lone_controlnet, model_index
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = {
     "nano-sd": ("nano-sd", None),
     "nano-controlnet": ("nano-sd", "nano-controlnet"),
     "nano-canny": ("nano-canny", None),
+}
+
+# By the pipeline that a folder names; any other is read as Stable Diffusion's.
+FAMILIES: dict[str, type[StableDiffusion]] = {
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionXLControlNetPipeline": StableDiffusionXL,
 }
 
 
@@ -23,7 +30,8 @@ def load_model(name: str) -> StableDiffusion:
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
         return model.with_parts(card=json.loads(card.read_text())) if card.is_file() else model
-    return StableDiffusion.load(name)
+    family = FAMILIES.get(str(model_index(name).get("_class_name")), StableDiffusion)
+    return family.load(name)
 
 
 def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel, str | None]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import diffusers
 import torch
@@ -23,47 +22,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import RunError, UsageError
 from jdm.generator import Generator
+from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
-from jdm.score import Prediction, Prompts, ScoreModel
+from jdm.score import Prediction, ScoreModel, Text
 from jdm.space import Space
 
 CARD = "jdm.json"  # what a stock pipeline ignores: method, control, steps, provenance
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class TextEncoder:
-    """Prompts -> hidden states [B, L, D] of a CLIP text model. Frozen: each prompt is encoded once and kept.
-
-    Args:
-        capacity: how many prompts are remembered; the oldest is forgotten first.
-        one_by_one: each prompt is encoded alone, so that its states do not depend, in their last bits, on the
-            company it was first met in: a resumed run must find the same bits.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, capacity: int = 65_536, one_by_one: bool = False):
-        self.model, self.tokenizer, self.capacity, self.one_by_one = model, tokenizer, capacity, one_by_one
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
-
-    def encode(self, prompts: Prompts) -> Tensor:
-        """Fresh hidden states, with gradients where the text model trains."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=self.tokenizer.model_max_length).input_ids
-        return self.model(tokens.to(next(self.model.parameters()).device))[0]
-
-    @torch.no_grad()
-    def __call__(self, prompts: Prompts) -> Tensor:
-        new = [p for p in dict.fromkeys(prompts) if p not in self._memory]
-        for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
-            for prompt, row in zip(group, self.encode(group), strict=True):
-                self._memory[prompt] = row
-        states = torch.stack([self._memory[p] for p in prompts])
-        while len(self._memory) > self.capacity:
-            self._memory.popitem(last=False)
-        return states
-
-    def forget(self) -> None:
-        """Drop every remembered prompt, e.g. before timing from the prompt on."""
-        self._memory.clear()
 
 
 class Denoiser(nn.Module):
@@ -78,22 +43,27 @@ class Denoiser(nn.Module):
         self.unet, self.controlnet, self.also = unet, controlnet, nn.ModuleList(also)
         self.strengths = [1.0] * (1 + len(also))
 
-    def forward(self, x_t: Tensor, index: Tensor, text: Tensor, control: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, index: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
+        states, added = (text, None) if isinstance(text, Tensor) else text
+        told: dict[str, Any] = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
         if self.controlnet is None or control is None:
-            return self.unet(x_t, index, text, return_dict=False)[0]
+            return self.unet(x_t, index, **told)[0]
         nets = [self.controlnet, *self.also]
         images = control.split(3, dim=1) if self.also else [control]
         sums: list[Tensor] = []
         for net, image, strength in zip(nets, images, self.strengths, strict=True):
-            down, mid = net(x_t, index, text, controlnet_cond=image, return_dict=False, conditioning_scale=strength)
+            down, mid = net(x_t, index, controlnet_cond=image, conditioning_scale=strength, **told)
             sums = [a + b for a, b in zip(sums, [*down, mid], strict=True)] if sums else [*down, mid]
-        return self.unet(x_t, index, text, down_block_additional_residuals=tuple(sums[:-1]),
-                         mid_block_additional_residual=sums[-1], return_dict=False)[0]
+        return self.unet(x_t, index, down_block_additional_residuals=tuple(sums[:-1]),
+                         mid_block_additional_residual=sums[-1], **told)[0]
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
     """The parts of a Stable-Diffusion-format folder, in float32, frozen and in eval mode."""
+
+    NAME: ClassVar[str] = "Stable-Diffusion-format"
+    PARTS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -104,26 +74,20 @@ class StableDiffusion:
     card: dict | None = None
 
     @classmethod
-    def load(cls, path: str, controlnet: str | None = None) -> StableDiffusion:
+    def load(cls, path: str, controlnet: str | None = None) -> Self:
         """From a diffusers folder or hub id; `controlnet` adds one from its own folder.
 
         Raises:
             UsageError: the folder is no Stable-Diffusion-format model.
         """
-        if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
-            raise UsageError(f"{path}: no such folder; give a diffusers folder, a hub id (owner/name), or "
-                             "nano-sd, nano-canny, nano-controlnet")
-        index, own = _json(path, "model_index.json"), "controlnet"
-        if index is None:
-            raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at "
-                             "its top")
-        missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if p not in index]
+        index = model_index(path)
+        missing = [p for p in cls.PARTS if p not in index]
         if missing:
-            raise UsageError(f"{path} is no Stable-Diffusion-format model: it lacks {', '.join(missing)}")
-        has_own = own in index and index[own][0] is not None
+            raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}")
+        has_own = index.get("controlnet", [None])[0] is not None
         try:
             control = (_whole(ControlNetModel, controlnet) if controlnet else
-                       _whole(ControlNetModel, path, own) if has_own else None)
+                       _whole(ControlNetModel, path, "controlnet") if has_own else None)
             model = cls(
                 _whole(UNet2DConditionModel, path, "unet"),
                 AutoencoderKL.from_pretrained(path, subfolder="vae"),
@@ -132,13 +96,19 @@ class StableDiffusion:
                 _json(path, "scheduler/scheduler_config.json") or {},
                 control,
                 _json(path, CARD),
+                **cls._more(path, index),
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{path} could not be loaded as a Stable-Diffusion-format model: "
+            raise UsageError(f"{path} could not be loaded as a {cls.NAME} model: "
                              f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
         for part in model.modules().values():
             part.float().eval().requires_grad_(False)
         return model
+
+    @classmethod
+    def _more(cls, path: str, index: dict) -> dict[str, Any]:
+        """Further fields of another family's folder."""
+        return {}
 
     def modules(self) -> dict[str, nn.Module]:
         parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder,
@@ -184,8 +154,16 @@ class StableDiffusion:
         """The picture size the model was trained at, in pixels."""
         return self.unet.config["sample_size"] * self.downscale
 
-    def text(self, one_by_one: bool = False) -> TextEncoder:
+    def text(self, one_by_one: bool = False, size: int | None = None) -> TextEncoder:
+        """size: of the pictures, for families that are told it."""
         return TextEncoder(self.text_encoder, self.tokenizer, one_by_one=one_by_one)
+
+    def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
+        """The stock pipeline of these parts."""
+        kind = diffusers.StableDiffusionPipeline if self.controlnet is None else \
+            diffusers.StableDiffusionControlNetPipeline
+        parts: dict[str, Any] = {**self.modules(), "safety_checker": None, "feature_extractor": None}
+        return kind(**parts, tokenizer=self.tokenizer, scheduler=scheduler, requires_safety_checker=False)
 
     def score(self, text: TextEncoder, unet: nn.Module | None = None, guidance: float = 1.0) -> ScoreModel:
         """The score of this model, or of another UNet of its kind."""
@@ -198,7 +176,7 @@ class StableDiffusion:
             raise UsageError(f"t_init must be in 0..{self.schedule.n - 1}, got {t_init}")
         return Generator(net or Denoiser(self.unet, self.controlnet), self.schedule, t_init, text, self.prediction)
 
-    def with_parts(self, **parts) -> StableDiffusion:
+    def with_parts(self, **parts) -> Self:
         return replace(self, **parts)
 
 
@@ -214,12 +192,7 @@ def save_pipeline(
     config = scheduler or model.scheduler
     kinds = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler}
     kind = kinds.get(config.get("_class_name", ""), diffusers.DDIMScheduler)
-    parts: dict[str, Any] = dict(model.modules())
-    pipeline = diffusers.StableDiffusionControlNetPipeline if model.controlnet is not None else \
-        diffusers.StableDiffusionPipeline
-    parts |= {"safety_checker": None, "feature_extractor": None}
-    whole = pipeline(**parts, tokenizer=model.tokenizer, scheduler=kind.from_config(config),
-                     requires_safety_checker=False)
+    whole = model.pipeline(kind.from_config(config))
     draft = folder.with_name(f".{folder.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -241,6 +214,21 @@ def _forget_place(config: Path) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
     if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def model_index(path: str) -> dict:
+    """model_index.json of a diffusers folder or hub id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
+        raise UsageError(f"{path}: no such folder; give a diffusers folder, a hub id (owner/name), or "
+                         "nano-sd, nano-canny, nano-controlnet")
+    index = _json(path, "model_index.json")
+    if index is None:
+        raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at its top")
+    return index
 
 
 def alphas_cumprod(scheduler: dict) -> Tensor:

@@ -40,18 +40,20 @@ STUDENT, FAKE = Optimiser(lr=1e-4, betas=(0.0, 0.95)), Optimiser(lr=5e-4, betas=
 CONTROL = Optimiser(lr=2e-3, betas=(0.9, 0.95))
 
 
-def _jdm(**changes: Any) -> JDM:
-    return replace(JDM(unet=STUDENT, controlnet=CONTROL, fake=FAKE, posterior=FAKE), **changes)
+def jdm(**changes: Any) -> JDM:
+    """JDM at the nano family's rates."""
+    method = JDM(condition_clip=(0.3, 0.8), unet=STUDENT, controlnet=CONTROL, fake=FAKE, posterior=FAKE)
+    return replace(method, **changes)
 
 
 def nano_canny() -> Run:
     """The one-step canny student: Joint Distribution Matching."""
-    return Run(method=_jdm(), out=Path("runs/nano-canny"), steps=2700, batch=32, ema=0.999, probe_every=300)
+    return Run(method=jdm(), out=Path("runs/nano-canny"), steps=6000, batch=32, ema=0.999, probe_every=500)
 
 
 def nano_canny_own_t() -> Run:
     """Ablation: the condition term draws a t and noise of its own."""
-    return replace(nano_canny(), method=_jdm(shared_noise=False), out=Path("runs/nano-canny-own-t"))
+    return replace(nano_canny(), method=jdm(shared_noise=False), out=Path("runs/nano-canny-own-t"))
 
 
 def nano_diff_instruct() -> Run:

@@ -1,0 +1,132 @@
+"""Noise Consistency Training (arXiv 2506.19741): an adapter on a frozen one-step generator; no teacher, no pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from jdm.controls import Control
+from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.errors import UsageError
+from jdm.evaluate import validation_probe
+from jdm.methods.networks import Networks, loaded_control
+from jdm.run import Optimiser, Phase, Run, Task
+from jdm.space import unit
+
+
+class Multiplier(nn.Module):
+    """lambda of the primal-dual method: a module, so that a checkpoint carries it."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.value: Tensor
+        self.register_buffer("value", torch.tensor(float(start)))
+
+    @torch.no_grad()
+    def ascend(self, rate: float, excess: Tensor) -> None:
+        """lambda <- max(0, lambda + rate * excess)."""
+        self.value.add_(rate * excess.to(self.value)).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class NCT:
+    """min L_con subject to L_bound < xi; L_con = d(f_phi(z_k+1, c), sg f_phi(z_k, c)), L_bound = d(f_phi(z, c), f(z)).
+
+    x = f(z) is the frozen generator's own sample and c = h(x) its control, which need not be differentiable. The noise
+    is what diffuses: z_s = sqrt(1 - s^2) z + s eps, at both levels with the SAME z and eps.
+
+    Attributes:
+        base: the frozen one-step generator. levels: K; s_k = k / K.
+        consistency: False leaves L_con out, and boundary: False L_bound: two of the paper's ablations.
+        xi: bound on L_bound, in d's units.
+        multiplier: lambda at the start. dual_rate: how fast it moves; 0 keeps it there, the third ablation.
+        huber: c of d(a, b) = sqrt(mean |a - b|^2 + c^2) - c, the mean over a sample's components.
+    """
+
+    control: str = "canny"
+    base: str = "runs/nano-diff-instruct/model"
+    t_init: int = 625
+    levels: int = 18
+    consistency: bool = True
+    boundary: bool = True
+    xi: float = 0.05
+    multiplier: float = 1.0
+    dual_rate: float = 0.05
+    huber: float = 0.03
+    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
+
+    def task(self, run: Run) -> Task:
+        if not self.consistency and not self.boundary:
+            raise UsageError("NCT without both of its losses learns nothing; keep --consistency or --boundary")
+        control = loaded_control(self.control, run.data.size)
+        networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
+        prompts = load_pictures(run.data.source, run.data.split, run.data.size)
+        multiplier = Multiplier(self.multiplier)
+        net = networks.student.controlnet
+        assert net is not None
+
+        def begin(step: int) -> Noises:
+            return Noises.of(networks, run, prompts, control, step)
+
+        def loss(noises: Noises, _: int) -> tuple[Tensor, dict]:
+            return self.loss(networks, multiplier, noises)
+
+        return Task([Phase("controlnet", [(list(net.parameters()), self.controlnet)], loss)], begin,
+                    {"controlnet": net, "multiplier": multiplier},
+                    networks.exporter("nct", self.control, base=self.base), averaged=("controlnet",),
+                    probe=validation_probe(networks, run, control))
+
+    def loss(self, networks: Networks, multiplier: Multiplier, noises: Noises) -> tuple[Tensor, dict]:
+        """L_con + lambda (L_bound - xi), and the dual step."""
+        k = (noises.uniform.double() * self.levels).floor()
+        generator = networks.generator
+
+        def at(level: Tensor) -> Tensor:
+            return generator(diffused(noises.z, noises.eps, level / self.levels), noises.y, noises.shown)
+
+        with torch.no_grad():
+            before = at(k)
+        consistency = self.distance(at(k + 1), before)
+        bound = self.distance(generator(noises.z, noises.y, noises.shown), noises.x)
+        # A copy: the multiplier moves here, before the backward that still needs its value.
+        kept = [consistency] * self.consistency + [multiplier.value.clone() * bound] * self.boundary
+        multiplier.ascend(self.dual_rate, bound.detach() - self.xi)
+        return torch.stack(kept).sum(), {"consistency_loss": consistency.detach(), "boundary_loss": bound.detach(),
+                                         "multiplier": multiplier.value.clone()}
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean over the batch of the pseudo-Huber d(a, b); scalar."""
+        square = (a - b).flatten(1).square().mean(1)
+        return ((square + self.huber**2).sqrt() - self.huber).mean()
+
+
+@dataclass(frozen=True)
+class Noises:
+    """One step of NCT: prompts, noise, the frozen generator's samples x and their control."""
+
+    y: list[str]
+    z: Tensor
+    eps: Tensor
+    uniform: Tensor
+    x: Tensor
+    shown: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, networks: Networks, run: Run, prompts: Pictures, control: Control, step: int) -> Noises:
+        noise = Noise(run.seed, step, run.device)
+        rows = rows_at(len(prompts), run.batch, run.seed, step)
+        y = prompts.prompts(rows, noise.uniform("caption", len(rows)).cpu())
+        shape = networks.teacher.latent_shape(run.batch, run.data.size)
+        z = noise.normal("z", shape)
+        x = networks.generator(z, y)
+        shown = control.image(control.h(unit(networks.space.decode(x)).clamp(0, 1)))
+        return cls(y, z, noise.normal("eps", shape), noise.uniform("k", run.batch), x, shown)
+
+
+def diffused(z: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """z_s = sqrt(1 - s^2) z + s eps: noise stays standard normal at every s [B] in [0, 1]."""
+    s = s.to(z.device).view(-1, *[1] * (z.ndim - 1))
+    return ((1 - s**2).sqrt() * z + s * eps).to(z.dtype)

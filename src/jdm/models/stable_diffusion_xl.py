@@ -1,0 +1,53 @@
+"""SDXL: a second text encoder, and a UNet that is told the picture's size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers
+from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.text import TextEncoder, TwoTextEncoders
+
+
+@dataclass(frozen=True)
+class StableDiffusionXL(StableDiffusion):
+    """The parts of an SDXL folder, in float32, frozen and in eval mode.
+
+    Attributes:
+        zeros: the empty prompt is all zeros, as the folder's model_index.json says.
+    """
+
+    NAME: ClassVar[str] = "SDXL"
+    PARTS: ClassVar[tuple[str, ...]] = (*StableDiffusion.PARTS, "text_encoder_2", "tokenizer_2")
+
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zeros: bool = True
+
+    @classmethod
+    def _more(cls, path: str, index: dict) -> dict[str, Any]:
+        return {"text_encoder_2": CLIPTextModelWithProjection.from_pretrained(path, subfolder="text_encoder_2"),
+                "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+                "zeros": bool(index.get("force_zeros_for_empty_prompt", True))}
+
+    def modules(self) -> dict[str, nn.Module]:
+        assert self.text_encoder_2 is not None
+        return super().modules() | {"text_encoder_2": self.text_encoder_2}
+
+    def text(self, one_by_one: bool = False, size: int | None = None) -> TextEncoder:
+        assert self.text_encoder_2 is not None
+        assert self.tokenizer_2 is not None
+        side = size or self.size
+        return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2, (side, side),
+                               self.zeros, one_by_one=one_by_one)
+
+    def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
+        kind = diffusers.StableDiffusionXLPipeline if self.controlnet is None else \
+            diffusers.StableDiffusionXLControlNetPipeline
+        parts: dict[str, Any] = {**self.modules(), "tokenizer_2": self.tokenizer_2}
+        return kind(**parts, tokenizer=self.tokenizer, scheduler=scheduler,
+                    force_zeros_for_empty_prompt=self.zeros, add_watermarker=False)

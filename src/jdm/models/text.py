@@ -1,0 +1,84 @@
+"""Prompts to what a UNet reads: the hidden states of one CLIP text model, or of SDXL's two."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jdm.score import Prompts, Text
+
+
+class TextEncoder:
+    """Prompts -> hidden states [B, L, D] of a CLIP text model. Frozen: each prompt is encoded once and kept.
+
+    Args:
+        capacity: how many prompts are remembered; the oldest is forgotten first.
+        one_by_one: each prompt is encoded alone, so that its states do not depend, in their last bits, on the
+            company it was first met in: a resumed run must find the same bits.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = 65_536, one_by_one: bool = False):
+        self.model, self.tokenizer, self.capacity, self.one_by_one = model, tokenizer, capacity, one_by_one
+        self._memory: OrderedDict[str, Any] = OrderedDict()
+
+    def encode(self, prompts: Prompts) -> Tensor:
+        """Fresh hidden states, with gradients where the text model trains."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=self.tokenizer.model_max_length).input_ids
+        return self.model(tokens.to(next(self.model.parameters()).device))[0]
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts) -> Text:
+        new = [p for p in dict.fromkeys(prompts) if p not in self._memory]
+        for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
+            for prompt, row in zip(group, self.encode(group), strict=True):
+                self._memory[prompt] = row
+        rows = [self._memory[p] for p in prompts]
+        while len(self._memory) > self.capacity:
+            self._memory.popitem(last=False)
+        return self.stacked(rows)
+
+    def stacked(self, rows: list[Any]) -> Text:
+        """Remembered rows as one batch."""
+        return torch.stack(rows)
+
+    def forget(self) -> None:
+        """Drop every remembered prompt, e.g. before timing from the prompt on."""
+        self._memory.clear()
+
+
+class TwoTextEncoders(TextEncoder):
+    """Prompts -> SDXL's (hidden states [B, L, D1 + D2], {text_embeds [B, P], time_ids [B, 6]}).
+
+    Args:
+        second: a CLIP text model with projection; its pooled output is text_embeds.
+        size: height and width in pixels, which SDXL is told thrice: as original, uncropped and wanted.
+        zeros: the empty prompt is all zeros, as the base model was trained. Stock pipelines do so for the negative
+            prompt; an empty prompt to draw they encode.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, second: nn.Module, tokenizer_2: Any,
+                 size: tuple[int, int], zeros: bool = True, capacity: int = 65_536, one_by_one: bool = False):
+        super().__init__(model, tokenizer, capacity, one_by_one)
+        self.second, self.tokenizer_2, self.size, self.zeros = second, tokenizer_2, size, zeros
+
+    def encode(self, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        """(hidden states [L, D1 + D2], pooled [P]) of each prompt."""
+        states, pooled = [], torch.empty(0)
+        for model, tokenizer in ((self.model, self.tokenizer), (self.second, self.tokenizer_2)):
+            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                               max_length=tokenizer.model_max_length).input_ids
+            output: Any = model(tokens.to(next(model.parameters()).device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = output[0]
+        rows = zip(prompts, torch.cat(states, dim=-1), pooled, strict=True)
+        return [(h * 0, p * 0) if self.zeros and not prompt else (h, p) for prompt, h, p in rows]
+
+    def stacked(self, rows: list[Any]) -> Text:
+        states, pooled = (torch.stack(part) for part in zip(*rows, strict=True))
+        height, width = self.size
+        ids = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(rows), -1)
+        return states, {"text_embeds": pooled, "time_ids": ids}

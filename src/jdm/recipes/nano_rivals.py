@@ -1,0 +1,114 @@
+"""Baselines, ablations and rivals of the canny student on nano-sd, each with the student's own rates and budget.
+
+Every recipe takes another control by `--method.control`; out folders follow with `--out`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jdm.methods.controlled_teacher import ControlledTeacher
+from jdm.methods.diff_instruct import DiffInstruct
+from jdm.methods.dsm_controlnet import DSMControlNet
+from jdm.methods.nct import NCT
+from jdm.methods.posterior_training import PosteriorTraining
+from jdm.recipes.nano import CONTROL, FAKE, STUDENT, jdm
+from jdm.run import Optimiser, Run
+
+# One budget for every row of a table: samples and updates, not seconds.
+STEPS, BATCH = 1500, 32
+ADAPTER = Optimiser(lr=2e-3, betas=(0.9, 0.95))
+
+
+def _row(name: str, method: Any, **changes: Any) -> Run:
+    return replace(Run(method=method, out=Path("runs") / name, steps=STEPS, batch=BATCH, ema=0.999, probe_every=500),
+                   **changes)
+
+
+def nano_jdm() -> Run:
+    """JDM at the tables' budget: what its ablations are compared with."""
+    return _row("nano-jdm", jdm())
+
+
+def nano_shared() -> Run:
+    """Phase 2 of the shared generator: a new ControlNet on the shipped student's frozen UNet."""
+    return _row("nano-shared", jdm(start="nano-canny", train_unet=False, control="soft-edge"))
+
+
+def nano_no_warm_up() -> Run:
+    """Ablation: a frozen Diff-Instruct UNet in place of phase 1."""
+    return _row("nano-no-warm-up", jdm(start="runs/nano-diff-instruct/model", train_unet=False))
+
+
+def nano_clean_likelihood() -> Run:
+    """Ablation: log p(c | x) on the clean sample in place of log p(c | x_t)."""
+    return _row("nano-clean-likelihood", jdm(condition_on="sample"))
+
+
+def nano_fake_x0() -> Run:
+    """Ablation: the fake score's own x0 as the posterior's sample, the paper's easy way."""
+    return _row("nano-fake-x0", jdm(condition_on="fake"))
+
+
+def nano_implicit() -> Run:
+    """Baseline: score distillation with a ControlNet that nothing asks to obey (Eq. 12)."""
+    return _row("nano-implicit", DiffInstruct(control="canny", unet=STUDENT, controlnet=CONTROL, fake=FAKE))
+
+
+def nano_dsm() -> Run:
+    """Baseline: a ControlNet on the frozen one-step generator by denoising (Eq. 11)."""
+    return _row("nano-dsm", DSMControlNet(base="runs/nano-diff-instruct/model", optimiser=ADAPTER))
+
+
+def nano_dsm_teacher() -> Run:
+    """Baseline: the same on the frozen multi-step UNet, Eq. 11's subscript phi."""
+    return _row("nano-dsm-teacher", DSMControlNet(optimiser=ADAPTER))
+
+
+def nano_controlled_teacher() -> Run:
+    """Baseline: the multi-step ControlNet distilled with a controlled fake score (Eq. 2)."""
+    return _row("nano-controlled-teacher", ControlledTeacher(unet=STUDENT, controlnet=CONTROL, fake=FAKE))
+
+
+def nano_nct() -> Run:
+    """Rival: Noise Consistency Training on the frozen Diff-Instruct generator."""
+    return _row("nano-nct", NCT(base="runs/nano-diff-instruct/model", controlnet=ADAPTER))
+
+
+def nano_nct_no_consistency() -> Run:
+    """NCT's ablation without its consistency loss."""
+    return replace(nano_nct(), method=replace(nano_nct().method, consistency=False),
+                   out=Path("runs/nano-nct-no-consistency"))
+
+
+def nano_nct_no_boundary() -> Run:
+    """NCT's ablation without its boundary loss."""
+    return replace(nano_nct(), method=replace(nano_nct().method, boundary=False), out=Path("runs/nano-nct-no-boundary"))
+
+
+def nano_nct_no_dual() -> Run:
+    """NCT's ablation with a fixed multiplier."""
+    return replace(nano_nct(), method=replace(nano_nct().method, dual_rate=0.0), out=Path("runs/nano-nct-no-dual"))
+
+
+def nano_posterior() -> Run:
+    """A posterior of real pictures, to be frozen."""
+    rate = Optimiser(lr=5e-4, betas=(0.9, 0.95))
+    return _row("nano-posterior", PosteriorTraining(optimiser=rate), batch=64, probe_every=0)
+
+
+def nano_controlled_fake() -> Run:
+    """The exact joint KL: a fake score that sees c in the fidelity term."""
+    return _row("nano-controlled-fake", jdm(fake_sees_control=True))
+
+
+def nano_draws() -> Run:
+    """Four samples of p(x | x_t) in the condition term."""
+    return _row("nano-draws", jdm(draws=4))
+
+
+def nano_frozen_posterior() -> Run:
+    """A frozen posterior of real pictures in the condition term."""
+    return _row("nano-frozen-posterior", jdm(frozen_posterior="runs/nano-posterior/model"))

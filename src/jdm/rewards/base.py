@@ -1,0 +1,150 @@
+"""What a reward is: how good each picture is for its prompt, differentiable in the picture."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jdm.controls.base import imported
+from jdm.errors import UsageError
+
+KNOWN = {
+    "nano-reward": "jdm.rewards.classifier:nano_reward",
+    "nano-judge": "jdm.rewards.classifier:nano_judge",
+    "pick-score": "jdm.rewards.pick_score:PickScore",
+    "hpsv2": "jdm.rewards.hpsv2:HPSv2",
+    "aesthetic": "jdm.rewards.aesthetic:Aesthetic",
+    "image-reward": "jdm.rewards.image_reward:ImageReward",
+}
+
+
+class Reward(Protocol):
+    """r(images, prompts): any callable of this form, a function, or a frozen network. Higher is better."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images [B, 3, H, W], nominally in [0, 1] (a decoder may overshoot), and B prompts -> [B].
+
+        Differentiable in images; one value depends on its own picture and prompt only.
+        """
+        ...
+
+
+def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
+    """The reward that `spec` names: `nano-reward`, `my_rewards.py:brightness` or `package.module:Name`.
+
+    A known name may be followed by where its weights are: `pick-score:FOLDER`. A function is used as it is, a
+    class is made without arguments; networks are moved to `device`. Loading runs the file, as
+    `python my_rewards.py` would. UsageError where nothing of that name can be made.
+    """
+    known, colon, weights = spec.partition(":")
+    if known in KNOWN and (weights or not colon):
+        source, _, name = KNOWN[known].partition(":")
+        make = getattr(importlib.import_module(source), name)
+        reward = make(weights) if weights else make()
+    else:
+        reward = _own(spec)
+    return reward.to(device) if isinstance(reward, nn.Module) else reward
+
+
+def checked_reward(reward: Reward, size: int, prompts: Sequence[str]) -> Reward:
+    """`reward` itself, once two random pictures [2, 3, size, size] have gone through it: it can be trained on.
+
+    UsageError, naming the reward, what came back, the bound and the remedy, unless it returns [2], finite, with
+    a finite gradient over the pictures that is not all 0; and where it is a judge, which nothing trains on.
+
+    Args:
+        prompts: such as those of the run; the first two are used.
+    """
+    name = reward_name(reward)
+    if getattr(reward, "judge", False):
+        raise UsageError(f"{name} judges runs trained on other rewards and is never trained on itself; "
+                         "train on nano-reward, or on a reward of your own")
+    if len(prompts) == 0:
+        raise UsageError(f"checking {name} needs at least 1 prompt, got none; give those of the run")
+    parameter = next(reward.parameters(), None) if isinstance(reward, nn.Module) else None
+    images = _probe(size).to("cpu" if parameter is None else parameter.device).requires_grad_()
+    with torch.enable_grad():
+        try:
+            value = reward(images, [prompts[k % len(prompts)] for k in range(len(images))])
+        except UsageError:
+            raise
+        except Exception as error:  # a user's code may raise anything
+            raise UsageError(f"{name} failed on two random pictures ({_in_short(error)}); it must take "
+                             "images [B, 3, H, W] in [0, 1] and B prompts") from error
+        _check(name, value, images)
+    return reward
+
+
+def reward_name(reward: Reward) -> str:
+    """One word for tables and messages: the reward's name, its function's or its class's."""
+    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
+
+
+def _own(spec: str) -> Any:
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        near = difflib.get_close_matches(spec, KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
+        raise UsageError(f"there is no reward {spec!r}; {hint} your own is named by file and function, "
+                         "such as my_rewards.py:brightness")
+    near = difflib.get_close_matches(source, KNOWN, n=1, cutoff=0.8)
+    if near:
+        raise UsageError(f"there is no reward {source!r}; did you mean {near[0]}:{name}?")
+    module = imported(source)
+    found = getattr(module, name, None)
+    if found is None:
+        own = [key for key, value in vars(module).items()
+               if callable(value) and getattr(value, "__module__", None) == module.__name__]
+        near = difflib.get_close_matches(name, own, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"what it defines is: {', '.join(own) or 'nothing'}"
+        raise UsageError(f"{source} has no function or class {name}; {hint}")
+    try:
+        made = found() if isinstance(found, type) else found
+    except UsageError:
+        raise
+    except Exception as error:  # a user's constructor may raise anything
+        raise UsageError(f"{spec} could not be made without arguments ({_in_short(error)}); "
+                         "give each of them a default") from error
+    if not callable(made):
+        raise UsageError(f"{spec} is not a reward but {type(made).__name__}; write "
+                         f"`def {name}(images, prompts)`, or a class with __call__")
+    return made
+
+
+def _check(name: str, value: object, images: Tensor) -> None:
+    remedy = "keep its operations differentiable (no rounding, threshold, uint8, numpy, no_grad or .detach())"
+    if not isinstance(value, Tensor) or tuple(value.shape) != (len(images),):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"{name} must return one value per picture, [{len(images)}] here, got {got}; "
+                         "sum or average over all but the first dimension")
+    if not value.isfinite().all():
+        raise UsageError(f"{name} must be finite, got {value.tolist()}; guard its divisions and logarithms")
+    if not value.requires_grad:
+        raise UsageError(f"{name} has no gradient with respect to the picture; {remedy}")
+    try:
+        (gradient,) = torch.autograd.grad(value.sum(), images)
+    except RuntimeError as error:
+        raise UsageError(f"{name} cannot be differentiated with respect to the picture "
+                         f"({_in_short(error)}); {remedy}") from error
+    if not gradient.isfinite().all():
+        raise UsageError(f"the gradient of {name} must be finite, got NaN or infinity; a square root or "
+                         "logarithm of 0 has none: add a small constant")
+    if not gradient.any():
+        raise UsageError(f"the gradient of {name} is 0 at every pixel; {remedy}")
+
+
+def _in_short(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def _probe(size: int) -> Tensor:
+    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images[1, :, size // 2 :] = 0
+    return images

@@ -1,0 +1,100 @@
+"""Human Preference Score v2.1 (arXiv 2306.09341): CLIP ViT-H/14, tuned on people's rankings of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from jdm.rewards.networks import image_embedding, paired, pretrained, read_weights, text_embedding, weights_file
+from jdm.rewards.pick_score import TOKENIZER
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
+
+WEIGHTS, FILES = "xswu/HPSv2", ("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors")
+
+# Beginnings of names, open_clip's and transformers'.
+STEMS = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "visual.proj": "visual_projection.weight",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+PARTS = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.",
+         ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
+
+
+class HPSv2(nn.Module):
+    """r = cos(image, prompt): about 0.2 to 0.35; tables print 100 times that.
+
+    Args:
+        weights: hub id, folder or file of the published checkpoint; or a transformers CLIP's folder.
+        tokenizer: by hub id or folder; where not given, a transformers folder's own or the base model's.
+        dtype: of the network.
+        config: of the published checkpoint's network; ViT-H/14 where not given.
+    """
+
+    name = "hpsv2"
+
+    def __init__(self, weights: str = WEIGHTS, tokenizer: str | None = None, dtype: torch.dtype = torch.float32,
+                 config: CLIPConfig | None = None):
+        from transformers import AutoTokenizer, CLIPModel
+
+        super().__init__()
+        own = (Path(weights).expanduser() / "config.json").is_file()
+        if own:
+            self.clip = pretrained(self.name, CLIPModel, weights, dtype=dtype)
+        else:
+            published = read_weights(self.name, weights_file(self.name, weights, FILES))
+            self.clip = pretrained(self.name, CLIPModel, None, config=config or vit_h_14(), dtype=dtype,
+                                   state_dict=renamed(published))
+        self.tokenizer = pretrained(self.name, AutoTokenizer, tokenizer or (weights if own else TOKENIZER))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] and B prompts -> [B]; differentiable in images.
+
+        Nothing is cut: the published preprocessing puts black bars around what is not square.
+        """
+        paired(images, prompts)
+        embedding = image_embedding(self.clip, images, whole=True)
+        return (embedding * text_embedding(self.clip, self.tokenizer, prompts)).sum(1)
+
+
+def renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names of a CLIP's weights -> transformers': projections transposed, query, key and value apart."""
+    found = {}
+    for key, value in published.items():
+        stem = next((s for s in STEMS if key.startswith(s)), None)
+        name = key if stem is None else STEMS[stem] + key.removeprefix(stem)
+        for part, other in PARTS.items():
+            name = name.replace(part, other)
+        if ".in_proj_" in name:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace(".in_proj_", f".{letter}_proj.")] = third
+        else:
+            found[name] = value.T if stem in ("visual.proj", "text_projection") else value
+    return found
+
+
+def vit_h_14() -> CLIPConfig:
+    """CLIP ViT-H/14 of LAION, as transformers describes it."""
+    from transformers import CLIPConfig
+
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "hidden_act": "gelu", "projection_dim": 1024}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+              "patch_size": 14, "image_size": 224, "hidden_act": "gelu", "projection_dim": 1024}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)

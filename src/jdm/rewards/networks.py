@@ -1,0 +1,172 @@
+"""What the published rewards share: CLIP's view of a picture, embeddings, the scoring head, weights from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jdm.errors import UsageError
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of each channel
+
+
+def clip_pixels(images: Tensor, side: int, dtype: torch.dtype = torch.float32, whole: bool = False) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] -> [B, 3, side, side] as CLIP takes them; differentiable in images.
+
+    Resized bicubically with antialiasing, the shorter side to `side` and the rest cut from the centre, in float32
+    at least, then standardised by channel. Clamped to [0, 1] before, between and after the two passes, as Pillow's
+    8 bits are: where a pixel is beyond, the published score does not move, and neither does this one.
+
+    Args:
+        whole: the longer side to `side` and black bars around, nothing cut.
+    """
+    height, width = images.shape[-2:]
+    one = max(height, width) if whole else min(height, width)
+    size = [round(n * side / one) if whole else n * side // one for n in (height, width)]
+    x = images.to(torch.promote_types(images.dtype, torch.float32))
+    for shape in ([height, size[1]], size):
+        x = functional.interpolate(x.clamp(0, 1), size=shape, mode="bicubic", antialias=True, align_corners=False)
+    x = x.clamp(0, 1)
+    if whole:
+        top, left = ((side - n) // 2 for n in size)
+        x = functional.pad(x, [left, side - size[1] - left, top, side - size[0] - top])
+    else:
+        top, left = ((n - side) // 2 for n in size)
+        x = x[..., top : top + side, left : left + side]
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return ((x - mean) / std).to(dtype)
+
+
+def image_embedding(clip: Any, images: Tensor, whole: bool = False) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] -> CLIP's [B, D] of unit length, float32 at least; differentiable in images."""
+    config = getattr(clip.config, "vision_config", clip.config)
+    pixels = clip_pixels(images, config.image_size, clip.dtype, whole)
+    return _unit_length(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output))
+
+
+@torch.no_grad()
+def text_embedding(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """B prompts, cut after as many tokens as the model takes -> CLIP's [B, D] of unit length, detached."""
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt",
+                       max_length=clip.config.text_config.max_position_embeddings).to(clip.device)
+    pooled = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+    return _unit_length(clip.text_projection(pooled))
+
+
+def score_head(width: int = 768) -> nn.Sequential:
+    """features [B, width] -> [B, 1]: the head that LAION's aesthetic predictor and ImageReward share.
+
+    Affine throughout: the published one has no activation between its layers, only dropout.
+    """
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+    )
+
+
+def paired(images: Tensor, prompts: Sequence[str]) -> None:
+    """UsageError unless there is one prompt for each image."""
+    if len(prompts) != len(images):
+        raise UsageError(f"prompts must be one for each of {len(images)} images, got {len(prompts)}")
+
+
+def frozen(network: Any) -> Any:
+    """`network` itself, in eval mode, its parameters out of every gradient."""
+    return network.eval().requires_grad_(False)
+
+
+# Weights
+
+
+def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -> Any:
+    """`kind`, a transformers network or tokenizer, from a folder or hub id.
+
+    UsageError, with the reward's `name` and the remedy, where it is not there or lacks a weight: transformers would
+    fill it with random numbers.
+    """
+    from transformers.utils import logging
+
+    network, verbosity = issubclass(kind, nn.Module), logging.get_verbosity()
+    if network:
+        settings["output_loading_info"] = True
+    logging.set_verbosity_error()  # it prints a table of what is said in one line below
+    try:
+        found = kind.from_pretrained(place, **settings)  # type: ignore[attr-defined]
+    except Exception as error:  # a hub, a disk and a file of another kind each raise their own
+        raise UsageError(f"{name} needs {place or 'its weights'}, which could not be loaded ({_in_short(error)}); "
+                         f"{_remedy(name, place or '')}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if not network:
+        return found
+    model, report = found
+    wrong = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report.get("mismatched_keys", ()))
+    if wrong:
+        raise UsageError(f"{name}: {place or 'the file'} lacks {len(wrong)} weights of {kind.__name__}, such as "
+                         f"{wrong[0]}; is it another model?")
+    return frozen(model)
+
+
+def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
+    """The file of weights at `place`: itself, one of `files` in that folder, or the first of them from the hub."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path
+    inside = [path / file for file in files if (path / file).is_file()]
+    if inside:
+        return inside[0]
+    if path.is_dir():
+        raise UsageError(f"{name}: {place} holds none of {', '.join(files)}; name the file of weights itself")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(place, files[0]))
+    except Exception as error:  # offline, gated, misspelt
+        raise UsageError(f"{name} needs {files[0]} of {place}, which could not be fetched ({_in_short(error)}); "
+                         f"{_remedy(name, place, files[0])}") from error
+
+
+def read_weights(name: str, file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or PyTorch file, by name; only tensors are unpickled."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        return dict(loaded.get("state_dict", loaded))
+    except Exception as error:  # a broken file may raise anything
+        raise UsageError(f"{name}: {file} is not a file of weights ({_in_short(error)}); fetch it again") from error
+
+
+def fill(name: str, network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """Load every weight into `network`; UsageError, with the first that does not fit, where they are not its own."""
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    odd = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    for keys, what in ((missing, "lacks"), (unknown, "has unknown"), (odd, "has misshapen")):
+        if keys:
+            raise UsageError(f"{name}: {file} {what} {keys[0]} and {len(keys) - 1} more weights; is it another model?")
+    network.load_state_dict(weights)
+
+
+def _unit_length(embedding: Tensor) -> Tensor:
+    wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+    return functional.normalize(wide, dim=-1)
+
+
+def _remedy(name: str, place: str, file: str = "") -> str:
+    if place.startswith((".", "/", "~")) or not 0 < place.count("/") < 2:
+        return f"give a hub id, or a folder that holds it: {name}:FOLDER"
+    command = f"hf download {place} {file}".strip()
+    return f"fetch it with `{command}`, or give a folder that holds it: {name}:FOLDER"
+
+
+def _in_short(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]

@@ -1,0 +1,157 @@
+"""Tiny models of SD1.5's, SD2.1's and SDXL's classes: each trains, resumes, exports, and runs in stock diffusers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+import jdm.evaluate
+import tiny
+from jdm import checkpoint
+from jdm.errors import UsageError
+from jdm.generator import starting_noise
+from jdm.models import nano
+from jdm.models.library import load_model
+from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.recipes import all_recipes
+from jdm.sampling import Sampler
+from jdm.space import unit
+from jdm.train import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("untrained_judge")
+WIDTH = 16
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+PROMPTS = ["an ankle boot", "a coat"]
+STOCK = """
+import json, sys
+sys.modules["jdm"] = None  # importing it raises ImportError
+import diffusers
+from safetensors.torch import load_file, save_file
+folder, asked, out = sys.argv[1:]
+asked = load_file(asked)
+pipe = getattr(diffusers, json.load(open(folder + "/model_index.json"))["_class_name"]).from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+images = pipe(json.loads(sys.stdin.read()), image=asked["control"], latents=asked["z"], num_inference_steps=1,
+              guidance_scale=1, height=32, width=32, output_type="pt").images
+save_file({"images": images.float().contiguous()}, out)
+"""
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)
+
+
+def unet(**changes) -> UNet2DConditionModel:
+    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
+             "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2, "down_block_types": DOWN,
+             "up_block_types": UP, "cross_attention_dim": nano.TEXT_WIDTH}
+    return UNet2DConditionModel(**(shape | changes))
+
+
+def made(kind: str) -> StableDiffusion:
+    """Random weights in the shapes of a family, with its prediction and schedule."""
+    tokenizer = nano.tokenizer(["a photo of an ankle boot", "a coat"])
+    encoder = nano.text_encoder(tokenizer)
+    if kind == "sd15":
+        return StableDiffusion(unet(), autoencoder(), encoder, tokenizer, nano.SCHEDULER)
+    if kind == "sd21-v":  # linear projections, heads by block, v-prediction
+        net = unet(use_linear_projection=True, attention_head_dim=(2, 4))
+        return StableDiffusion(net, autoencoder(), encoder, tokenizer,
+                               {**nano.SCHEDULER, "prediction_type": "v_prediction"})
+    second = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=12, max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id))
+    net = unet(down_block_types=DOWN[::-1], up_block_types=UP[::-1], transformer_layers_per_block=(1, 2),
+               cross_attention_dim=nano.TEXT_WIDTH + WIDTH, addition_embed_type="text_time",
+               addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8, use_linear_projection=True)
+    return StableDiffusionXL(net, autoencoder(), encoder, tokenizer, nano.SCHEDULER, None, None, second, tokenizer)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd21-v", "sdxl"])
+def family(request, tmp_path_factory):
+    """(kind, folder of its tiny teacher, folder of a student trained three steps)."""
+    place = tmp_path_factory.mktemp(request.param)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made(request.param)
+    for part in model.modules().values():
+        part.eval().requires_grad_(False)
+    teacher = save_pipeline(model, place / "teacher")
+    recipe = all_recipes()["nano-canny"]()
+    loud = replace(recipe.method, controlnet=replace(recipe.method.controlnet, lr=0.1, warmup=0))  # zero no more
+    run = tiny.run(replace(recipe, method=loud), place / "run", teacher, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jdm.evaluate, "judge", tiny.judge)
+        return request.param, teacher, train(run), run
+
+
+def test_a_folder_is_read_as_the_family_its_index_names(family):
+    kind, teacher, student, _ = family
+    wanted = StableDiffusionXL if kind == "sdxl" else StableDiffusion
+    assert type(load_model(str(teacher))) is wanted
+    assert type(load_model(str(student))) is wanted
+    assert load_model(str(student)).prediction == ("v_prediction" if kind == "sd21-v" else "epsilon")
+
+
+def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
+    _, _, folder, _ = family
+    student = load_model(str(folder))
+    control = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.2).float().expand(-1, 3, -1, -1)
+    z = starting_noise(student.latent_shape(2, 32), seed=5)
+    with torch.no_grad():
+        ours = unit(student.space.decode(Sampler(student).x(z, PROMPTS, control))).clamp(0, 1)
+        other = unit(student.space.decode(Sampler(student).x(z, PROMPTS, 1 - control))).clamp(0, 1)
+    assert (ours - other).abs().max() > 2e-3, "a control that changes nothing would prove nothing"
+    save_file({"z": z, "control": control.contiguous()}, tmp_path / "asked.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", STOCK, folder, tmp_path / "asked.safetensors", tmp_path / "out"],
+                          input=json.dumps(PROMPTS), text=True, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (load_file(tmp_path / "out")["images"] - ours).abs().max() < 1e-4
+
+
+def test_a_resumed_run_ends_with_the_same_bits(family, tmp_path):
+    *_, run = family
+    halfway = Trainer(replace(run, out=tmp_path))
+    halfway.step(0)
+    del halfway
+    train(replace(run, out=tmp_path))
+    a, b = (load_file(checkpoint.last(out) / "state.safetensors") for out in (run.out, tmp_path))  # type: ignore[operator]
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
+    kind, teacher, *_ = family
+    model = load_model(str(teacher))
+    pipe = model.pipeline(DDIMScheduler.from_config(model.scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    z = starting_noise(model.latent_shape(2, 32), seed=1)
+    stock = pipe(["a coat", "an ankle boot"], latents=z, num_inference_steps=4, guidance_scale=3.0,  # type: ignore[operator]
+                 height=32, width=32, output_type="pt").images
+    sampler = Sampler(model, 4, 3.0)
+    with torch.no_grad():
+        ours = unit(model.space.decode(sampler.x(z, ["a coat", "an ankle boot"]))).clamp(0, 1)
+    assert (stock - ours).abs().max() < 1e-4, kind
+
+
+def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = save_pipeline(made("sdxl"), tmp_path / "broken")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["text_encoder_2"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="is no SDXL model: it lacks text_encoder_2"):
+        load_model(str(folder))

@@ -24,6 +24,7 @@ from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.library import ASSETS, SHIPPED, load_model
 from jdm.questions import Questions, answers
 from jdm.reference import SAMPLES, Reference, references
+from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.run import Run
 from jdm.sampling import Sampler
 from jdm.space import from_bytes, to_bytes, unit
@@ -40,6 +41,12 @@ PROBE_SAMPLES = 1000  # of the reference of a teacher that ships without one
 def judge() -> Classifier:
     """The shipped classifier, trained on real training pictures only."""
     return Classifier.load(ASSETS / "nano-classifier")
+
+
+@cache
+def second_judge() -> PromptClassifier | None:
+    """nano-judge, which no reward was and nothing is trained on; None where it does not ship."""
+    return nano_judge() if (ASSETS / "nano-judge").is_dir() else None
 
 
 def evaluate(
@@ -64,8 +71,8 @@ def evaluate(
 
     Returns:
         fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
-        diversity, prompt_agreement, nfe, seconds_per_image at batch 64 and 1, peak_memory_mb, n, and what
-        was asked.
+        diversity, prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64
+        and 1, peak_memory_mb, n, and what was asked.
     """
     loaded = load_model(model)
     card = loaded.card or {}
@@ -119,6 +126,7 @@ def measured(
         row |= _obedience(pictures, questions, control, sampler)
     if questions.source == FASHION and questions.labels is not None:
         row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+        row |= _judged(pictures, questions, questions.labels)
     row["diversity"] = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
     return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
 
@@ -151,6 +159,18 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
         shown = control.image(part.c).repeat_interleave(draws, 0)
     features = extractor.features(sampler(z, y, shown))
     return diversity(features.view(len(part), draws, -1)).mean
+
+
+@torch.no_grad()
+def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str, float]:
+    """What nano-judge says: the mean log-probability of the class prompted, in nats, and its prompt agreement."""
+    other = second_judge()
+    if other is None:
+        return {}
+    parts = torch.arange(len(pictures)).split(250)
+    said = [other(unit(from_bytes(pictures[rows])), [questions.y[int(i)] for i in rows]) for rows in parts]
+    return {"judge": torch.cat(said).mean().item(),
+            "judge_accuracy": prompt_agreement(other.classifier, pictures, labels)}
 
 
 @torch.no_grad()
@@ -188,8 +208,8 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
 
     def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)
-        sampler = Sampler(networks.averaged(averages))
-        sampler.generator = networks.teacher.generator(networks.text, sampler.net, networks.generator.t_init)
+        sampler = Sampler(networks.with_averages(averages))
+        sampler.generator = networks.teacher.generator(networks.text, sampler.net, networks.t_init)
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}

@@ -47,7 +47,7 @@ def test_an_exported_student_runs_in_one_step_of_stock_diffusers_and_is_equal(st
     with torch.no_grad():
         ours = unit(model.space.decode(Sampler(model).x(z, PROMPTS, control))).clamp(0, 1)
         blind = unit(model.space.decode(Sampler(model).x(z, PROMPTS, torch.zeros_like(control)))).clamp(0, 1)
-    assert (ours - blind).abs().max() > 1e-2, "a control that changes nothing would prove nothing"
+    assert (ours - blind).abs().max() > 2e-3, "a control that changes nothing would prove nothing"
     save_file({"z": z, "control": control.contiguous()}, tmp_path / "asked.safetensors")
     half = export(student, tmp_path / "half", torch.float16)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -97,6 +97,8 @@ def test_a_run_can_be_exported_before_it_ends_without_being_touched(teacher, tmp
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert (made / "jdm.json").read_text() == (kept / "jdm.json").read_text()
+    export(run.out, tmp_path / "one_file", format="single-file")
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "kept", "made", "one_file"}, "nothing is left behind"
 
 
 def test_nothing_is_exported_over_something_or_from_nothing(student, tmp_path):

@@ -24,7 +24,11 @@ EXAMPLES = """examples:
   jdm recipes
   jdm train nano-canny --method.condition-weight 0.5 --steps 100
   jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8
-  jdm evaluate nano-canny --n 1000 --json out.json"""
+  jdm evaluate nano-canny --n 1000 --json out.json
+  jdm reproduce table1 --dry-run"""
+FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # jdm.export.FORMATS, which is not imported for its names
+# The keys of jdm.reproduce.tables.TABLES and of its scales, which are not imported for their names.
+REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,10 +138,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     rest.required = False
     _sample_flags(command("sample", "pictures for a prompt, and for a control measured on a picture of yours"))
     _evaluate_flags(command("evaluate", "measure a model"))
-    export = command("export", "a run's model as a folder that stock diffusers loads")
-    export.add_argument("run", metavar="RUN", help="a run's folder, finished or not, or a model's")
-    export.add_argument("out", metavar="OUT", help="a new folder")
-    export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="precision of the weights on disk")
+    _export_flags(command("export", "a run's model as a folder that stock software loads"))
+    _reproduce_flags(command("reproduce", "a table or figure of the paper, beside the published one"))
     demo = command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU")
     demo.add_argument("--out", default="runs/demo")
     demo.add_argument("--steps", type=_positive, default=300, help="of training")
@@ -175,6 +177,47 @@ def _evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
     evaluate.add_argument("--teacher", default="nano-sd", help="distances are taken to its uncontrolled samples")
     evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, one timing")
+
+
+def _export_flags(export: _Parser) -> None:
+    export.add_argument("run", metavar="RUN", help="a run's folder, finished or not, or a model's")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--format", type=_among(FORMATS), default="diffusers",
+                        help="diffusers: a whole folder; single-file: for ComfyUI and A1111; controlnet: it alone, for "
+                             "either; lora: the UNet's difference from its base, for either")
+    export.add_argument("--rank", type=_positive, help="of the LoRA; 64 where not given")
+    export.add_argument("--base", metavar="MODEL", help="what the LoRA is laid over; the run's teacher where not given")
+    export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
+                        help="precision of the weights on disk")
+    export.add_argument("--metrics", metavar="out.json", help="what jdm evaluate --json wrote, for the README")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to the hub, under this name")
+
+
+def _reproduce_flags(reproduce: _Parser) -> None:
+    reproduce.add_argument("table", metavar="TABLE", type=_among(REPRODUCED), help=", ".join(REPRODUCED))
+    reproduce.add_argument("--seeds", type=_positive, default=1, help="training seeds 0, 1, ...")
+    reproduce.add_argument("--cells", help="which to fill: canny/nct,... as column/row, or one of both; * and ? fit")
+    reproduce.add_argument("--n", type=_positive, help="pictures per cell; 5000, of figures 1000, where not given")
+    reproduce.add_argument("--steps", type=_positive, help="of every training; the recipes' own where not given")
+    reproduce.add_argument("--out", default="runs/reproduce", help="folder for models and cells, reused between calls")
+    reproduce.add_argument("--page", default="docs/results", help="folder for the page and its numbers")
+    reproduce.add_argument("--scale", type=_among(SCALES), default="nano", help=", ".join(SCALES))
+    reproduce.add_argument("--model", help="another teacher: a folder or hub id; then nothing that ships is used")
+    reproduce.add_argument("--source", help="other pictures, as in jdm train")
+    reproduce.add_argument("--device", default="cpu", help="of trainings")
+    reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, one timing")
+    reproduce.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
+                           help="print the cells, what is there and what the rest would cost")
+    reproduce.add_argument("--no-run", action="store_true", help="write the page from what is there")
+
+
+def _among(names: Sequence[str]) -> Callable[[str], str]:
+    def name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"there is no {text!r}; {_hint(text, names) or ', '.join(names)}")
+        return text
+
+    return name
 
 
 def _positive(text: str) -> int:

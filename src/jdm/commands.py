@@ -210,10 +210,16 @@ def evaluate(asked: argparse.Namespace) -> int:
 
 
 def export(asked: argparse.Namespace) -> int:
-    """`jdm export`: prints the folder."""
+    """`jdm export`: prints the folder, and its address where it was uploaded."""
+    from jdm import hub
     from jdm.export import export as exported
 
-    print(exported(asked.run, asked.out, {"fp32": torch.float32, "fp16": torch.float16}[asked.dtype]))
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    name = hub.checked_name(asked.push) if asked.push else None
+    folder = exported(asked.run, asked.out, dtypes[asked.dtype], asked.format, asked.rank, asked.base, asked.metrics)
+    print(folder)
+    if name:
+        print(hub.push(folder, name))
     return 0
 
 
@@ -231,6 +237,48 @@ def demo(asked: argparse.Namespace) -> int:
             table.add_row(name, *values)
     Console().print(table)
     return 0
+
+
+def reproduce(asked: argparse.Namespace) -> int:
+    """`jdm reproduce`: prints the table and where its page is."""
+    from jdm.reproduce import sitting
+    from jdm.reproduce.cells import selected
+    from jdm.reproduce.models import Setting
+    from jdm.reproduce.page import paper_form
+    from jdm.reproduce.scales import SCALES
+    from jdm.reproduce.tables import TABLES
+
+    table = TABLES[asked.table]
+    scale = SCALES[asked.scale].on(asked.model, asked.source)
+    setting = Setting(scale, Path(asked.out), asked.n or table.n, asked.steps, asked.device, asked.quick)
+    if asked.dry_run:
+        print(sitting.listed(table, setting, asked.seeds, asked.cells))
+        return 0
+    _device(asked.device)
+    selected(sitting.opened(table, setting, asked.seeds), asked.cells)
+    for folder in (setting.out, Path(asked.page)):
+        _writable(folder)
+    said = Console(stderr=True)
+    try:
+        data, failures = sitting.reproduce(
+            table, setting, asked.seeds, asked.cells, not asked.no_run, Path(asked.page), _again(asked),
+            lambda run: TrainingProgress(run.steps), lambda line: said.print(line, highlight=False, markup=False))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+    print(f"{data['headline']}\n\n{paper_form(data)}\n")
+    page = Path(asked.page) / f"{data['file']}.md"
+    print(page)
+    if failures:
+        raise RunError(f"{len(failures)} cells failed, the first with: {failures[0]} ({page} has them all)")
+    return 0
+
+
+def _again(asked: argparse.Namespace) -> str:
+    """The command that was given, without its cells."""
+    given = {"scale": "nano", "model": None, "source": None, "seeds": 1, "n": None, "steps": None,
+             "out": "runs/reproduce", "page": "docs/results", "device": "cpu"}
+    flags = [f"--{k} {getattr(asked, k)}" for k, usual in given.items() if getattr(asked, k) != usual]
+    return " ".join([f"jdm reproduce {asked.table}", *flags, *(["--quick"] if asked.quick else [])])
 
 
 def _device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ which silently freezes or wakes them in the middle of a step; this wrapper leave
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -26,13 +26,14 @@ class Adapter:
     Args:
         module: changed in place: its target layers are wrapped, their own parameters stay the same objects.
         rank: of every LoRA pair; alpha = rank, so the scale is 1.
+        targets: which layers, by the end of their path.
     """
 
-    def __init__(self, module: nn.Module, name: str, rank: int):
+    def __init__(self, module: nn.Module, name: str, rank: int, targets: Sequence[str] = TARGETS):
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, got {rank}")
         frozen = {id(p): p.requires_grad for p in module.parameters()}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), module, name)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module, name)
         for p in module.parameters():  # injection freezes the base; put it back as it was
             p.requires_grad_(frozen.get(id(p), True))
         self.name = name

@@ -1,0 +1,250 @@
+"""README.md of an exported folder: what the model is, how stock software loads it, what it measures, its settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
+CHECKPOINT_FILE, CONTROLNET_FILE = "{name}.safetensors", "{name}_controlnet.safetensors"
+NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
+        card: jdm.json. record: run.json. metrics: what `jdm evaluate` wrote. Empty where there is none.
+        base: what it was trained from, by folder or hub id. pixels: side of its pictures.
+        sigma: sigma / alpha at the level a one-step student runs at; same_levels: Stable Diffusion's table has it too.
+        known_as: the size of UNet that ComfyUI and A1111 take it for.
+        errors, left_out, rank: of a LoRA that stands for a full student.
+    """
+
+    name: str
+    format: str
+    kind: str | None
+    card: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    controlled: bool = False
+    pixels: int | None = None
+    dtype: str = "float32"
+    sigma: float | None = None
+    same_levels: bool = True
+    prediction: str = "epsilon"
+    known_as: str | None = None
+    errors: Mapping[int, float] = field(default_factory=dict)
+    left_out: float = 0.0
+    rank: int = 0
+
+    @property
+    def one_step(self) -> bool:
+        return self.card.get("kind") == "one-step"
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        found = self.record.get("run", {}).get("method")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def partner(self) -> str:
+        """What a ControlNet by itself belongs to."""
+        if self.one_step and self.method.get("train_unet", True):
+            return "student"
+        return public(self.method.get("start") or self.base or "base")
+
+
+def model_card(of: Subject) -> str:
+    """The whole text, in Markdown with the header that hubs read."""
+    parts = [_header(of), f"# {of.name}", _summary(of), _facts(of)]
+    if code := snippet(of):
+        parts += ["## Use", f"```python\n{code}```"]
+    if of.format != "diffusers":
+        parts += ["## In ComfyUI and A1111", *_other_programs(of)]
+    if of.errors:
+        parts += ["## What the LoRA holds", *_lora(of)]
+    if of.metrics:
+        rows = [(k.replace("_", " "), _value(v)) for k, v in of.metrics.items() if v is not None]
+        parts += ["## Measurements", "By `jdm evaluate`, on the whole model in the precision it was trained in.",
+                  _table("measurement", "value", rows)]
+    if of.record:
+        parts += ["## Training", _table("setting", "value", _settings(of.record))]
+    whose = f" ({public(of.base)})" if of.base else ""
+    parts += ["## Licence", f"Inherit from the base model{whose}: its licence and its terms of use hold for this one. "
+              "Name them here before you publish it."]
+    return "\n\n".join(parts) + "\n"
+
+
+def snippet(of: Subject) -> str:
+    """Python that draws one picture with stock diffusers; run inside the folder. Empty where diffusers has no part."""
+    draw = {"diffusers": _whole, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora_code}
+    return draw[of.format](of)
+
+
+def public(name: str) -> str:
+    """A model's or a dataset's name without the place it has on this disk."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _header(of: Subject) -> str:
+    tags = ["one-step"] * of.one_step + ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
+    lines = ["license: other", "license_name: inherit-from-base-model", "library_name: diffusers",
+             "pipeline_tag: text-to-image"]
+    if of.base and re.fullmatch(r"[\w.-]+/[\w.-]+", of.base) and not Path(of.base).exists():
+        lines.append(f"base_model: {of.base}")
+    if tags:
+        lines.append(f"tags: [{', '.join(tags)}]")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(of: Subject) -> str:
+    what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
+    steps = " that draws in one step" if of.one_step else ""
+    control = of.card.get("control")
+    control = f", to a control ({public(str(control))})" if control and of.controlled else ""
+    return f"{what}{steps}{control}; made with jdm."
+
+
+def _facts(of: Subject) -> str:
+    level = of.card.get("t_init")
+    rows = [("base model", public(of.base) if of.base else "not recorded"),
+            ("method", of.card.get("method") or of.method.get("type")), ("control", of.card.get("control")),
+            ("t_init", f"{level} (sigma / alpha = {of.sigma:.4f})" if level is not None and of.sigma else level),
+            ("pictures", f"{of.pixels} x {of.pixels}" if of.pixels else None), ("weights on disk", of.dtype)]
+    return _table("", "", [(k, _value(v)) for k, v in rows if v is not None])
+
+
+def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every setting of the run, nested ones with dots; where it ran and what it logged left out."""
+    for key, value in _flat(record.get("run", {})):
+        if key.split(".")[-1] not in NOT_SETTINGS:
+            yield key, _value(value)
+    for part in ("data", "versions"):
+        for key, value in _flat(record.get(part, {})):
+            yield f"{part}: {key}", _value(value)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(v) for v in value)
+    return public(str(value)).replace("|", "\\|") or "none"
+
+
+def _table(key: str, value: str, rows: Any) -> str:
+    return "\n".join([f"| {key} | {value} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)])
+
+
+def _call(of: Subject) -> str:
+    """Lines that draw and keep a picture with `pipe`."""
+    guidance = 1.0 if of.one_step else float(of.card.get("guidance", 2.0))
+    asked = ['"your prompt"', *["image=control"] * of.controlled,
+             f"num_inference_steps={1 if of.one_step else 50}, guidance_scale={guidance}"]
+    size = f".resize(({of.pixels}, {of.pixels}))" if of.pixels else ""
+    shown = f'control = Image.open("control.png").convert("RGB"){size}\n' if of.controlled else ""
+    return f'{shown}image = pipe({", ".join(asked)}).images[0]\nimage.save("picture.png")\n'
+
+
+def _imports(of: Subject, *more: str) -> str:
+    names = sorted({*more, of.kind or ""} - {""}, key=str.lower)
+    return f"from diffusers import {', '.join(names)}\n" + "from PIL import Image\n" * of.controlled + "\n"
+
+
+def _whole(of: Subject) -> str:
+    if of.kind is None:
+        return ""
+    if "Pipeline" not in of.kind:  # one network
+        return f'{_imports(of)}network = {of.kind}.from_pretrained(".")\n'
+    return f'{_imports(of)}pipe = {of.kind}.from_pretrained(".")  # this folder, or its name on the hub\n{_call(of)}'
+
+
+def _single_file(of: Subject) -> str:
+    file, net, given = CHECKPOINT_FILE.format(name=of.name), "", ""
+    if of.controlled:
+        net = (f'controlnet = ControlNetModel.from_single_file("{CONTROLNET_FILE.format(name=of.name)}", '
+               'config="config", subfolder="controlnet")\n')
+        given = ", controlnet=controlnet"
+    return (f'{_imports(of, *["ControlNetModel"] * of.controlled)}{net}'
+            f'pipe = {of.kind}.from_single_file("{file}", config="config"{given})\n{_call(of)}')
+
+
+def _controlnet(of: Subject) -> str:
+    return (f'{_imports(of, "ControlNetModel")}base = "{of.partner}"  # folder or hub id of the model it belongs to\n'
+            f'controlnet = ControlNetModel.from_pretrained(".")\n'
+            f'pipe = {of.kind}.from_pretrained(base, controlnet=controlnet)\n{_call(of)}')
+
+
+def _lora_code(of: Subject) -> str:
+    parts = {"scheduler": ("DDIMScheduler", of.one_step), "controlnet": ("ControlNetModel", of.controlled)}
+    used = {name: kind for name, (kind, there) in parts.items() if there}
+    lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
+    given = "".join(f", {name}={name}" for name in used)
+    base = public(of.base or "base")
+    return (f'{_imports(of, *used.values())}base = "{base}"  # folder or hub id of the base model\n'
+            f'{lines}pipe = {of.kind}.from_pretrained(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+
+
+def _lora(of: Subject) -> Iterator[str]:
+    yield (f"Rank {of.rank} of the difference between the student's UNet and the base model's, layer by layer. Its "
+           f"error, relative to that difference in weights, is {of.errors[of.rank]:.4f}; at other ranks:")
+    yield _table("rank", "relative error", [(r, f"{e:.4f}") for r, e in of.errors.items()])
+    yield (f"Biases and normalisations changed too, by {of.left_out:.4f} of all that changed; a LoRA does not hold "
+           "them. All this is about weights, not pictures: compare pictures before you use a low rank.")
+
+
+def _other_programs(of: Subject) -> Iterator[str]:
+    """Where the files go, and the settings that make a stock sampler compute the student."""
+    files = {"single-file": [(CHECKPOINT_FILE, "models/checkpoints", "models/Stable-diffusion")],
+             "lora": [(KOHYA_FILE, "models/loras", "models/Lora")]}.get(of.format, [])
+    if of.controlled:
+        files.append((CONTROLNET_FILE, "models/controlnet", "models/ControlNet"))
+    yield "\n".join(["| file | ComfyUI | A1111 |", "|---|---|---|",
+                     *(f"| {f.format(name=of.name)} | {a} | {b} |" for f, a, b in files)])
+    if of.known_as is None:
+        yield ("Both programs know UNets by the widths of SD1.5, SD2 and SDXL. This one has others: they will not "
+               "recognise it, and the files are for software that reads this layout by a config.")
+    else:
+        yield f"Both take it for {of.known_as}."
+    if of.one_step and of.sigma is not None:
+        yield from _settings_for_one_step(of, of.sigma)
+
+
+def _settings_for_one_step(of: Subject, sigma: float) -> Iterator[str]:
+    """x = z sqrt(1 + s^2) - s eps(z) with s = sigma / alpha: one Euler step from s to 0, on noise of that size."""
+    level, start = of.card.get("t_init"), math.sqrt(1 + sigma**2)
+    yield (f"The student is run once, at level {level} of 1,000, on noise of unit variance. In these programs' units: "
+           f"sigma = {sigma:.4f}, and a first sample of noise x {start:.4f} = sqrt(1 + sigma^2).")
+    if not of.same_levels:
+        yield ("That cannot be expressed there: both use Stable Diffusion's table of noise levels, this model was "
+               "trained on another, and its UNet would be told the wrong level. Use diffusers.")
+        return
+    yield ("The settings below come from reading the programs. Their arithmetic is tested; the programs were not run.")
+    yield (f"- ComfyUI, core nodes, exact: KarrasScheduler (steps 1, sigma_max {sigma:.4f}) for the sampler; a second "
+           f"KarrasScheduler (steps 1, sigma_max {start:.4f}) into AddNoise with RandomNoise and an empty latent; "
+           "SamplerCustomAdvanced with DisableNoise, CFGGuider at cfg 1, KSamplerSelect euler (lcm is the same in one "
+           "step), the first sigmas, and the latent of AddNoise.\n"
+           "- A1111, exact: sampler Euler, schedule type Karras, 1 step, CFG scale 1, and under Settings, Sampler "
+           f"parameters: sigma max {sigma:.4f}, SGM noise multiplier on.")
+    yield (f"Not exact: ComfyUI's plain KSampler, and A1111 without that multiplier, start from noise x {sigma:.4f}, "
+           f"{sigma / start:.3f} of what the student knows, and by themselves at level 999; ModelSamplingDiscrete with "
+           "lcm knows only every 20th level. A single file carries no schedule: the level is set by hand each time.")
+    if of.prediction == "v_prediction":
+        yield ("It predicts v: in ComfyUI put ModelSamplingDiscrete (v_prediction) behind the loader, in A1111 a .yaml "
+               "with `parameterization: v` beside the file, where the program does not tell by itself.")

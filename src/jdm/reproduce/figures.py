@@ -1,0 +1,75 @@
+"""A figure: the same prompts, controls and noise to every row's model, with its label and numbers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from jdm.controls import checked, load_control
+from jdm.data import load_pictures
+from jdm.models.library import load_model
+from jdm.pictures import grid
+from jdm.questions import Questions, answers
+from jdm.reproduce.cells import ASKED, Cell, stored
+from jdm.reproduce.models import Setting
+from jdm.reproduce.page import NAMES, number
+from jdm.sampling import Sampler
+from jdm.space import to_bytes
+
+PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels: of a picture, a label, its letters
+
+
+def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Image.Image:
+    """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where it is not
+    measured."""
+    first = found[0]
+    model = load_model(setting.scale.model)
+    control = checked(load_control(first.control), model.size) if first.control else None
+    pictures = load_pictures(setting.scale.source, setting.scale.split, model.size)
+    questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED)
+    rows: list[tuple[str, Tensor | None]] = [("real pictures", to_bytes(questions.images * 2 - 1))]
+    if control is not None and questions.c is not None:
+        rows.append((f"their control: {first.control}", to_bytes(control.image(questions.c) * 2 - 1)))
+    for cell in (c for c in found if c.seed == 0):
+        shown = next(r for r in data["rows"] if r["row"] == cell.row.key)["cells"][cell.column]
+        if record := stored(cell, setting):
+            guidance = record["measured"]["guidance"]
+            sampler = Sampler(load_model(cell.model.path), cell.row.steps, 1.0 if guidance is None else guidance)
+            numbers = ", ".join(f"{NAMES[k]} {number(shown['values'], k)}" for k in data["measures"]
+                                if k in shown["values"])
+            rows.append((f"{cell.row.title}\n{numbers}", answers(sampler, questions, control)))
+        else:
+            rows.append((f"{cell.row.title}\n{shown['state']}", None))
+    return sheet(rows)
+
+
+def sheet(rows: Sequence[tuple[str, Tensor | None]]) -> Image.Image:
+    """Labels on the left, a row of uint8 pictures [N, 3, H, W] beside each; None leaves the row empty."""
+    made = [None if p is None else grid(p, len(p), scale=max(1, HEIGHT // p.shape[-1])) for _, p in rows]
+    height = max((strip.height for strip in made if strip), default=HEIGHT)
+    width = max((strip.width for strip in made if strip), default=HEIGHT)
+    whole = Image.new("RGB", (LABEL + width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(TEXT)
+    for place, ((label, _), strip) in enumerate(zip(rows, made, strict=True)):
+        text = "\n".join(part for line in label.splitlines() for part in _wrapped(line, draw, font))
+        draw.multiline_text((8, place * height + height // 2), text, "black", font, anchor="lm", spacing=2)
+        if strip:
+            whole.paste(strip, (LABEL, place * height))
+    return whole
+
+
+def _wrapped(line: str, draw: ImageDraw.ImageDraw, font: Any) -> list[str]:
+    """The line in pieces that fit beside the pictures."""
+    pieces = [""]
+    for word in line.split():
+        longer = f"{pieces[-1]} {word}".strip()
+        if draw.textlength(longer, font) > LABEL - 16 and pieces[-1]:
+            pieces.append(word)
+        else:
+            pieces[-1] = longer
+    return pieces
+
+

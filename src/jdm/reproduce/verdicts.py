@@ -1,0 +1,219 @@
+"""What a table says, computed from its numbers: who wins, and the questions it was made to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
+CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share
+ERRORS = 2.0  # bootstrap errors within which two numbers are not told apart
+Values = dict[str, dict[str, Any]]
+
+
+def headline(data: dict[str, Any]) -> str:
+    """Who wins, on average over the columns that most methods have; of text-to-image, who agrees best."""
+    if list(data["columns"]) == ["text"]:
+        students = {**data, "rows": [row for row in data["rows"] if row["steps"] == 1]}
+        said = [f"best {name} {who}" for name, key, largest in (
+            ("prompt agreement", "prompt_agreement", True), ("judge", "judge", True), ("distance", "fd", False))
+            if (who := _winner(students, ["text"], key, largest))]
+        return "of one-step students " + ", ".join(said) if said else "nothing measured yet"
+    shared = _shared_columns(data)
+    if not shared:
+        return "nothing measured yet"
+    over = "" if shared == list(data["columns"]) else f" over {', '.join(shared)} alone"
+    average = "average " if len(shared) > 1 else ""
+    return (f"best {average}consistency{over} {_winner(data, shared, 'consistency', False)}, best {average}distance "
+            f"{_winner(data, shared, 'fd', False)}")
+
+
+def answers(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions of this table that its cells can answer: question, verdict, and the numbers it rests on."""
+    asked = {"table1": (_claim, _phase_2, _frozen, _rival), "table2": (_ignored, _better_posteriors),
+             "table3": (_guided, _hacked)}
+    return [answer for question in asked.get(data["table"], ()) if (answer := question(data))]
+
+
+def over(data: dict[str, Any], row: str, columns: Iterable[str], key: str) -> dict[str, Any] | None:
+    """A row's mean over columns with its spread, columns counted as independent; None where one is missing."""
+    values = [_values(data, row, column).get(key) for column in columns]
+    if not values or any(v is None for v in values):
+        return None
+    spreads = [v["spread"] for v in values]  # type: ignore[index]
+    spread = None if None in spreads else sum(s**2 for s in spreads) ** 0.5 / len(spreads)
+    return {"mean": sum(v["mean"] for v in values) / len(values), "spread": spread}  # type: ignore[index]
+
+
+def _values(data: dict[str, Any], row: str, column: str) -> Values:
+    found = next((r for r in data["rows"] if r["row"] == row), {"cells": {}})
+    return found["cells"].get(column, {"values": {}})["values"]
+
+
+def _rows(data: dict[str, Any], columns: Iterable[str]) -> list[str]:
+    columns = list(columns)
+    return [r["row"] for r in data["rows"] if all(_values(data, r["row"], c) for c in columns)]
+
+
+def _shared_columns(data: dict[str, Any]) -> list[str]:
+    """All columns, if two methods or more have them all; else the one that most methods have."""
+    every = list(data["columns"])
+    if len(_rows(data, every)) > 1:
+        return every
+    counts = {column: len(_rows(data, [column])) for column in every}
+    most = max(counts, key=counts.__getitem__)
+    return [most] if counts[most] else []
+
+
+def _winner(data: dict[str, Any], columns: list[str], key: str, largest: bool) -> str:
+    titles = {r["row"]: r["title"] for r in data["rows"]}
+    means = {row: value["mean"] for row in _rows(data, columns) if (value := over(data, row, columns, key))}
+    if not means:
+        return ""
+    best = (max if largest else min)(means, key=means.__getitem__)
+    return f"{titles[best]} ({means[best]:.4f})" if key == "consistency" else f"{titles[best]} ({means[best]:.3f})"
+
+
+def _both(data: dict[str, Any], a: str, b: str) -> list[str]:
+    """The columns that both rows have."""
+    return [c for c in data["columns"] if _values(data, a, c) and _values(data, b, c)]
+
+
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> float | None:
+    """(a - b) in errors of the difference."""
+    if a["spread"] is None or b["spread"] is None or not (error := (a["spread"] ** 2 + b["spread"] ** 2) ** 0.5):
+        return None
+    return (a["mean"] - b["mean"]) / error
+
+
+def _answer(question: str, verdict: bool | str | None, columns: list[str], text: str, **numbers: Any) -> dict[str, Any]:
+    said = verdict if isinstance(verdict, str) else "not told" if verdict is None else "yes" if verdict else "no"
+    return {"question": question, "verdict": said, "columns": columns, "text": text, "numbers": numbers}
+
+
+def _errors(value: float | None) -> str:
+    return "no error known" if value is None else f"{value:+.1f} errors"
+
+
+def _claim(data: dict[str, Any]) -> dict[str, Any] | None:
+    """JDM against the 50-step ControlNet."""
+    columns = _both(data, "jdm", "controlnet")
+    if not columns:
+        return None
+    ours, theirs = ({k: over(data, row, columns, k) for k in ("consistency", "fd", "fd_efflite0")}
+                    for row in ("jdm", "controlnet"))
+    better = 1 - ours["consistency"]["mean"] / theirs["consistency"]["mean"]  # type: ignore[index]
+    away = _apart(ours["fd"], theirs["fd"])  # type: ignore[arg-type]
+    more = {k: ours[k]["mean"] - theirs[k]["mean"] for k in ("fd", "fd_efflite0") if ours[k] and theirs[k]}  # type: ignore[index]
+    no_worse = (more["fd"] <= 0 if away is None else away <= ERRORS) and more.get("fd_efflite0", 0.0) <= 0
+    second = f", FD-EffLite0 {more['fd_efflite0']:+.2f}" if "fd_efflite0" in more else ""
+    return _answer("Is JDM's consistency 24% better than the 50-step ControlNet's, with distance no worse?",
+                   better >= CLAIM and no_worse, columns,
+                   f"consistency {100 * better:.1f}% better; distance {more['fd']:+.2f} ({_errors(away)}){second}",
+                   better=better, errors=away, **more)
+
+
+def _phase_2(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Controls of phase 2 against jointly trained ones; the primary control is no phase-2 control."""
+    columns = [c for c in _both(data, "jdm", "jdm-joint") if data["columns"][c] != "canny"]
+    if not columns:
+        return None
+    ours, joint = ({c: _values(data, row, c) for c in columns} for row in ("jdm", "jdm-joint"))
+    worse = {c: ours[c]["consistency"]["mean"] / joint[c]["consistency"]["mean"] - 1 for c in columns}
+    far = {c: ours[c]["fd"]["mean"] - joint[c]["fd"]["mean"] for c in columns}
+    text = "; ".join(f"{c}: consistency {100 * worse[c]:+.1f}%, distance {far[c]:+.2f}" for c in columns)
+    return _answer("Are phase-2 controls within 10% of jointly trained ones?", all(w <= CLOSE for w in worse.values()),
+                   columns, text, consistency=worse, fd=far)
+
+
+def _frozen(data: dict[str, Any]) -> dict[str, Any] | None:
+    """A frozen Diff-Instruct UNet in place of phase 1."""
+    if not (columns := _both(data, "frozen-di", "jdm")):
+        return None
+    found, text = _difference(data, "frozen-di", "jdm", columns)
+    errors = found["consistency"]["errors"]
+    return _answer("Is JDM on a frozen Diff-Instruct UNet clearly worse than on phase 1's?",
+                   None if errors is None else errors > ERRORS, columns, text, **found)
+
+
+def _rival(data: dict[str, Any]) -> dict[str, Any] | None:
+    """JDM and NCT on one frozen generator."""
+    if not (columns := _both(data, "nct", "frozen-di")):
+        return None
+    found, text = _difference(data, "nct", "frozen-di", columns)
+    errors = found["consistency"]["errors"]
+    winner = None if errors is None else "JDM" if errors > ERRORS else "NCT" if errors < -ERRORS else "neither clearly"
+    return _answer("Which obeys better on one frozen Diff-Instruct generator, JDM or NCT?", winner, columns,
+                   f"NCT's less JDM's: {text}", **found)
+
+
+def _difference(data: dict[str, Any], a: str, b: str, columns: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
+    """a's numbers less b's, over columns, and in errors of the difference."""
+    found = {}
+    for key in ("consistency", "fd"):
+        one, other = over(data, a, columns, key), over(data, b, columns, key)
+        assert one is not None
+        assert other is not None
+        found[key] = {"more": one["mean"] - other["mean"], "errors": _apart(one, other)}
+    text = "; ".join(f"{name} {found[key]['more']:+.{digits}f} ({_errors(found[key]['errors'])})"
+                     for key, name, digits in (("consistency", "consistency", 4), ("fd", "distance", 2)))
+    return found, text
+
+
+def _ignored(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Implicit VSD against chance."""
+    columns = [c for c in data["columns"] if _values(data, "implicit", c)]
+    if not columns:
+        return None
+    away = {}
+    for column in columns:
+        values = _values(data, "implicit", column)
+        spread = values["consistency"]["spread"]
+        difference = values["consistency"]["mean"] - values["consistency_chance"]["mean"]
+        away[column] = difference / spread if spread else None
+    text = "; ".join(f"{c}: {_errors(away[c])} from chance" for c in columns)
+    told = None if None in away.values() else all(abs(a) <= ERRORS for a in away.values())  # type: ignore[arg-type]
+    return _answer("Is implicit VSD's consistency within two errors of chance?", told, columns, text, errors=away)
+
+
+def _better_posteriors(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Diversity of what is in no paper, beside the paper's JDM."""
+    rows = [r["row"] for r in data["rows"] if r["part"] and _both(data, r["row"], "jdm")]
+    if not rows:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        columns = _both(data, row, "jdm")
+        found[row] = {}
+        for key in ("diversity", "consistency", "fd"):
+            own, base = over(data, row, columns, key), over(data, "jdm", columns, key)
+            if own and base and base["mean"]:
+                found[row][key] = own["mean"] / base["mean"]
+    text = "; ".join(f"{row}: " + ", ".join(f"{k} x {v:.2f}" for k, v in found[row].items()) for row in rows)
+    more = any(v.get("diversity", 0) > 1 and v.get("consistency", 2) <= 1.02 for v in found.values())
+    return _answer("Does anything in no paper keep more diversity than JDM at equal consistency (within 2%)?", more,
+                   [c for c in data["columns"] if _both(data, rows[0], "jdm")], text, ratios=found)
+
+
+def _guided(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Another teacher's guidance against the student's own."""
+    rows = [row for row in ("guided", "guided-blind") if _both(data, row, "own")]
+    if not rows:
+        return None
+    own = _values(data, "own", "text")
+    more = {row: {k: _values(data, row, "text")[k]["mean"] - own[k]["mean"] for k in ("prompt_agreement", "fd")}
+            for row in rows}
+    text = "; ".join(f"{row}: agreement {m['prompt_agreement']:+.3f}, distance {m['fd']:+.2f}"
+                     for row, m in more.items())
+    return _answer("Does a better teacher's guidance agree better with prompts than the weak teacher's own?",
+                   any(m["prompt_agreement"] > 0 for m in more.values()), ["text"], text, **more)
+
+
+def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Clean against noisy reward, by the judge."""
+    noisy, clean = (_values(data, row, "text") for row in ("reward", "reward-clean"))
+    if "judge" not in noisy or "judge" not in clean:
+        return None
+    more = {k: noisy[k]["mean"] - clean[k]["mean"] for k in ("judge", "fd")}
+    return _answer("Does the reward on the noisy posterior satisfy the judge better than on the clean sample?",
+                   more["judge"] > 0, ["text"], f"judge {more['judge']:+.3f} nats, distance {more['fd']:+.2f}", **more)

@@ -1,0 +1,400 @@
+"""`jdm reproduce` on the tiny model: what is filled, kept, resumed, and said where it failed."""
+
+import json
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from jdm import evaluate as evaluation
+from jdm.errors import UsageError
+from jdm.models.library import load_model
+from jdm.recipes import all_recipes
+from jdm.reference import references
+from jdm.reproduce import models
+from jdm.reproduce.cells import cells, place, selected, stored
+from jdm.reproduce.models import Given, Setting, Trained, settled, to_train
+from jdm.reproduce.scales import NANO
+from jdm.reproduce.sitting import listed, reproduce
+from jdm.reproduce.tables import TABLES
+
+N = 8
+# Table 1 with a sampler of two steps, and what of it is filled once for all tests that only read.
+TABLE = replace(TABLES["table1"], rows=tuple(replace(row, steps=min(row.steps, 2)) for row in TABLES["table1"].rows))
+FILLED = "canny/jdm,canny/nct,canny/frozen-di,canny/di-controlnet,canny/controlnet,lowres/jdm"
+
+
+def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
+    """Runs of two steps on the tiny teacher; eight pictures to ask about; references of 30 samples in two steps."""
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    patch.setattr(evaluation, "judge", tiny.judge)
+    patch.setattr(evaluation, "references", lambda t, e, p: references(t, e, p.part("[:30]"), 2, samples=30))
+
+    def recipe(name: str):
+        return tiny.run(all_recipes()[name](), folder / "unused", teacher)
+
+    return replace(NANO, model=str(teacher), shipped={}, split=f"test[:{N}]", validation="test[64:72]", recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def scale(teacher, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield tiny_scale(teacher, tmp_path_factory.mktemp("scale"), patch)
+
+
+@pytest.fixture
+def setting(scale, tmp_path):
+    """With nothing in it yet."""
+    return Setting(scale, tmp_path / "out", N, quick=True)
+
+
+class Watch:
+    """What trained: {run's name: the steps it took}. Stops at one of them, the first time."""
+
+    def __init__(self, stop=None):
+        self.taken: dict[str, list[int]] = {}
+        self.stop = stop
+
+    @contextmanager
+    def __call__(self, run):
+        def step(done, _):
+            self.taken.setdefault(run.out.name, []).append(done)
+            if (run.out.name, done) == self.stop:
+                self.stop = None
+                raise KeyboardInterrupt
+
+        yield step
+
+
+@dataclass
+class Filled:
+    """A table that was filled in part; its setting, watch, and what `reproduce` gave."""
+
+    setting: Setting
+    watch: Watch
+    page: Path
+    data: dict
+    failures: list
+
+    def cell(self, row: str, column: str = "canny") -> dict:
+        return cell_of(self.data, row, column)
+
+
+@pytest.fixture(scope="module")
+def filled(scale, tmp_path_factory):
+    folder, watch = tmp_path_factory.mktemp("filled"), Watch()
+    setting = Setting(scale, folder / "out", N, quick=True)
+    data, failures = sit(TABLE, setting, folder / "page", FILLED, watch=watch, command="jdm reproduce x")
+    return Filled(setting, watch, folder / "page", data, failures)
+
+
+def sit(table, setting, page, patterns=None, **more):
+    return reproduce(table, setting, patterns=patterns, page=page, say=lambda line: None, **more)
+
+
+def cell_of(data: dict, row: str, column: str = "canny") -> dict:
+    return next(r for r in data["rows"] if r["row"] == row)["cells"][column]
+
+
+def written(page, kind="md") -> str:
+    (file,) = page.glob(f"*.{kind}")
+    return file.read_text()
+
+
+@contextmanager
+def other_weights(file: Path):
+    """One byte of a file of weights is another for a while."""
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    yield
+    file.write_bytes(before)
+
+
+# A table from end to end
+
+
+def test_a_table_is_trained_and_measured_each_model_once(filled):
+    assert filled.failures == []
+    names = ("nano-canny-canny-seed0", "nano-diff-instruct-seed0", "nano-nct-canny-seed0", "nano-shared-lowres-seed0",
+             "nano-no-warm-up-canny-seed0", "nano-controlnet-canny-seed0")
+    assert filled.watch.taken == {name: [1, 2] for name in names}
+    states = {c["cell"]: c["state"] for row in filled.data["rows"] for c in row["cells"].values()}
+    assert {k for k, v in states.items() if v == "measured"} == set(FILLED.split(","))
+    assert states["silhouette/nct"] == "not measured"
+    assert states["lowres/controlled-teacher"] == "left out"
+
+
+def test_what_is_there_is_only_read(filled, tmp_path):
+    kept = {f: f.stat().st_mtime_ns for f in (filled.setting.out / "cells").iterdir()}
+    watch = Watch()
+    again, _ = sit(TABLE, filled.setting, tmp_path, FILLED, watch=watch, command="jdm reproduce x")
+    assert again["rows"] == filled.data["rows"]
+    assert watch.taken == {}
+    assert kept == {f: f.stat().st_mtime_ns for f in (filled.setting.out / "cells").iterdir()}
+
+
+def test_every_number_of_the_page_is_in_its_json_and_in_the_cells_files(filled):
+    data, page = json.loads(written(filled.page, "json")), written(filled.page)
+    assert data == json.loads(json.dumps(filled.data))
+    paper, details = page.split("## Every measurement")
+    for name in FILLED.split(","):
+        column, row = name.split("/")
+        cell = cell_of(data, row, column)
+        (record,) = cell["records"]
+        m = record["measured"]
+        assert json.loads((filled.setting.out / "cells" / record["file"]).read_text())["measured"] == m
+        title = next(r["title"] for r in data["rows"] if r["row"] == row)
+        printed = f"{m['fd']:.2f} ± {m['fd_spread']:.2f} / {m['consistency']:.4f} ± {m['consistency_spread']:.4f}"
+        assert printed in next(line for line in paper.splitlines() if line.startswith(f"| {title} "))
+        anchors = " / ".join(f"{m[f'consistency_{k}']:.3f}" for k in ("chance", "blank", "round_trip"))
+        lines = [line for line in details.split(f"### {column}")[1].splitlines() if line.startswith(f"| {title} ")]
+        assert anchors in lines[0]
+        assert f"| {m['seconds_per_image'] * 1e3:.2f} " in lines[0]
+    left = ("soft-edge/nct", "silhouette/nct", "lowres/nct")
+    assert f"- {', '.join(left)} not measured: `jdm reproduce x --cells {','.join(left)}`" in page
+
+
+def test_the_first_line_and_the_answers_are_computed_from_the_cells(filled):
+    page = written(filled.page)
+    rows = {r["row"]: r for r in filled.data["rows"]}
+    measured = {k: r["cells"]["canny"]["values"] for k, r in rows.items() if r["cells"]["canny"]["values"]}
+    best = min(measured, key=lambda k: measured[k]["consistency"]["mean"])
+    assert page.splitlines()[0].startswith(f"# Table 1: best consistency over canny alone {rows[best]['title']} (")
+    better = 1 - measured["jdm"]["consistency"]["mean"] / measured["controlnet"]["consistency"]["mean"]
+    (claim,) = [a for a in filled.data["answers"] if "24%" in a["question"]]
+    assert claim["numbers"]["better"] == pytest.approx(better)
+    assert f"consistency {100 * better:.1f}% better" in page
+    ratio = measured["jdm"]["diversity"]["mean"] / measured["controlnet"]["diversity"]["mean"]
+    assert measured["jdm"]["diversity_ratio"]["mean"] == pytest.approx(ratio)
+
+
+def test_the_multi_step_controlnet_gets_the_guidance_of_least_distance_on_validation_pictures(filled):
+    (record,) = filled.cell("controlnet")["records"]
+    distances = record["tuning"]["distances"]
+    assert list(distances) == ["1.5", "2", "3", "4"]
+    assert record["tuning"]["chosen"] == float(min(distances, key=distances.get)) == record["measured"]["guidance"]
+    assert (record["tuning"]["n"], record["measured"]["n"], record["measured"]["nfe"]) == (8, N, 4)
+    assert f"{record['tuning']['chosen']:g} (distance on 8 validation pictures: 1.5: " in written(filled.page)
+
+
+def test_the_cost_of_every_stage_is_the_run_s_own(filled):
+    (record,) = filled.cell("nct")["records"]
+    assert [(s["name"], s["samples"]) for s in record["training"]] == [("nano-diff-instruct-seed0", 8),
+                                                                      ("nano-nct-canny-seed0", 8)]
+    log = (filled.setting.out / "nano-nct-canny-seed0" / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in log]
+    assert record["training"][1]["seconds"] == pytest.approx(sum(seconds))  # of two steps the median is the mean
+
+
+def test_a_composed_model_is_the_one_s_unet_with_the_other_s_controlnet(filled):
+    one, many, both = (load_model(str(filled.setting.out / name)) for name in (
+        "nano-diff-instruct-seed0/model", "nano-controlnet-canny-seed0/model",
+        "nano-diff-instruct-seed0+nano-controlnet-canny-seed0"))
+    assert both.one_step
+    assert both.controlnet is not None
+    assert many.controlnet is not None
+    for own, origin in ((both.unet, one.unet), (both.controlnet, many.controlnet)):
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), origin.parameters(), strict=True))
+
+
+def test_phase_2_trains_on_the_unet_of_phase_1_and_leaves_it(filled):
+    first, second = (load_model(str(filled.setting.out / name / "model")) for name in (
+        "nano-canny-canny-seed0", "nano-shared-lowres-seed0"))
+    assert all(torch.equal(a, b) for a, b in zip(first.unet.parameters(), second.unet.parameters(), strict=True))
+
+
+def test_seeds_are_trained_apart_and_their_spread_is_printed(filled, tmp_path):
+    watch = Watch()
+    data, _ = sit(TABLE, filled.setting, tmp_path, "canny/jdm", seeds=2, watch=watch)
+    assert watch.taken == {"nano-canny-canny-seed1": [1, 2]}
+    cell = cell_of(data, "jdm")
+    a, b = (r["measured"]["consistency"] for r in cell["records"])
+    assert [r["seed"] for r in cell["records"]] == [0, 1]
+    assert a != b
+    value = cell["values"]["consistency"]
+    assert (value["mean"], value["of"]) == (pytest.approx((a + b) / 2), "2 seeds")
+    assert value["spread"] == pytest.approx(abs(a - b) / 2**0.5)
+    page = written(tmp_path)
+    assert f"{value['mean']:.4f} ± {value['spread']:.4f}" in page
+    assert "- canny/nct measured for 1 of 2 seeds: `" in page
+
+
+def test_another_n_is_another_cell_of_the_same_model(filled, tmp_path):
+    watch, before = Watch(), set((filled.setting.out / "cells").iterdir())
+    data, _ = sit(TABLE, replace(filled.setting, n=N - 2), tmp_path, "canny/jdm", watch=watch)
+    assert cell_of(data, "jdm")["records"][0]["measured"]["n"] == N - 2
+    assert watch.taken == {}
+    assert len(set((filled.setting.out / "cells").iterdir()) - before) == 1
+
+
+def test_a_cell_knows_the_weights_it_was_measured_on(filled):
+    (cell,) = selected(cells(TABLE, filled.setting), "canny/jdm")
+    kept = place(cell, filled.setting)
+    with other_weights(next((filled.setting.out / "nano-canny-canny-seed0" / "model" / "unet").glob("*.safetensors"))):
+        assert place(cell, filled.setting) != kept
+        assert stored(cell, filled.setting) is None
+    assert place(cell, filled.setting) == kept
+
+
+# Going on
+
+
+def test_an_interrupted_sitting_goes_on_and_trains_nothing_twice(setting, tmp_path):
+    watch = Watch(stop=("nano-nct-canny-seed0", 1))
+    with pytest.raises(KeyboardInterrupt):
+        sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    data, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    assert failures == []
+    assert watch.taken == {"nano-diff-instruct-seed0": [1, 2], "nano-nct-canny-seed0": [1, 2]}
+    assert cell_of(data, "nct")["state"] == "measured"
+
+
+def test_a_sitting_stopped_while_it_measured_has_its_page_and_trains_nothing_again(filled, tmp_path, monkeypatch):
+    setting, watch, original = replace(filled.setting, n=N - 1), Watch(), evaluation.evaluate
+
+    def stopped(model, *asked):
+        if "nct" in model:
+            raise KeyboardInterrupt
+        return original(model, *asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sit(TABLE, setting, tmp_path, "canny/jdm,canny/nct", watch=watch)
+    assert cell_of(json.loads(written(tmp_path, "json")), "jdm")["state"] == "measured"
+    data, _ = sit(TABLE, setting, tmp_path, "canny/nct", watch=watch)
+    assert cell_of(data, "nct")["state"] == "measured"
+    assert watch.taken == {}
+
+
+def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path, capsys):
+    entered = threading.Event()
+
+    def second():
+        with models._alone(tmp_path / "run"):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with models._alone(tmp_path / "run"):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join(10)
+    assert entered.is_set()
+    assert "another process trains" in capsys.readouterr().err
+
+
+# Going wrong
+
+
+def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path):
+    watch, original = Watch(), setting.scale.recipe
+
+    def broken(name: str):
+        run = original(name)
+        if name == "nano-diff-instruct":
+            return replace(run, method=replace(run.method, fake=replace(run.method.fake, lr=1e38, warmup=1)))
+        return run
+
+    bad = replace(setting, scale=replace(setting.scale, recipe=broken))
+    asked = "canny/nct,canny/frozen-di,canny/jdm"
+    data, failures = sit(TABLE, bad, tmp_path / "page", asked, watch=watch)
+    assert [cell_of(data, row)["state"] for row in ("nct", "frozen-di", "jdm")] == ["failed", "failed", "measured"]
+    assert len(failures) == 2
+    assert "not finite at step" in failures[0]
+    assert failures[1] == failures[0]  # the generator that both need was not tried twice
+    assert sum(len(done) for name, done in watch.taken.items() if "diff-instruct" in name) <= 1
+    page = written(tmp_path / "page")
+    assert f"- canny/nct failed: {failures[0]}" in page
+    assert "| failed " in page
+    later, none = sit(TABLE, bad, tmp_path / "page", run=False)
+    assert none == []
+    assert cell_of(later, "nct")["reasons"] == [failures[0]]
+    watch.taken.clear()
+    _, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    assert "holds a run with another method.fake.lr (1e+38, not 0.0005); move it away" in failures[0]
+    assert watch.taken == {}
+
+
+def test_an_error_nobody_foresaw_is_that_cell_s_alone(filled, tmp_path, monkeypatch):
+    original = evaluation.evaluate
+
+    def surprised(model, *asked):
+        if "nct" in model:
+            raise IndexError("of a list\nand more")
+        return original(model, *asked)
+
+    monkeypatch.setattr(evaluation, "evaluate", surprised)
+    data, failures = sit(TABLE, replace(filled.setting, n=5), tmp_path, "canny/nct,canny/frozen-di")
+    assert failures == ["failed unexpectedly (IndexError: of a list)"]
+    assert cell_of(data, "frozen-di")["state"] == "measured"
+
+
+def test_a_model_trained_from_other_weights_than_are_there_now_is_refused(filled, tmp_path):
+    folder = filled.setting.out / "nano-diff-instruct-seed0" / "model" / "unet"
+    with other_weights(next(folder.glob("*.safetensors"))):
+        _, failures = sit(TABLE, filled.setting, tmp_path, "canny/nct")
+    assert "nano-nct-canny-seed0 was trained from another base than" in failures[0]
+    assert "canny/nct failed: " in written(tmp_path)
+
+
+# Before anything runs
+
+
+def test_a_dry_run_trains_and_writes_nothing_and_says_what_is_there(setting, filled):
+    said = listed(TABLE, setting, patterns="canny/*")
+    assert not setting.out.exists()
+    assert "train nano-diff-instruct-seed0, 2 x 4; measure 8 pictures" in said
+    assert said.count("train nano-diff-instruct-seed0") == 1
+    assert "In all about" in said
+    line = next(line for line in listed(TABLE, filled.setting).splitlines() if line.startswith("| canny/jdm "))
+    assert "| measured " in line
+
+
+def test_the_cost_of_what_is_left_is_steps_times_seconds(setting):
+    some = replace(setting, steps=1000)
+    (cell,) = selected(cells(TABLE, some), "soft-edge/nct")
+    left = to_train(cell.model, some)
+    assert {k: (steps, seconds) for k, (_, steps, seconds) in left.items()} == {
+        "nano-diff-instruct-seed0-1000steps": (1000, 1000 * NANO.seconds["diff-instruct"]),
+        "nano-nct-soft-edge-seed0-1000steps": (1000, 1000 * NANO.seconds["nct"])}
+
+
+def test_cells_are_named_by_column_and_row_with_wildcards(setting):
+    whole = cells(TABLE, setting)
+    assert {c.name for c in selected(whole, "lowres/j*, nct")} == {
+        "lowres/jdm", "lowres/jdm-joint", "canny/nct", "soft-edge/nct", "silhouette/nct", "lowres/nct"}
+    assert "soft-edge/controlled-teacher" not in {c.name for c in selected(whole, None)}
+    assert [c.name for c in selected(whole, "soft-edge/controlled-teacher")] == ["soft-edge/controlled-teacher"]
+    with pytest.raises(UsageError, match=r"names no cell of this table; did you mean canny/nct\?"):
+        selected(whole, "canny/ntc")
+
+
+def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
+    ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
+    assert settled(Trained("canny", control="canny"), ours, "lowres", 3).path == "nano-canny"
+    trained = settled(Trained("canny", control="canny"), other, "lowres", 3)
+    assert trained.run is not None
+    assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed3", "my-teacher", 3)
+    assert NANO.on("nano-sd", "fashion-mnist") is NANO
+    assert settled(Given(), other, "", 0).path == "my-teacher"
+
+
+def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_path):
+    setting = Setting(NANO, tmp_path)
+    for table in TABLES.values():
+        for cell in cells(table, setting):
+            run = cell.model.run
+            if run is not None and cell.control is not None:
+                assert run.method.control == cell.control
+            for key, need in cell.model.needs.items():
+                if run is not None:
+                    assert (run.model if key == "model" else getattr(run.method, key)) == need.path
+    runs = {c.row.key: c.model.run for c in cells(TABLES["table2"], setting)}
+    own_t, joint = runs["own-t"], runs["jdm"]
+    assert own_t is not None
+    assert joint is not None
+    assert (own_t.steps, own_t.batch) == (joint.steps, joint.batch)

@@ -1,0 +1,276 @@
+"""What a reproduced table says: published numbers, verdicts from numbers, figures, and the command itself."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import test_reproduce
+from jdm.cli import REPRODUCED, SCALES, main
+from jdm.recipes import entries
+from jdm.reproduce import scales
+from jdm.reproduce.figures import LABEL, sheet
+from jdm.reproduce.page import aligned, number
+from jdm.reproduce.results import _average, _values
+from jdm.reproduce.tables import METHODS, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
+from jdm.reproduce.verdicts import answers, headline
+
+
+@pytest.fixture
+def tiny_scale(teacher, tmp_path, monkeypatch):
+    return test_reproduce.tiny_scale(teacher, tmp_path, monkeypatch)
+
+
+def cell(**values):
+    """Values of a cell: key=(mean, spread)."""
+    return {"values": {k: {"mean": m, "spread": s, "of": None} for k, (m, s) in values.items()}, "records": [0]}
+
+
+def table(name, columns, **rows):
+    return {"table": name, "columns": columns, "rows": [
+        {"row": row.replace("_", "-"), "title": row, "part": "", "cells": cells} for row, cells in rows.items()]}
+
+
+# Data
+
+
+def test_the_command_line_knows_the_tables_and_scales_there_are():
+    assert tuple(TABLES) == REPRODUCED
+    assert tuple(scales.SCALES) == SCALES
+
+
+def test_every_recipe_of_the_nano_tables_exists_and_has_a_pace():
+    for each in TABLES.values():
+        for name in recipes(each):
+            assert f"nano-{name}" in entries()
+            assert scales.NANO.seconds[name] > 0
+
+
+def test_published_numbers_are_the_printed_ones():
+    assert METHODS["controlnet"].cells["canny"] == (14.48, 0.113)
+    assert METHODS["di-controlnet"].cells["8x SR"] == (15.57, 0.126)
+    assert METHODS["jdm"].cells == {"average": (14.58, None)}
+    assert METHODS["jdm-dagger"].cells["HED"] == (16.75, 0.055)
+    assert METHODS["nct"].cells["average"] == (14.31, 0.078)
+    assert TABLES["table2"].published["dsm"].cells["depth"] == (35.14, 0.094)
+    assert TABLES["table2"].published["nct-no-boundary"].cells["canny"] == (216.93, 0.113)
+    for printed in METHODS.values():  # the averages that were printed are those of the columns
+        if len(printed.cells) == 5:
+            columns = [v for k, v in printed.cells.items() if k != "average"]
+            for place, digits in ((0, 0.011), (1, 0.0011)):
+                mean = sum(c[place] for c in columns) / 4  # type: ignore[misc]
+                assert mean == pytest.approx(printed.cells["average"][place], abs=digits)
+
+
+def test_the_published_text_to_image_table_is_whole():
+    rows = [dict(zip(TEXT_HEAD, row, strict=True)) for row in TEXT_PUBLISHED]
+    assert len(rows) == 12
+    by_name = {(r["model"], r["backbone"]): (r["HPS average"], r["aesthetic"], r["CLIP"]) for r in rows}
+    assert by_name["Base model", "SD1.5"] == (25.50, 5.49, 33.03)
+    assert by_name["DMD2", "SD1.5"] == (23.53, 5.82, 30.92)
+    assert by_name["Hyper-SD", "SD1.5"] == (28.01, 5.64, 30.87)
+    assert by_name["JDM with HFL", "SD1.5"] == (29.46, 5.89, 33.75)
+    assert by_name["JDM with better CFG", "SD1.5"] == (29.75, 5.90, 33.97)
+    for row in rows:
+        styles = [row[k] for k in ("animation", "concept art", "painting", "photo")]
+        assert sum(styles) / 4 == pytest.approx(row["HPS average"], abs=0.06)  # type: ignore[arg-type]
+
+
+# Verdicts
+
+
+def test_the_first_line_names_whoever_wins_over_the_columns_that_two_methods_have():
+    columns = {"canny": "canny", "lowres": "8x SR"}
+    data = table("table1", columns, jdm={"canny": cell(consistency=(0.1, None), fd=(3.0, None)),
+                                         "lowres": cell(consistency=(0.2, None), fd=(1.0, None))},
+                 nct={"canny": cell(consistency=(0.05, None), fd=(1.0, None)),
+                      "lowres": cell(consistency=(0.3, None), fd=(4.0, None))})
+    assert headline(data) == "best average consistency jdm (0.1500), best average distance jdm (2.000)"
+    data["rows"][1]["cells"]["lowres"] = {"values": {}, "records": []}
+    assert headline(data) == "best consistency over canny alone nct (0.0500), best distance nct (1.000)"
+    assert headline(table("table1", columns)) == "nothing measured yet"
+
+
+@pytest.mark.parametrize(("fd", "second", "consistency", "verdict"), [
+    ((1.1, 0.1), 5.0, 0.07, "yes"),  # .9 errors of the difference farther
+    ((1.4, 0.1), 5.0, 0.07, "no"),  # 2.8 errors
+    ((1.1, 0.1), 6.0, 0.07, "no"),  # the second extractor sees it
+    ((0.9, 0.1), 5.0, 0.08, "no"),  # 20% better only
+])
+def test_the_paper_s_claim_asks_for_both_consistency_and_distance(fd, second, consistency, verdict):
+    data = table("table1", {"canny": "canny"},
+                 controlnet={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), fd_efflite0=(5.5, None))},
+                 jdm={"canny": cell(consistency=(consistency, 0.001), fd=fd, fd_efflite0=(second, None))})
+    (answer,) = answers(data)
+    assert answer["verdict"] == verdict
+    assert answer["numbers"]["better"] == pytest.approx(1 - consistency / 0.1)
+    assert answer["numbers"]["errors"] == pytest.approx((fd[0] - 1) / 0.02**0.5)
+
+
+def test_phase_2_counts_no_primary_control_and_every_other_one():
+    columns = {"canny": "canny", "soft-edge": "HED", "lowres": "8x SR"}
+
+    def cells_of(*values):
+        return {c: cell(consistency=(v, 0.001), fd=(1.0, 0.1)) for c, v in zip(columns, values, strict=True)}
+
+    for last, verdict in ((0.109, "yes"), (0.112, "no")):
+        data = table("table1", columns, jdm=cells_of(0.5, 0.09, last), jdm_joint=cells_of(0.1, 0.1, 0.1))
+        (answer,) = answers(data)
+        assert (answer["verdict"], answer["columns"]) == (verdict, ["soft-edge", "lowres"])
+        assert answer["numbers"]["consistency"]["lowres"] == pytest.approx(last / 0.1 - 1)
+
+
+def test_clearly_worse_is_more_than_two_errors_of_the_difference():
+    for worse, verdict in ((0.1025, "no"), (0.1031, "yes")):  # the error of the difference is .00141
+        data = table("table1", {"canny": "canny"}, jdm={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))},
+                     frozen_di={"canny": cell(consistency=(worse, 0.001), fd=(1.0, 0.1))})
+        (answer,) = answers(data)
+        assert answer["verdict"] == verdict
+
+
+def test_the_rival_on_the_same_generator_wins_by_more_than_two_errors_or_nobody_does():
+    for value, verdict in ((0.095, "NCT"), (0.105, "JDM"), (0.101, "neither clearly")):
+        data = table("table1", {"canny": "canny"}, nct={"canny": cell(consistency=(value, 0.001), fd=(1.0, 0.1))},
+                     frozen_di={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))})
+        (answer,) = answers(data)
+        assert answer["verdict"] == verdict
+
+
+def test_a_control_that_is_ignored_is_within_two_errors_of_chance():
+    for value, verdict in ((0.2015, "yes"), (0.197, "no")):
+        data = table("table2", {"canny": "canny"},
+                     implicit={"canny": cell(consistency=(value, 0.001), consistency_chance=(0.2, None))})
+        (answer,) = answers(data)
+        assert answer["verdict"] == verdict
+        assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.2) / 1e-3)
+
+
+# Numbers
+
+
+def test_the_spread_is_over_seeds_where_there_are_several_and_else_the_bootstrap():
+    one = _values([{"fd": 2.0, "fd_spread": 0.5, "diversity": 3.0, "prompt_agreement": None}])
+    assert one == {"fd": {"mean": 2.0, "spread": 0.5, "of": "bootstrap"},
+                   "diversity": {"mean": 3.0, "spread": None, "of": None}}
+    three = _values([{"fd": v, "fd_spread": 9.0} for v in (1.0, 2.0, 3.0)])
+    assert three["fd"] == {"mean": 2.0, "spread": 1.0, "of": "3 seeds"}
+    assert (number(one, "fd"), number(one, "diversity"), number(one, "judge")) == ("2.00 ± 0.50", "3.00", "–")
+
+
+def test_an_average_is_of_every_column_or_is_not_there():
+    def column(*values):
+        measured = [{"seed": k, "measured": {"fd": v, "fd_spread": 0.3}} for k, v in enumerate(values)]
+        return {"records": measured, "values": _values([m["measured"] for m in measured])}
+
+    average = _average({"a": column(1.0), "b": column(3.0)})
+    assert average is not None
+    assert average["fd"] == {"mean": 2.0, "spread": pytest.approx((2 * 0.3**2) ** 0.5 / 2), "of": "columns"}
+    seeds = _average({"a": column(1.0, 2.0), "b": column(3.0, 6.0)})  # averages 2 and 4 by seed
+    assert seeds is not None
+    assert seeds["fd"] == {"mean": 3.0, "spread": pytest.approx(2**0.5), "of": "2 seeds"}
+    assert _average({"a": column(1.0), "b": {"records": [], "values": {}}}) is None
+
+
+def test_a_table_is_aligned():
+    assert aligned([("a", "bb"), ("ccc", 4)]) == "| a   | bb |\n|-----|----|\n| ccc | 4  |"
+
+
+# Figures
+
+
+def test_a_sheet_has_a_label_beside_every_row_of_pictures():
+    pictures = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    image = np.asarray(sheet([("a row", pictures), ("a row that was not made", None)]).convert("L"))
+    height = image.shape[0] // 2
+    assert image.shape == (2 * (64 + 4), LABEL + 3 * 66 + 2)
+    for row in (0, 1):
+        assert image[row * height : (row + 1) * height, :LABEL].min() < 100
+    assert image[:height, LABEL:].min() == 0
+    assert image[height:, LABEL:].min() == 255
+
+
+# The command
+
+
+def test_the_command_prints_the_table_and_writes_its_page(tiny_scale, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
+    assert main(["reproduce", "table1", "--cells", "canny/jdm", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("best consistency over canny alone JDM (")
+    assert "[theirs: HED]" in printed
+    assert "*published, SD1.5: NCT*" in printed
+    assert "13.67 / 0.110" in printed
+    files = sorted(p.name for p in (tmp_path / "page").iterdir())
+    assert printed.splitlines()[-1] == str(tmp_path / "page" / files[1])
+    data = json.loads((tmp_path / "page" / files[0]).read_text())
+    assert data["command"] == f"jdm reproduce table1 --n 8 --out {tmp_path / 'out'} --page {tmp_path / 'page'} --quick"
+    page = (tmp_path / "page" / files[1]).read_text()
+    assert f"`{data['command']} --cells canny/nct,soft-edge/nct,silhouette/nct,lowres/nct`" in page
+    assert files[1] == f"{data['date']}-table1-n8-quick.md"  # a trial, which does not replace the table's page
+
+
+def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_scale, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
+    assert main(["reproduce", "fig3", "--cells", "dsm-teacher", *flags]) == 0
+    (file,) = (tmp_path / "page").glob("*.png")
+    rows = 2 + len(TABLES["fig3"].rows)  # pictures and controls first
+    image = np.asarray(Image.open(file))
+    assert image.shape[0] == rows * (image.shape[0] // rows)
+    height = image.shape[0] // rows
+    drawn = [bool((image[k * height : (k + 1) * height, LABEL:] != 255).any()) for k in range(rows)]
+    assert drawn == [True, True, *(row.key == "dsm-teacher" for row in TABLES["fig3"].rows)]
+    data = json.loads(next((tmp_path / "page").glob("*.json")).read_text())
+    assert data["picture"] == file.name
+    assert f"({file.name})" in next((tmp_path / "page").glob("*.md")).read_text()
+
+
+def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_scale, tmp_path, monkeypatch, capsys):
+    import tiny
+    from jdm import evaluate as evaluation
+    from jdm.rewards import PromptClassifier
+
+    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    monkeypatch.setattr(evaluation, "second_judge", lambda: PromptClassifier(tiny.judge(), judge=True))
+    flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
+    assert main(["reproduce", "table3", "--cells", "guided", *flags]) == 0
+    assert "of one-step students best prompt agreement JDM + better CFG" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "nano-text-guided-seed0" / "run.json").read_text())["run"]
+    assert record["model"] == str(tmp_path / "out" / "nano-weak-teacher-seed0" / "model")
+    data = json.loads(next((tmp_path / "page").glob("*.json")).read_text())
+    (measured,) = [r["measured"] for row in data["rows"] for r in row["cells"]["text"]["records"]]
+    assert measured["judge"] < 0
+    assert measured["judge_accuracy"] == measured["prompt_agreement"]  # here one network is both
+    page = next((tmp_path / "page").glob("*.md")).read_text()
+    assert "| JDM with better CFG | SD1.5    | no  | 1     | 30.56 " in page
+
+
+def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(scales.SCALES, "nano", replace(tiny_scale, split="test[:4]"))
+    flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
+    assert main(["reproduce", "table3", "--cells", "base", *flags]) == 3
+    said = capsys.readouterr()
+    assert "jdm: 1 cells failed, the first with: n must be in 2..4" in said.err
+    assert "failed" in said.out
+    assert "n must be in 2..4" in next((tmp_path / "page").glob("*.md")).read_text()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("tabel1", "there is no 'tabel1'; did you mean table1?"),
+    ("table1 --scale sd51", "there is no 'sd51'; did you mean sd15?"),
+    ("table1 --cells canny/jdm-jont", "names no cell of this table; did you mean canny/jdm-joint?"),
+    ("table1 --dryrun", "there is no flag --dryrun; did you mean --dry-run?"),
+    ("table1 --scale sd15", "missing are the recipes sd15-canny, sd15-controlled-teacher"),
+    ("table1 --model nowhere", "missing are the weights of nowhere"),
+])
+def test_what_is_not_understood_or_not_there_is_named_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []

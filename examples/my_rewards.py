@@ -1,0 +1,10 @@
+"""A reward of your own: jdm train nano-text-reward --method.reward examples/my_rewards.py:brightness --model nano-sd"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] -> their mean brightness [B], whatever the prompts say; higher is better."""
+    return images.mean((1, 2, 3))

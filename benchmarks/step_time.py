@@ -22,6 +22,7 @@ import torch
 
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Networks, Step, loaded_control, steps_of
+from jdm.models.adapters import base_parameters
 from jdm.recipes.nano import nano_canny
 from jdm.run import Run
 from jdm.space import unit
@@ -32,7 +33,8 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     """The minimal list for one iteration of JDM: each x once, cond and uncond in one batch."""
     method: JDM = run.method
     control = loaded_control(method.control, run.data.size)
-    nets = Networks.of(run, method.t_init, method.guidance, True, method.rank, method.levels, method.t_range)
+    nets = Networks.of(run, method.t_init, method.guidance).with_controlnet()
+    nets = nets.with_posterior(method.rank, method.levels, method.t_range)
     step: Step = steps_of(nets, run, control)(0)
     x_t, t, _ = step.noised("bench", nets.schedule, method.t_range)
     index, text = nets.schedule.index(t), nets.text(step.y)
@@ -41,7 +43,7 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     shown = control.image(step.c)
     at = nets.schedule.index(nets.schedule.t(method.t_init).expand(len(x_t)))
     student = [*nets.student.parameters()]
-    fake, lora = nets.fake_parameters(), nets.adapter.parameters
+    fake, lora = base_parameters(nets.fake.net), nets.adapter.parameters
 
     def generator() -> None:
         out = nets.student(step.z, at, text, shown)

@@ -1,0 +1,18 @@
+"""The benchmarks run, on the tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_an_iteration_is_timed_beside_its_bare_passes(teacher, tmp_path):
+    out = tmp_path / "step.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "step_time.py", "--model", teacher, "--batch", "2", "--rounds",
+                           "1", "--warmup", "1", "--split", "test[:64]", "--json", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    times = json.loads(out.read_text())
+    assert {"full iteration", "optimiser steps", "bare", "ratio"} <= times.keys()
+    assert all(t > 0 for t in times.values())

@@ -92,10 +92,13 @@ def _own(spec: str) -> Any:
         hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
         raise UsageError(f"there is no reward {spec!r}; {hint} your own is named by file and function, "
                          "such as my_rewards.py:brightness")
-    near = difflib.get_close_matches(source, KNOWN, n=1, cutoff=0.8)
-    if near:
-        raise UsageError(f"there is no reward {source!r}; did you mean {near[0]}:{name}?")
-    module = imported(source)
+    try:
+        module = imported(source)
+    except UsageError:
+        near = difflib.get_close_matches(source, KNOWN, n=1)
+        if near:
+            raise UsageError(f"there is no reward {source!r}; did you mean {near[0]}:{name}?") from None
+        raise
     found = getattr(module, name, None)
     if found is None:
         own = [key for key, value in vars(module).items()

@@ -289,8 +289,6 @@ def test_every_known_reward_has_a_place_that_exists():
 
 
 def test_the_example_reward_can_be_trained_on():
-    from pathlib import Path
-
     example = Path(__file__).parents[1] / "examples" / "my_rewards.py"
     reward = checked_reward(load_reward(f"{example}:brightness"), 32, ["a coat"])
     assert reward(torch.full((2, 3, 8, 8), 0.25), ["", ""]).tolist() == [0.25, 0.25]

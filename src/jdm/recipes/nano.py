@@ -32,7 +32,7 @@ def nano_teacher() -> Run:
 
 def nano_controlnet() -> Run:
     """The multi-step canny ControlNet of nano-sd: the yardstick."""
-    return Run(method=ControlNet(), out=Path("runs/nano-controlnet"), steps=4000, batch=64)
+    return Run(method=ControlNet(), out=Path("runs/nano-controlnet"), steps=8000, batch=64)
 
 
 # Rates for a UNet of 3M parameters, chosen on validation pictures (docs/log.md).

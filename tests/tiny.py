@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,6 +18,7 @@ DATA = Data(split="test[:64]", validation="test[64:128]")
 # What a method's fields that name a model stand for: folders beside the tiny teacher's.
 STAND_INS = {"start": "student", "base": "student", "teacher": "controlled", "guide": "teacher",
              "frozen_posterior": "teacher", "vae": "teacher/vae"}
+NETWORKS = ("hed", "depth")  # controls whose weights would be fetched
 
 
 def model() -> StableDiffusion:
@@ -62,14 +64,16 @@ def family(folder: Path) -> Path:
 def run(recipe: Run, out: Path, teacher: Path, steps: int = 2, **changes) -> Run:
     """A recipe cut down to a few steps of the tiny models of `family` on packaged pictures."""
     method = recipe.method
-    small = {k: str(teacher.parent / v) for k, v in STAND_INS.items()
-             if isinstance(getattr(method, k, None), str) and getattr(method, k)}
+    small: dict[str, Any] = {k: str(teacher.parent / v) for k, v in STAND_INS.items()
+                             if isinstance(getattr(method, k, None), str) and getattr(method, k)}
     if getattr(method, "reward", ""):
         small["reward"] = f"{__file__}:Taste"
+    if getattr(method, "control", "") in NETWORKS:
+        small["control"] = "soft-edge"
     if hasattr(method, "rank"):
         small["rank"] = 2
     whole = replace(recipe, method=replace(method, **small), out=out, model=str(teacher), data=DATA, steps=steps,
-                    batch=4, probe_every=0, save_every=1, log_every=1)
+                    batch=4, device="cpu", probe_every=0, save_every=1, log_every=1)
     return replace(whole, **changes)
 
 

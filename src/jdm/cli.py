@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   jdm evaluate nano-canny --n 1000 --json out.json
   jdm reproduce table1 --dry-run"""
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # jdm.export.FORMATS, which is not imported for its names
+GPUS = ("4090", "l40s", "a100", "h100", "h200")  # the keys of jdm.gpus.GPUS, likewise
 # The keys of jdm.reproduce.tables.TABLES and of its scales, which are not imported for their names.
 REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")
 
@@ -55,7 +56,7 @@ def _run(arguments: list[str]) -> int:
         name = arguments[0]
         if name not in commands:
             raise UsageError(f"there is no command {name!r}; {_hint(name, commands)}see: jdm --help")
-        if name != "train":  # its flags are the recipe's fields
+        if name not in ("train", "estimate"):  # their flags are the recipe's fields
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)
     if asked.command is None:
@@ -136,6 +137,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     rest = train.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
                               help="fields of the run; see: jdm train RECIPE --help")
     rest.required = False
+    _estimate_flags(command("estimate", "a run's memory, FLOPs and GPU-hours, before anything is loaded"))
     _sample_flags(command("sample", "pictures for a prompt, and for a control measured on a picture of yours"))
     _evaluate_flags(command("evaluate", "measure a model"))
     _export_flags(command("export", "a run's model as a folder that stock software loads"))
@@ -145,6 +147,20 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     demo.add_argument("--steps", type=_positive, default=300, help="of training")
     demo.add_argument("--n", type=_positive, default=500, help="pictures per measurement")
     return parser, made
+
+
+def _estimate_flags(estimate: _Parser) -> None:
+    estimate.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
+    rest = estimate.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
+    rest.required = False
+    cost_flags(estimate)
+
+
+def cost_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `jdm estimate` that are not the run's."""
+    parser.add_argument("--gpu", action="append", type=_among(GPUS), help=f"{', '.join(GPUS)}; repeatable; all of them "
+                        "where not given")
+    parser.add_argument("--json", help="file for the numbers")
 
 
 def _sample_flags(sample: _Parser) -> None:

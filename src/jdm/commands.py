@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jdm import checkpoint, pictures, report
-from jdm.cli import refuse_unknown
+from jdm.cli import GPUS, _Parser, cost_flags, refuse_unknown
 from jdm.controls import checked, load_control
 from jdm.errors import RunError, UsageError
 from jdm.generator import starting_noise
@@ -54,6 +54,27 @@ def train(asked: argparse.Namespace) -> int:
             where = checkpoint.last(run.out) or "the start"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
     print(folder)
+    return 0
+
+
+def estimate(asked: argparse.Namespace) -> int:
+    """`jdm estimate`: prints tables and writes JSON."""
+    from jdm.estimate import estimate as estimated
+    from jdm.estimate import tables
+
+    parser = _Parser(prog="jdm estimate", allow_abbrev=False, add_help=False)
+    cost_flags(parser)
+    own, flags = parser.parse_known_args(asked.flags)
+    gpus, out = own.gpu or asked.gpu or [*map(str, GPUS)], own.json or asked.json
+    if out:
+        _writable(Path(out).parent)
+    found = estimated(configured(asked.recipe, flags))
+    if out:
+        report.write(Path(out), json.dumps(found.described(gpus), indent=1) + "\n")
+    for table in tables(found, asked.recipe, gpus):
+        Console().print(table)
+    for note in found.notes:
+        Console().print(note, highlight=False)
     return 0
 
 

@@ -1,0 +1,113 @@
+"""What a piece of a program costs, by whatever it runs on: FLOPs by pass, bytes alive."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+aten = torch.ops.aten
+# PyTorch's own table knows the attention kernels of GPUs only; the CPU's does the same products.
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+CONVOLUTIONS = {aten.convolution, aten._convolution, aten.cudnn_convolution, aten.convolution_backward}
+SLACK = 0.005  # of a peak: what is dead is looked for only where the living may pass it by more
+
+
+class Ledger:
+    """Bytes of storages that are alive, each counted once, and their maximum to within SLACK.
+
+    PyTorch's own weak references are asked: Python's know the wrapper of a storage, not the storage.
+    """
+
+    def __init__(self):
+        self.bytes = self.peak = self.clock = self.peak_clock = 0
+        self._known: dict[int, tuple[StorageWeakRef, int, int]] = {}  # reference, bytes, when it was made
+
+    def add(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        if storage._cdata in self._known and not self._known[storage._cdata][0].expired():
+            return
+        self.clock += 1
+        replaced = self._known.get(storage._cdata)
+        self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self.clock
+        self.bytes += storage.nbytes() - (replaced[1] if replaced else 0)
+        if self.bytes > self.peak * (1 + SLACK):
+            self._bury()
+            if self.bytes > self.peak:
+                self.peak, self.peak_clock = self.bytes, self.clock
+
+    def now(self) -> int:
+        """Bytes alive, exactly."""
+        self._bury()
+        return self.bytes
+
+    def reset_peak(self) -> None:
+        self._bury()
+        self.peak, self.peak_clock = self.bytes, self.clock
+
+    def there_at_peak(self, tensors: Iterable[Tensor | None]) -> int:
+        """Bytes of those of the living tensors that were made before the peak."""
+        keys = {_key(t) for t in tensors if t is not None}
+        found = [self._known[key] for key in keys if key in self._known]
+        return sum(n for _, n, made in found if made <= self.peak_clock)
+
+    def _bury(self) -> None:
+        for key in [key for key, (reference, *_) in self._known.items() if reference.expired()]:
+            self.bytes -= self._known.pop(key)[1]
+
+
+class Meter(TorchDispatchMode):
+    """Counts while it is active, on real tensors as on fake ones.
+
+    Attributes:
+        label: what FLOPs are put down to: set it before a forward; backward passes start with `label` too.
+        flops: by (label, backward, kind of arithmetic), the last "convolution" or "product" with the input's dtype.
+        alive: the storages made under the meter.
+        held: bytes alive where a backward starts, at most: what autograd saved for it, with all else that is there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.label = ""
+        self.flops: Counter[tuple[str, bool, str]] = Counter()
+        self.alive, self.held, self._task = Ledger(), 0, -1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs, task = kwargs or {}, torch._C._current_graph_task_id()
+        if task != -1 and task != self._task:
+            self._task, self.held = task, max(self.held, self.alive.now())
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in FORMULAS:
+            done = FORMULAS[packet](*args, **kwargs, out_val=out)
+            kind = "convolution" if packet in CONVOLUTIONS else "product"
+            dtype = str(next(a.dtype for a in args if isinstance(a, Tensor))).removeprefix("torch.")
+            self.flops[self.label, task != -1, f"{kind} {dtype}"] += done
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.alive.add(value)
+        return out
+
+    def reset_peak(self) -> None:
+        self.alive.reset_peak()
+        self.held = 0
+
+
+def _key(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,35 @@
+"""GPUs by name, as their data sheets have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A data sheet. memory: bytes, as the driver reports it. Rates: peak FLOP/s, dense, by dtype.
+
+    float32 convolutions run in TF32, PyTorch's default for them; float32 products do not, by the same defaults.
+    """
+
+    name: str
+    memory: float
+    bfloat16: float
+    tf32: float
+    float32: float
+
+    def rate(self, kind: str) -> float:
+        """Peak FLOP/s of a kind of arithmetic, as `Meter` names it."""
+        if kind.endswith("16"):
+            return self.bfloat16
+        return self.tf32 if kind.startswith("convolution") else self.float32
+
+
+GIB = 2.0**30
+GPUS = {
+    "4090": GPU("RTX 4090", 24.0 * GIB, 165e12, 82.6e12, 82.6e12),
+    "l40s": GPU("L40S", 45.0 * GIB, 362e12, 183e12, 91.6e12),
+    "a100": GPU("A100 80 GB SXM", 80.0 * GIB, 312e12, 156e12, 19.5e12),
+    "h100": GPU("H100 80 GB SXM", 79.6 * GIB, 989e12, 494e12, 67e12),
+    "h200": GPU("H200 141 GB SXM", 140.4 * GIB, 989e12, 494e12, 67e12),
+}

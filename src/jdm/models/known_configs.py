@@ -1,0 +1,152 @@
+"""Shapes without weights: the published configurations of SD1.5, SD2.1 and SDXL, or those of a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import nn
+from transformers import (
+    BatchEncoding,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+)
+
+from jdm.errors import UsageError
+from jdm.models.library import ASSETS, FAMILIES, SHIPPED
+from jdm.models.stable_diffusion import StableDiffusion, _json, model_index
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
+
+# The parts' config.json, without what is diffusers' or transformers' default.
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512,
+       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "projection_dim": 768}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+          "projection_dim": 512, "hidden_act": "gelu"}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280, "hidden_act": "gelu"}
+SD15 = {"unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, "vae": VAE,
+        "text_encoder": CLIP_L, "scheduler": SCHEDULER}
+SD21 = {"unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,
+                 "sample_size": 64}, "vae": VAE, "text_encoder": CLIP_H, "scheduler": SCHEDULER}
+SDXL = {
+    "unet": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+             "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048, "use_linear_projection": True,
+             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 2816},
+    "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "scheduler": SCHEDULER}
+
+# By hub id.
+KNOWN: dict[str, dict[str, dict]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "runwayml/stable-diffusion-v1-5": SD15,
+    "stabilityai/stable-diffusion-2-1-base": SD21,
+    "stabilityai/stable-diffusion-2-1": {
+        **SD21, "unet": {**SD21["unet"], "sample_size": 96}, "vae": {**VAE, "sample_size": 768},
+        "scheduler": {**SCHEDULER, "prediction_type": "v_prediction"}},
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+}
+
+
+def without_weights(name: str) -> StableDiffusion:
+    """The model `load_model(name)` gives, its tokenizer replaced by one that reads every prompt as zeros.
+
+    Its networks are made where the caller says: under a FakeTensorMode or torch.device("meta") they take no memory.
+
+    Raises:
+        UsageError: the name is neither known, nor shipped, nor a local folder with configurations.
+    """
+    configs = KNOWN.get(name) or _of_folder(name)
+    lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_config(configs["unet"]),
+        "vae": AutoencoderKL.from_config(configs["vae"]),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        "tokenizer": Zeros(lengths["text_encoder"]), "scheduler": configs["scheduler"], "card": configs.get("card")}
+    if "controlnet" in configs:
+        parts["controlnet"] = ControlNetModel.from_config(configs["controlnet"])
+    if "text_encoder_2" in configs:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"]))
+        parts |= {"text_encoder_2": second, "tokenizer_2": Zeros(lengths["text_encoder_2"])}
+        model = StableDiffusionXL(**parts)
+    else:
+        model = StableDiffusion(**parts)
+    for part in model.modules().values():
+        part.float().eval().requires_grad_(False)
+    return model
+
+
+class Zeros:
+    """Stands for a tokenizer whose vocabulary is not needed: all prompts are `length` zeros."""
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+
+    def __call__(self, prompts: Sequence[str], **_: Any) -> BatchEncoding:
+        ids = torch.zeros(len(prompts), self.model_max_length, dtype=torch.long)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _of_folder(name: str) -> dict[str, dict]:
+    folder, controlnet = SHIPPED.get(name, (name, None)) if not Path(name).is_dir() else (name, None)
+    path = ASSETS / folder if name in SHIPPED and folder is not name else Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"the shapes of {name} are not known; give a diffusers folder, or one of "
+                         f"{', '.join([*SHIPPED, *KNOWN])}")
+    index = model_index(str(path))
+    files = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
+             "scheduler": "scheduler/scheduler_config.json", "card": "jdm.json"}
+    if FAMILIES.get(str(index.get("_class_name"))) is StableDiffusionXL:
+        files["text_encoder_2"] = "text_encoder_2/config.json"
+    if index.get("controlnet", [None])[0] is not None:
+        files["controlnet"] = "controlnet/config.json"
+    found = {part: _json(str(path), file) for part, file in files.items()}
+    if controlnet:
+        found["controlnet"] = _json(str(ASSETS / controlnet), "config.json")
+    missing = [part for part, config in found.items() if config is None and part not in ("card", "scheduler")]
+    if missing:
+        raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")
+    return {part: config or {} for part, config in found.items()}
+
+
+def dpt_hybrid() -> nn.Module:
+    """Intel/dpt-hybrid-midas without its weights."""
+    config = DPTConfig(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], add_projection=False,
+                       readout_type="project", image_size=384)
+    return frozen(DPTForDepthEstimation(config))
+
+
+def image_reward() -> nn.Module:
+    """ImageReward without its weights: the published encoders and head, behind prompts that are zeros."""
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    from jdm.rewards.image_reward import TOKENS, ImageReward
+    from jdm.rewards.networks import score_head
+
+    reward = ImageReward.__new__(ImageReward)
+    nn.Module.__init__(reward)
+    vision = BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=224)
+    text = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+    reward.vision, reward.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+    reward.head = score_head(text.hidden_size)
+    reward.tokenizer = Zeros(TOKENS)
+    return frozen(reward)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.float().eval().requires_grad_(False)

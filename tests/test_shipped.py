@@ -47,9 +47,9 @@ def test_the_student_obeys_edges_and_prompts_in_one_step():
     questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), Canny(), 200, seed=1)
     pictures = answers(Sampler(load_model("nano-canny")), questions, Canny())
     error = (Canny().h(unit(from_bytes(pictures))) - questions.c).abs().mean().item()
-    assert error < 0.085  # 0.074 over 5,000; a blank picture has 0.128, shuffled controls 0.20
+    assert error < 0.082  # 0.072 over 5,000; a blank picture has 0.128, shuffled controls 0.20
     assert questions.labels is not None
-    assert prompt_agreement(judge(), pictures, questions.labels) > 0.88  # 0.936 over 5,000
+    assert prompt_agreement(judge(), pictures, questions.labels) > 0.90  # 0.948 over 5,000
 
 
 def test_the_teacher_answers_its_prompts():

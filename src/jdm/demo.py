@@ -44,8 +44,8 @@ def recipe(out: Path, steps: int, batch: int = 32) -> Run:
     """
     run = nano_canny()
     method = replace(run.method, condition_clip=(1.0, 1.0))
-    return replace(run, method=method, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100, log_every=5,
-                   probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
+    return replace(run, method=method, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100,
+                   log_every=5, probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
 
 
 def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dict], None] | None = None,

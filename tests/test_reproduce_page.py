@@ -265,7 +265,7 @@ def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch
     ("table1 --scale sd51", "there is no 'sd51'; did you mean sd15?"),
     ("table1 --cells canny/jdm-jont", "names no cell of this table; did you mean canny/jdm-joint?"),
     ("table1 --dryrun", "there is no flag --dryrun; did you mean --dry-run?"),
-    ("table1 --scale sd15", "missing are the recipes sd15-canny, sd15-controlled-teacher"),
+    ("table1 --scale sd15", "missing are the recipes sd15-controlled-teacher, sd15-controlnet"),
     ("table1 --model nowhere", "missing are the weights of nowhere"),
 ])
 def test_what_is_not_understood_or_not_there_is_named_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from jdm import __version__
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 
 # Read by third parties when they are imported, so set before any of them is.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -99,8 +99,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in DISK:
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror}; {DISK[error.errno]} and run the same command again", 3)
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    return _say(f"failed unexpectedly ({type(error).__name__}: {first}); JDM_DEBUG=1 shows where", 3)
+    return _say(f"failed unexpectedly ({in_short(error)}); JDM_DEBUG=1 shows where", 3)
 
 
 def _say(message: str, code: int) -> int:

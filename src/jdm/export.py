@@ -22,6 +22,7 @@ from jdm.models import lora_file, single_file
 from jdm.models.library import ASSETS, SHIPPED, load_model
 from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod, lone_controlnet
 from jdm.recipes import recorded
+from jdm.report import read_json
 from jdm.schedule import NoiseSchedule
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")
@@ -43,12 +44,12 @@ class Source:
 
     @property
     def card(self) -> dict:
-        return _json(self.folder / CARD)
+        return read_json(self.folder / CARD)
 
     @property
     def kind(self) -> str | None:
         """The class of stock diffusers that the folder names."""
-        index = _json(self.folder / "model_index.json") or _json(self.folder / "config.json")
+        index = read_json(self.folder / "model_index.json") or read_json(self.folder / "config.json")
         return index.get("_class_name") if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
@@ -58,7 +59,7 @@ class Source:
 
     def controlnet(self) -> ControlNetModel:
         for folder in (self.folder, self.folder / "controlnet"):
-            if _json(folder / "config.json").get("_class_name") == "ControlNetModel":
+            if read_json(folder / "config.json").get("_class_name") == "ControlNetModel":
                 return lone_controlnet(folder)
         raise UsageError(f"{self.name} has no ControlNet; export it with --format diffusers, single-file or lora")
 
@@ -148,7 +149,7 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     checkpoint.load(checkpoint.State({}, {}, averages, {}), place)
     try:
         task.export(spare, averages)
-        yield Source(spare, _json(run / "run.json"), run)
+        yield Source(spare, read_json(run / "run.json"), run)
     finally:
         shutil.rmtree(spare, ignore_errors=True)
 
@@ -156,8 +157,8 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
 def _record(folder: Path) -> dict:
     """The run.json of a model's folder: its run's, or the one that lies in its `training`."""
     beside = folder.parent / "run.json" if folder.name == "model" else folder / "run.json"
-    kept = [file for file in (folder / "training").glob("*.json") if "run" in _json(file)]
-    return _json(beside) or (_json(kept[0]) if len(kept) == 1 else {})
+    kept = [file for file in (folder / "training").glob("*.json") if "run" in read_json(file)]
+    return read_json(beside) or (read_json(kept[0]) if len(kept) == 1 else {})
 
 
 def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subject:
@@ -166,7 +167,7 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
                     base=source.record.get("run", {}).get("model"),
                     controlled=(source.folder / "controlnet").is_dir())
     configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    unet, vae, scheduler = (_json(source.folder / file) for file in configs)
+    unet, vae, scheduler = (read_json(source.folder / file) for file in configs)
     if not (unet and vae and scheduler):
         return found
     found = replace(found, pixels=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
@@ -201,7 +202,7 @@ def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
     """The ControlNet as stock diffusers loads it, and in the single-file layout beside that."""
     net = source.controlnet()
     net.save_pretrained(draft)
-    config = _json(draft / "config.json")
+    config = read_json(draft / "config.json")
     config.pop("_name_or_path", None)
     (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     single_file.save(single_file.controlnet_tensors(net), draft / CONTROLNET_FILE.format(name=subject.name))
@@ -260,15 +261,6 @@ def _metrics(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not found or any(isinstance(v, dict | list) for v in found.values()):
         raise UsageError(f"{file} is not what jdm evaluate --json writes: one name and one value per measurement")
     return found
-
-
-def _json(file: Path) -> dict:
-    """A JSON object; {} where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 
 SMALLEST_SIDE = 8
 
@@ -49,7 +49,7 @@ def load_picture(path: str | Path, size: int) -> Tensor:
     except PermissionError as error:
         raise UsageError(f"{path}: may not be read; change its permissions or copy it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UsageError(f"{path}: damaged or incomplete ({_in_short(error)}); "
+        raise UsageError(f"{path}: damaged or incomplete ({in_short(error)}); "
                          "copy or save it again") from error
     return _square(rgb, size)
 
@@ -147,8 +147,3 @@ def _check_bytes(images: Tensor) -> None:
 
 def _image(image: Tensor) -> Image.Image:
     return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
-
-
-def _in_short(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200]

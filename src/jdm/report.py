@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,3 +83,12 @@ def write(path: Path, text: str) -> Path:
     except OSError as error:
         raise RunError(f"{path} could not be written ({error}); free some space or choose another --out") from None
     return path
+
+
+def read_json(file: Path) -> dict:
+    """A file's JSON object; {} where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

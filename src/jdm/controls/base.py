@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 
 KNOWN = {
     "canny": "jdm.controls.canny:Canny",
@@ -217,12 +217,6 @@ def _called(what: str, function, images: Tensor) -> Tensor:
 def _failed(what: str, error: Exception) -> UsageError:
     return UsageError(f"{what} failed on two random pictures ({in_short(error)}); "
                       "it must take [B, 3, H, W] in [0, 1]")
-
-
-def in_short(error: Exception) -> str:
-    """An exception's type and the first line of its message."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200]
 
 
 def _probe(size: int, seed: int) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.controls.base import Control, in_short
+from jdm.controls.base import Control
 from jdm.controls.filters import in_full_precision, in_pieces
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 
 KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
 FLAT = 1e-5  # of a map's greatest magnitude: float32 noise of a constant map, which is not to be drawn as depth

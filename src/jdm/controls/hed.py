@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.controls.base import Control, in_short
+from jdm.controls.base import Control
 from jdm.controls.filters import in_full_precision, in_pieces
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 
 FILE = "ControlNetHED.pth"
 WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)

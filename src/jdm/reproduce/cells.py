@@ -17,7 +17,7 @@ from typing import Any
 from jdm import evaluate as evaluation
 from jdm.controls import checked, load_control
 from jdm.data import fingerprint, load_pictures
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 from jdm.metrics.classifier import Classifier
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.models.library import ASSETS, load_model
@@ -186,7 +186,7 @@ def one_line(error: Exception) -> str:
     """What went wrong, for a table's reader."""
     if isinstance(error, UsageError | RunError):
         return " ".join(str(error).split())
-    return f"failed unexpectedly ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]})"
+    return f"failed unexpectedly ({in_short(error)})"
 
 
 # Filling it

@@ -20,7 +20,7 @@ from jdm.errors import UsageError
 from jdm.models.library import ASSETS, SHIPPED, load_model
 from jdm.models.stable_diffusion import CARD, save_pipeline
 from jdm.recipes import recorded
-from jdm.report import write
+from jdm.report import read_json, write
 from jdm.reproduce.scales import Scale
 from jdm.run import Run, described
 from jdm.train import train
@@ -152,7 +152,7 @@ def finished(model: Model) -> bool:
         return _holds_this_run(model) and (Path(model.path) / "model_index.json").is_file()
     if not model.needs:
         return True
-    card = _json(Path(model.path) / CARD)
+    card = read_json(Path(model.path) / CARD)
     return all(map(finished, model.needs.values())) and bool(card) and card.get("parts") == _weights_of_needs(model)
 
 
@@ -167,7 +167,7 @@ def _holds_this_run(model: Model) -> bool:
     if other:
         raise UsageError(f"{run.out} holds a run with another {other[0]} ({there.get(other[0])}, not "
                          f"{wanted.get(other[0])}); move it away, or choose another --out")
-    before, now = _json(run.out / NEEDS), {k: weights(m.path) for k, m in model.needs.items() if finished(m)}
+    before, now = read_json(run.out / NEEDS), {k: weights(m.path) for k, m in model.needs.items() if finished(m)}
     changed = sorted(k for k in now if before.get(k) != now[k])
     if changed:
         raise UsageError(f"{run.out} was trained from another {changed[0]} than {model.needs[changed[0]].path} is "
@@ -283,7 +283,7 @@ def stages(model: Model) -> list[dict[str, Any]]:
     if model.run is not None:
         found[model.name] = _stage(model.name, model.run.steps, model.run.batch, seconds_per_step(model.run.out))
     elif not model.needs and model.path in SHIPPED:
-        record = _json(_folders(model.path)[-1] / "training" / f"{model.path}.json").get("run")
+        record = read_json(_folders(model.path)[-1] / "training" / f"{model.path}.json").get("run")
         if record:
             found[model.name] = _stage(model.name, record["steps"], record["batch"], None)
     return list(found.values())
@@ -325,13 +325,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, own in value.items() for k, v in _flat(own, f"{name}.{key}" if name else key).items()}
-
-
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _parsed(line: str) -> dict:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls.base import imported
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 
 KNOWN = {
     "nano-reward": "jdm.rewards.classifier:nano_reward",
@@ -74,7 +74,7 @@ def checked_reward(reward: Reward, size: int, prompts: Sequence[str]) -> Reward:
         except UsageError:
             raise
         except Exception as error:  # a user's code may raise anything
-            raise UsageError(f"{name} failed on two random pictures ({_in_short(error)}); it must take "
+            raise UsageError(f"{name} failed on two random pictures ({in_short(error)}); it must take "
                              "images [B, 3, H, W] in [0, 1] and B prompts") from error
         _check(name, value, images)
     return reward
@@ -111,7 +111,7 @@ def _own(spec: str) -> Any:
     except UsageError:
         raise
     except Exception as error:  # a user's constructor may raise anything
-        raise UsageError(f"{spec} could not be made without arguments ({_in_short(error)}); "
+        raise UsageError(f"{spec} could not be made without arguments ({in_short(error)}); "
                          "give each of them a default") from error
     if not callable(made):
         raise UsageError(f"{spec} is not a reward but {type(made).__name__}; write "
@@ -133,17 +133,12 @@ def _check(name: str, value: object, images: Tensor) -> None:
         (gradient,) = torch.autograd.grad(value.sum(), images)
     except RuntimeError as error:
         raise UsageError(f"{name} cannot be differentiated with respect to the picture "
-                         f"({_in_short(error)}); {remedy}") from error
+                         f"({in_short(error)}); {remedy}") from error
     if not gradient.isfinite().all():
         raise UsageError(f"the gradient of {name} must be finite, got NaN or infinity; a square root or "
                          "logarithm of 0 has none: add a small constant")
     if not gradient.any():
         raise UsageError(f"the gradient of {name} is 0 at every pixel; {remedy}")
-
-
-def _in_short(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200]
 
 
 def _probe(size: int) -> Tensor:

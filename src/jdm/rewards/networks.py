@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of each channel
 
@@ -98,7 +98,7 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
     try:
         found = kind.from_pretrained(place, **settings)  # type: ignore[attr-defined]
     except Exception as error:  # a hub, a disk and a file of another kind each raise their own
-        raise UsageError(f"{name} needs {place or 'its weights'}, which could not be loaded ({_in_short(error)}); "
+        raise UsageError(f"{name} needs {place or 'its weights'}, which could not be loaded ({in_short(error)}); "
                          f"{_remedy(name, place or '')}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -127,7 +127,7 @@ def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
 
         return Path(hf_hub_download(place, files[0]))
     except Exception as error:  # offline, gated, misspelt
-        raise UsageError(f"{name} needs {files[0]} of {place}, which could not be fetched ({_in_short(error)}); "
+        raise UsageError(f"{name} needs {files[0]} of {place}, which could not be fetched ({in_short(error)}); "
                          f"{_remedy(name, place, files[0])}") from error
 
 
@@ -141,7 +141,7 @@ def read_weights(name: str, file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
         return dict(loaded.get("state_dict", loaded))
     except Exception as error:  # a broken file may raise anything
-        raise UsageError(f"{name}: {file} is not a file of weights ({_in_short(error)}); fetch it again") from error
+        raise UsageError(f"{name}: {file} is not a file of weights ({in_short(error)}); fetch it again") from error
 
 
 def fill(name: str, network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -165,8 +165,3 @@ def _remedy(name: str, place: str, file: str = "") -> str:
         return f"give a hub id, or a folder that holds it: {name}:FOLDER"
     command = f"hf download {place} {file}".strip()
     return f"fetch it with `{command}`, or give a folder that holds it: {name}:FOLDER"
-
-
-def _in_short(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200]

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
+from jdm.user_code import check_gradient, imported, probe
 
 KNOWN = {
     "canny": "jdm.controls.canny:Canny",
@@ -106,10 +101,10 @@ def checked(control: Control, size: int) -> Control:
     if control.channels not in (1, 3):
         raise UsageError(f"{name}.channels must be 1 or 3, got {control.channels!r}; project a map with "
                          "another number of channels to 3 in h")
-    c = _called(f"{name}.h", control.h, _probe(size, seed=0))
+    c = _called(f"{name}.h", control.h, probe(size, seed=0))
     _check_map(name, c, (2, control.channels, size, size))
-    for reference in (None, _probe(size, seed=0)):
-        images = _probe(size, seed=1).requires_grad_()
+    for reference in (None, probe(size, seed=0)):
+        images = probe(size, seed=1).requires_grad_()
         with torch.enable_grad():
             try:
                 value = control.log_prob(images, c, reference)
@@ -119,7 +114,7 @@ def checked(control: Control, size: int) -> Control:
                 raise
             except Exception as error:
                 raise _failed(f"{name}.log_prob", error) from error
-            _check_gradient(name, value, images)
+            check_gradient(f"{name}.log_prob", value, images, "or override log_prob with a soft surrogate of h")
     return control
 
 
@@ -138,55 +133,6 @@ def _check_map(name: str, c: Tensor, shape: tuple[int, ...]) -> None:
     if c.min() < -1e-4 or c.max() > 1 + 1e-4:
         raise UsageError(f"{name}.h must be in [0, 1], got {c.min():.3f} to {c.max():.3f}; "
                          "rescale it or clamp(0, 1)")
-
-
-def _check_gradient(name: str, value: Tensor, images: Tensor) -> None:
-    remedy = ("keep its operations differentiable (no rounding, threshold, uint8, numpy or .detach()), "
-              "or override log_prob with a soft surrogate of h")
-    if not isinstance(value, Tensor) or tuple(value.shape) != (len(images),):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UsageError(f"{name}.log_prob must return one value per picture, [{len(images)}] here, "
-                         f"got {got}; sum or average over all but the first dimension")
-    if not value.isfinite().all():
-        raise UsageError(f"{name}.log_prob must be finite, got {value.tolist()}; "
-                         "bound its logarithms away from 0")
-    if not value.requires_grad:
-        raise UsageError(f"{name}.log_prob has no gradient with respect to the picture; {remedy}")
-    try:
-        (gradient,) = torch.autograd.grad(value.sum(), images)
-    except RuntimeError as error:
-        raise UsageError(f"{name}.log_prob cannot be differentiated with respect to the picture "
-                         f"({in_short(error)}); {remedy}") from error
-    if not gradient.isfinite().all():
-        raise UsageError(f"{name}.log_prob's gradient must be finite, got NaN or infinity; a square root "
-                         "or logarithm of 0, as in a flat part of a picture, has none: add a small constant")
-    if not gradient.any():
-        raise UsageError(f"{name}.log_prob's gradient is 0 at every pixel; {remedy}")
-
-
-def imported(source: str) -> ModuleType:
-    if not source.endswith(".py"):
-        try:
-            return importlib.import_module(source)
-        except Exception as error:  # a user's module may raise anything
-            raise UsageError(f"{source} could not be imported ({in_short(error)}); a file is named with its "
-                             ".py, such as my_controls.py:Posterize") from error
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
-    # Named by its full path, so that two files of one name can be loaded side by side.
-    name = f"_jdm_{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:  # never, for a .py file
-        raise UsageError(f"{source} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UsageError(f"{source} could not be run ({in_short(error)}); try `python {source}`") from error
-    return module
 
 
 def _check_fields(control: Control) -> None:
@@ -217,10 +163,3 @@ def _called(what: str, function, images: Tensor) -> Tensor:
 def _failed(what: str, error: Exception) -> UsageError:
     return UsageError(f"{what} failed on two random pictures ({in_short(error)}); "
                       "it must take [B, 3, H, W] in [0, 1]")
-
-
-def _probe(size: int, seed: int) -> Tensor:
-    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    images[1, :, size // 2 :] = 0
-    return images

@@ -99,7 +99,7 @@ def _types() -> dict[str, type]:
 
 def _from_file(path: str) -> Callable[[], Run]:
     """FILE.py's function `recipe`, or the only one that returns a Run."""
-    from jdm.controls.base import imported
+    from jdm.user_code import imported
 
     module = imported(path)
     if hasattr(module, "recipe"):

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from jdm.controls.base import imported
 from jdm.errors import UsageError, in_short
+from jdm.user_code import check_gradient, imported, probe
 
 KNOWN = {
     "nano-reward": "jdm.rewards.classifier:nano_reward",
@@ -67,7 +67,7 @@ def checked_reward(reward: Reward, size: int, prompts: Sequence[str]) -> Reward:
     if len(prompts) == 0:
         raise UsageError(f"checking {name} needs at least 1 prompt, got none; give those of the run")
     parameter = next(reward.parameters(), None) if isinstance(reward, nn.Module) else None
-    images = _probe(size).to("cpu" if parameter is None else parameter.device).requires_grad_()
+    images = probe(size, seed=0).to("cpu" if parameter is None else parameter.device).requires_grad_()
     with torch.enable_grad():
         try:
             value = reward(images, [prompts[k % len(prompts)] for k in range(len(images))])
@@ -76,7 +76,7 @@ def checked_reward(reward: Reward, size: int, prompts: Sequence[str]) -> Reward:
         except Exception as error:  # a user's code may raise anything
             raise UsageError(f"{name} failed on two random pictures ({in_short(error)}); it must take "
                              "images [B, 3, H, W] in [0, 1] and B prompts") from error
-        _check(name, value, images)
+        check_gradient(name, value, images)
     return reward
 
 
@@ -117,32 +117,3 @@ def _own(spec: str) -> Any:
         raise UsageError(f"{spec} is not a reward but {type(made).__name__}; write "
                          f"`def {name}(images, prompts)`, or a class with __call__")
     return made
-
-
-def _check(name: str, value: object, images: Tensor) -> None:
-    remedy = "keep its operations differentiable (no rounding, threshold, uint8, numpy, no_grad or .detach())"
-    if not isinstance(value, Tensor) or tuple(value.shape) != (len(images),):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UsageError(f"{name} must return one value per picture, [{len(images)}] here, got {got}; "
-                         "sum or average over all but the first dimension")
-    if not value.isfinite().all():
-        raise UsageError(f"{name} must be finite, got {value.tolist()}; guard its divisions and logarithms")
-    if not value.requires_grad:
-        raise UsageError(f"{name} has no gradient with respect to the picture; {remedy}")
-    try:
-        (gradient,) = torch.autograd.grad(value.sum(), images)
-    except RuntimeError as error:
-        raise UsageError(f"{name} cannot be differentiated with respect to the picture "
-                         f"({in_short(error)}); {remedy}") from error
-    if not gradient.isfinite().all():
-        raise UsageError(f"the gradient of {name} must be finite, got NaN or infinity; a square root or "
-                         "logarithm of 0 has none: add a small constant")
-    if not gradient.any():
-        raise UsageError(f"the gradient of {name} is 0 at every pixel; {remedy}")
-
-
-def _probe(size: int) -> Tensor:
-    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    images[1, :, size // 2 :] = 0
-    return images

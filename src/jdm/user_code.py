@@ -1,0 +1,79 @@
+"""A user's own code: importing it, and trying it on two pictures before hours of training depend on it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from jdm.errors import UsageError, in_short
+
+
+def imported(source: str) -> ModuleType:
+    """The module of a file, `my_controls.py`, or of a name, `package.module`; a file is run as `python FILE` would.
+
+    UsageError where it is not there or cannot be run.
+    """
+    if not source.endswith(".py"):
+        try:
+            return importlib.import_module(source)
+        except Exception as error:  # a user's module may raise anything
+            raise UsageError(f"{source} could not be imported ({in_short(error)}); a file is named with its "
+                             ".py, such as my_controls.py:Posterize") from error
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
+    # Named by its full path, so that two files of one name can be loaded side by side.
+    name = f"_jdm_{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:  # never, for a .py file
+        raise UsageError(f"{source} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{source} could not be run ({in_short(error)}); try `python {source}`") from error
+    return module
+
+
+def probe(size: int, seed: int) -> Tensor:
+    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    images[1, :, size // 2 :] = 0
+    return images
+
+
+def check_gradient(what: str, value: object, images: Tensor, alternative: str = "") -> None:
+    """UsageError unless `value` of `images` [B, ...] is [B], finite, with a finite gradient that is not all 0.
+
+    Args:
+        what: was called. alternative: to keeping it differentiable.
+    """
+    remedy = ("keep its operations differentiable (no rounding, threshold, uint8, numpy, no_grad or .detach())"
+              + (f", {alternative}" if alternative else ""))
+    if not isinstance(value, Tensor) or tuple(value.shape) != (len(images),):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"{what} must return one value per picture, [{len(images)}] here, got {got}; sum or average "
+                         "over all but the first dimension")
+    if not value.isfinite().all():
+        raise UsageError(f"{what} must be finite, got {value.tolist()}; guard its divisions and logarithms")
+    if not value.requires_grad:
+        raise UsageError(f"{what} has no gradient with respect to the picture; {remedy}")
+    try:
+        (gradient,) = torch.autograd.grad(value.sum(), images)
+    except RuntimeError as error:
+        raise UsageError(f"{what} cannot be differentiated with respect to the picture ({in_short(error)}); "
+                         f"{remedy}") from error
+    if not gradient.isfinite().all():
+        raise UsageError(f"{what}'s gradient must be finite, got NaN or infinity; a square root or logarithm of 0, as "
+                         "in a flat part of a picture, has none: add a small constant")
+    if not gradient.any():
+        raise UsageError(f"{what}'s gradient is 0 at every pixel; {remedy}")

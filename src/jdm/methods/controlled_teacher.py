@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
-from jdm.evaluate import validation_probe
-from jdm.methods.networks import Networks, Step, cosine, fake_phase, generator_phase, loaded_control, rms, steps_of
+from jdm.methods.networks import Networks, Step, cosine, distillation, fake_phase, generator_phase, loaded_control, rms
 from jdm.models.stable_diffusion import Denoiser, copied
 from jdm.run import Optimiser, Run, Task
 from jdm.score import ScoreModel
@@ -43,15 +42,9 @@ class ControlledTeacher:
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
         networks = self._networks(run)
-        return Task(
-            phases=[fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
-                    generator_phase(networks, partial(self.direction, networks), self.unet, self.controlnet)],
-            begin=steps_of(networks, run, control),
-            modules=networks.modules,
-            averaged=networks.averaged,
-            export=networks.exporter("controlled-teacher", self.control),
-            probe=validation_probe(networks, run, control),
-        )
+        phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
+                  generator_phase(networks, partial(self.direction, networks), self.unet, self.controlnet)]
+        return distillation(networks, run, control, phases, networks.exporter("controlled-teacher", self.control))
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict]:
         """The ascent direction on x, detached, and what to log."""

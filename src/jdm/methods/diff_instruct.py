@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from jdm.evaluate import validation_probe
-from jdm.methods.networks import Networks, Step, cosine, fake_phase, generator_phase, loaded_control, rms, steps_of
+from jdm.methods.networks import Networks, Step, cosine, distillation, fake_phase, generator_phase, loaded_control, rms
 from jdm.run import Optimiser, Run, Task
 from jdm.terms import Weighting, distribution_matching, lambda_t, on_x
 
@@ -38,15 +37,9 @@ class DiffInstruct:
         control = loaded_control(self.control, run.data.size) if self.control else None
         networks = Networks.of(run, self.t_init, self.guidance)
         networks = networks.with_controlnet() if control else networks
-        return Task(
-            phases=[fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
-                    generator_phase(networks, partial(self.direction, networks), self.unet, self.controlnet)],
-            begin=steps_of(networks, run, control),
-            modules=networks.modules,
-            averaged=networks.averaged,
-            export=networks.exporter("diff-instruct", self.control or None),
-            probe=validation_probe(networks, run, control),
-        )
+        phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
+                  generator_phase(networks, partial(self.direction, networks), self.unet, self.controlnet)]
+        return distillation(networks, run, control, phases, networks.exporter("diff-instruct", self.control or None))
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict]:
         """The ascent direction on x, detached, and what to log."""

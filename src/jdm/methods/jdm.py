@@ -11,17 +11,16 @@ from torch import Tensor
 
 from jdm.controls import Control
 from jdm.errors import UsageError
-from jdm.evaluate import validation_probe
 from jdm.methods.networks import (
     Networks,
     Step,
     cosine,
+    distillation,
     fake_phase,
     generator_phase,
     loaded_control,
     posterior_phase,
     rms,
-    steps_of,
 )
 from jdm.run import Optimiser, Run, Task
 from jdm.score import Estimate
@@ -96,14 +95,7 @@ class JDM:
         if networks.adapter is not None:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, control), self.unet, self.controlnet))
-        return Task(
-            phases=phases,
-            begin=steps_of(networks, run, control),
-            modules=networks.modules,
-            averaged=networks.averaged,
-            export=networks.exporter("jdm", self.control),
-            probe=validation_probe(networks, run, control),
-        )
+        return distillation(networks, run, control, phases, networks.exporter("jdm", self.control))
 
     def direction(self, networks: Networks, control: Control, step: Step) -> tuple[Tensor, dict]:
         """The ascent direction on x, detached, and what to log (Eq. 5)."""

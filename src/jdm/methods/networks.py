@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jdm.controls import Control, checked, load_control
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.errors import UsageError
+from jdm.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.library import load_model
@@ -28,7 +29,7 @@ from jdm.models.stable_diffusion import (
 )
 from jdm.models.text import TextEncoder
 from jdm.posterior import Posterior
-from jdm.run import Optimiser, Phase, Run
+from jdm.run import Optimiser, Phase, Run, Task
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.space import Space, from_bytes, unit
@@ -198,6 +199,13 @@ class Step:
 def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[[int], Step]:
     pictures = load_pictures(run.data.source, run.data.split, run.data.size)
     return lambda step: Step(networks, run, pictures, control, step)
+
+
+def distillation(networks: Networks, run: Run, control: Control | None, phases: list[Phase],
+                 export: Callable[[Path, dict[str, nn.Module]], object]) -> Task:
+    """The task of these phases: one batch a step for all of them, the student saved, averaged, probed and exported."""
+    return Task(phases, steps_of(networks, run, control), networks.modules, export, networks.averaged,
+                validation_probe(networks, run, control))
 
 
 def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],

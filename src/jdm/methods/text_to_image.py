@@ -11,16 +11,15 @@ from torch import Tensor
 
 from jdm.data import load_pictures
 from jdm.errors import UsageError
-from jdm.evaluate import validation_probe
 from jdm.methods.networks import (
     Networks,
     Step,
     cosine,
+    distillation,
     fake_phase,
     generator_phase,
     posterior_phase,
     rms,
-    steps_of,
 )
 from jdm.models.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion
@@ -88,14 +87,8 @@ class TextToImage:
         if networks.adapter is not None:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, guide, reward), self.unet))
-        return Task(
-            phases=phases,
-            begin=steps_of(networks, run, None),
-            modules=networks.modules,
-            averaged=networks.averaged,
-            export=networks.exporter("jdm", None, reward=self.reward or None, guide=self.guide or None),
-            probe=validation_probe(networks, run, None),
-        )
+        export = networks.exporter("jdm", None, reward=self.reward or None, guide=self.guide or None)
+        return distillation(networks, run, None, phases, export)
 
     def direction(self, networks: Networks, guide: ScoreModel | None, reward: Reward | None,
                   step: Step) -> tuple[Tensor, dict]:

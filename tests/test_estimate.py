@@ -76,7 +76,7 @@ def test_the_flops_of_a_step_are_those_of_a_real_one(measured):
 def test_weights_gradients_and_states_take_the_bytes_they_take_in_a_trainer(measured):
     found, trainer, _, _ = measured
     trained = sum(p.nbytes for m in trainer.task.modules.values() for p in m.parameters())
-    averages = sum(p.nbytes for m in trainer.averages.values() for p in m.parameters())
+    averages = sum(p.nbytes for average in trainer.averages.values() for p in average.values())
     states = sum(v.nbytes for o in trainer.optimizers.values() for s in o.state.values() for v in s.values())
     assert sum(v for k, v in found.memory.items() if k.startswith("trained")) == pytest.approx(trained, rel=0.01)
     assert sum(v for k, v in found.memory.items() if k.startswith("average")) == pytest.approx(averages, rel=0.01)

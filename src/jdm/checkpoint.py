@@ -31,16 +31,22 @@ class State:
     """What a run carries from step to step.
 
     Attributes:
-        modules: trained modules, with their adapters.
+        modules: what trains, by name; `trained` says what of each.
         optimizers: by phase name.
-        averages: EMA copies, by module name.
+        averages: exponential moving averages, by module name, then as `trained` names them.
         counters: numbers and strings that JSON can hold.
     """
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
-    averages: Mapping[str, nn.Module]
+    averages: Mapping[str, dict[str, Tensor]]
     counters: dict
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """What of a module training changes, by name: parameters that require gradients, and buffers. No copies."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 def save(state: State, out: Path, step: int) -> Path:
@@ -82,9 +88,8 @@ def load(state: State, place: Path) -> dict:
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{place} is damaged ({error}); delete it and run again: the run goes on from the one "
                          "before it") from None
-    for group, modules in (("module", state.modules), ("average", state.averages)):
-        for name, module in modules.items():
-            _load_module(module, _under(tensors, f"{group}.{name}."), place, name)
+    for group, held in _held(state).items():
+        _copy(held, _under(tensors, f"{group}."), place, group.partition(".")[2])
     for name, optimizer in state.optimizers.items():
         _load_optimizer(optimizer, _under(tensors, f"optimizer.{name}."), info["optimizers"][name])
     if "rng.torch" in tensors:
@@ -104,13 +109,18 @@ def last(out: Path) -> Path | None:
 
 def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {"rng.torch": torch.get_rng_state()}
-    for group, modules in (("module", state.modules), ("average", state.averages)):
-        for name, module in modules.items():
-            tensors |= {f"{group}.{name}.{k}": v for k, v in module.state_dict().items()}
+    for group, held in _held(state).items():
+        tensors |= {f"{group}.{k}": v for k, v in held.items()}
     for name, optimizer in state.optimizers.items():
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+
+def _held(state: State) -> dict[str, dict[str, Tensor]]:
+    """Networks and averages: group of names in the file -> tensors."""
+    return {**{f"module.{name}": trained(module) for name, module in state.modules.items()},
+            **{f"average.{name}": average for name, average in state.averages.items()}}
 
 
 def _scalars(state: State) -> dict:
@@ -122,13 +132,14 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _load_module(module: nn.Module, tensors: dict[str, Tensor], place: Path, name: str) -> None:
-    own = module.state_dict()
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], place: Path, name: str) -> None:
     wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise UsageError(f"{place} belongs to another recipe: {name}.{wrong[0]} does not fit; resume with the "
                          "recipe in its run.json, or choose another --out")
-    module.load_state_dict(tensors)
+    for key, tensor in tensors.items():
+        own[key].copy_(tensor)
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict) -> None:

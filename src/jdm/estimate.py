@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import jdm.methods
+from jdm.checkpoint import trained
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
@@ -138,8 +139,8 @@ class Rehearsal:
     def estimate(self) -> Estimate:
         with self.meter, self._stand_ins():
             task: Task = self.run.method.task(self.run)
-            averages = {name: copy_of(task.modules[name]) for name in task.averaged}
-            parts = self._parts(task) | {f"average of the {k}": tensors_of(m) for k, m in averages.items()}
+            averages = {name: [v.clone() for v in trained(task.modules[name]).values()] for name in task.averaged}
+            parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
 
     def _step(self, task: Task, parts: dict[str, list[Tensor]]) -> Estimate:

@@ -146,7 +146,7 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     again = replace(recorded(run / "run.json"), out=run)
     task = again.method.task(again)
     averages = {name: task.modules[name].eval() for name in task.averaged}
-    checkpoint.load(checkpoint.State({}, {}, averages, {}), place)
+    checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place)
     try:
         task.export(spare, averages)
         yield Source(spare, read_json(run / "run.json"), run)

@@ -70,7 +70,7 @@ class Task:
         begin: step -> the state its phases share (batch, noise, the generator's sample).
         modules: everything that trains, for the checkpoint.
         averaged: names of the modules an exponential moving average is kept of.
-        export: (folder, averages) -> writes the trained model for use.
+        export: (folder, averages) -> writes the trained model for use; `averages` are those modules, holding averages.
         probe: averages -> cheap measurements on validation pictures.
     """
 

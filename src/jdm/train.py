@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.run, self.task = run, run.method.task(run)
         self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
-        self.averages = {n: _frozen_copy(self.task.modules[n]) for n in self.task.averaged}
+        self.averages = {n: _copied(self.task.modules[n]) for n in self.task.averaged}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
         place = checkpoint.last(run.out)
         if place:
@@ -52,7 +52,8 @@ class Trainer:
             _average(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
         probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
         if probed and self.task.probe:
-            logs |= {f"probe/{k}": v for k, v in self.task.probe(self.averages).items()}
+            with averaged(self.task.modules, self.averages) as modules:
+                logs |= {f"probe/{k}": v for k, v in self.task.probe(modules).items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
         if done % run.save_every == 0 or done == run.steps:
@@ -62,7 +63,8 @@ class Trainer:
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's."""
         folder = self.run.out / "model"
-        self.task.export(folder, self.averages)
+        with averaged(self.task.modules, self.averages) as modules:
+            self.task.export(folder, modules)
         return folder
 
     def _phases(self, step: int) -> dict[str, Any]:
@@ -127,14 +129,43 @@ def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Te
 
 
 @torch.no_grad()
-def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for kept, now in zip(average.buffers(), module.buffers(), strict=True):
-        kept.copy_(now)
+def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    """Parameters tend to the module's; buffers, which may count, are the module's."""
+    now, parameters = checkpoint.trained(module), dict(module.named_parameters())
+    moving = [name for name in average if name in parameters]
+    torch._foreach_lerp_([average[name] for name in moving], [now[name] for name in moving], 1 - decay)
+    for name in average.keys() - parameters.keys():
+        average[name].copy_(now[name])
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).eval().requires_grad_(False)
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in checkpoint.trained(module).items()}
+
+
+@contextmanager
+def averaged(modules: Mapping[str, nn.Module],
+             averages: Mapping[str, dict[str, Tensor]]) -> Iterator[dict[str, nn.Module]]:
+    """The averaged modules themselves, holding their averages and in eval mode; put back at the end."""
+    chosen = {name: modules[name] for name in averages}
+    modes = {name: module.training for name, module in chosen.items()}
+    _exchange(chosen, averages)
+    try:
+        for module in chosen.values():
+            module.eval()
+        yield chosen
+    finally:
+        _exchange(chosen, averages)
+        for name, module in chosen.items():
+            module.train(modes[name])
+
+
+@torch.no_grad()
+def _exchange(modules: Mapping[str, nn.Module], averages: Mapping[str, dict[str, Tensor]]) -> None:
+    for name, module in modules.items():
+        for key, value in checkpoint.trained(module).items():
+            kept = value.clone()
+            value.copy_(averages[name][key])
+            averages[name][key].copy_(kept)
 
 
 def _refuse_another(run: Run) -> None:

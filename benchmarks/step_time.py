@@ -22,7 +22,6 @@ import torch
 
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Networks, Step, loaded_control, steps_of
-from jdm.models.adapters import base_parameters
 from jdm.recipes.nano import nano_canny
 from jdm.run import Run
 from jdm.space import unit
@@ -42,8 +41,8 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     both_text = torch.cat([text, nets.text([""] * len(step.y))])
     shown = control.image(step.c)
     at = nets.schedule.index(nets.schedule.t(method.t_init).expand(len(x_t)))
-    student = [*nets.student.parameters()]
-    fake, lora = base_parameters(nets.fake.net), nets.adapter.parameters
+    student, posterior = [*nets.student.parameters()], nets.running[3]
+    fake, lora = nets.fake_parameters, list(nets.adapters["posterior"].parameters())
 
     def generator() -> None:
         out = nets.student(step.z, at, text, shown)
@@ -59,8 +58,7 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
 
     def condition() -> None:
         noisy = x_t.clone().requires_grad_()
-        with nets.adapter.active():
-            out = nets.fake.net(noisy, index, text)
+        out = posterior(noisy, index, text)
         pixels = nets.space.decode(out)
         torch.autograd.grad(control.log_prob(unit(pixels), step.c, step.images).sum(), noisy)
 
@@ -68,12 +66,11 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
         torch.autograd.grad(nets.fake.net(x_t, index, text), fake, x_t, allow_unused=True)
 
     def target() -> None:
-        with torch.no_grad(), nets.adapter.active():
-            nets.fake.net(x_t, index, text)
+        with torch.no_grad():
+            posterior(x_t, index, text)
 
     def posterior_training() -> None:
-        with nets.adapter.active():
-            out = nets.fake.net(x_t, index, text)
+        out = posterior(x_t, index, text)
         torch.autograd.grad(out, lora, x_t, allow_unused=True)
 
     return {

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -14,5 +16,10 @@ def test_an_iteration_is_timed_beside_its_bare_passes(teacher, tmp_path):
                            "1", "--warmup", "1", "--split", "test[:64]", "--json", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     times = json.loads(out.read_text())
-    assert {"full iteration", "optimiser steps", "bare", "ratio"} <= times.keys()
-    assert all(t > 0 for t in times.values())
+    full, bare, ratio = (times.pop(key) for key in ("full iteration", "bare", "ratio"))
+    assert times.pop("optimiser steps") > 0
+    assert len(times) == 7, "the passes of one iteration of JDM"
+    assert min(times.values()) > 0
+    assert bare == pytest.approx(sum(times.values()))
+    assert ratio == pytest.approx(full / bare)
+    assert f"ratio of the full iteration to the bare passes: {ratio:.3f};" in done.stdout

@@ -1,12 +1,16 @@
 """Measurements of whole models: what is asked, what is answered, what is reported."""
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import tiny
 from jdm import evaluate as evaluation
@@ -17,10 +21,16 @@ from jdm.errors import UsageError
 from jdm.evaluate import evaluate, noise_diversity
 from jdm.metrics.extractors import ClassifierFeatures
 from jdm.metrics.frechet import Statistics, frechet_distance
+from jdm.metrics.prompts import prompt_agreement
+from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
 from jdm.questions import Questions, answers
+from jdm.recipes.nano import nano_canny
 from jdm.reference import Reference, references
+from jdm.rewards.classifier import nano_judge
+from jdm.run import Data
 from jdm.sampling import Sampler, generator
 from jdm.space import from_bytes, unit
+from jdm.train import train
 
 PICTURES = load_pictures("fashion-mnist", "test[:40]", 32)
 
@@ -75,8 +85,6 @@ def test_a_floor_between_stored_sizes_is_linear_in_one_over_n():
 def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "teacher"
-    from jdm.models.stable_diffusion import save_pipeline
-
     save_pipeline(tiny.model(), folder)
     extractor = ClassifierFeatures(classifier)
     made = references(str(folder), [extractor], PICTURES, steps=2, samples=30)[extractor.name]
@@ -89,8 +97,6 @@ def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path):
 
 
 def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, monkeypatch):
-    from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
-
     teacher = tmp_path / "teacher"
     torch.manual_seed(0)
     save_pipeline(tiny.model(), teacher)
@@ -100,20 +106,22 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
-    own = Statistics.of(ClassifierFeatures(classifier).features(pictures), row["fd_extractor"])
-    kept = references(str(teacher), [ClassifierFeatures(classifier)], PICTURES.part("[:30]"), 2, samples=30)
-    assert row["n"] == 20
-    assert row["nfe"] == 1
-    assert row["fd"] > 0
-    assert own.extractor in kept or row["fd_extractor"] == own.extractor
-    assert 0 <= row["prompt_agreement"] <= 1
-    assert row["seconds_per_image"] > 0
+    extractor, whole = ClassifierFeatures(classifier), load_pictures("fashion-mnist", "test", 32)
+    (kept,) = references(str(teacher), [extractor], whole.part("[:30]"), 2, samples=30).values()
+    own = Statistics.of(extractor.features(pictures), extractor.name)
+    assert (row["n"], row["nfe"], row["fd_extractor"]) == (20, 1, extractor.name)
+    assert row["fd"] == pytest.approx(frechet_distance(own, kept.statistics))
+    assert row["fd_floor"] == pytest.approx(kept.floor(20))
+    assert row["prompt_agreement"] == prompt_agreement(classifier, pictures, questions.labels)
+    other = nano_judge()  # not the classifier of distances, and no reward
+    said = other(unit(from_bytes(pictures)), questions.y)
+    assert row["judge"] == pytest.approx(said.mean().item(), abs=1e-5)
+    assert row["judge_accuracy"] == prompt_agreement(other.classifier, pictures, questions.labels)
+    assert min(row["seconds_per_image"], row["seconds_per_image_batch1"]) > 0
     assert row["consistency_chance"] + row["consistency_blank"] > 0.15
 
 
 def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier):
-    from jdm.models.stable_diffusion import save_pipeline
-
     save_pipeline(tiny.model(), tmp_path / "teacher")
     with pytest.raises(UsageError, match="no ControlNet"):
         evaluate(str(tmp_path / "teacher"), "canny", n=4)
@@ -138,8 +146,6 @@ def test_generator_draws_n_pictures_that_depend_on_the_seed(student):
 
 
 def test_a_report_is_self_contained_and_escapes_what_it_is_given():
-    from PIL import Image
-
     text = report.page("A <b>", report.picture(Image.new("RGB", (4, 4)), "p"), report.table(["x"], [["<1>"]]),
                        report.curve("loss", [(0, 1.0), (5, 0.5)]))
     assert not re.search(r'(src|href)="(?!data:)', text)
@@ -148,19 +154,33 @@ def test_a_report_is_self_contained_and_escapes_what_it_is_given():
     assert "<polyline" in text
 
 
+def trained_on_a_folder(place, teacher, n):
+    """The exported model and the one row of the log of a step on n pictures of a folder."""
+    for i in range(n):  # every 20th validates, as does every 20th test
+        picture = np.random.default_rng(i).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(picture).resize((50, 40)).save(place / f"{i:02d}.png")
+        (place / f"{i:02d}.txt").write_text("a coat")
+    run = replace(tiny.run(nano_canny(), place / "out", teacher, steps=1), data=Data(str(place)), batch=2)
+    folder = train(replace(run, probe_every=1))
+    (row,) = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    return folder, row
+
+
 def test_a_folder_too_small_to_validate_on_trains_without_measurements(tmp_path, teacher, classifier):
-    import dataclasses
+    folder, row = trained_on_a_folder(tmp_path, teacher, 4)
+    state = load_file(tmp_path / "out" / "checkpoints" / "step-0000001" / "state.safetensors")
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(v, state[f"average.unet.{k}"]) for k, v in unet.items())
+    assert not all(torch.equal(v, state[f"module.unet.{k}"]) for k, v in unet.items())
+    assert [k for k in row if "probe" in k] == []
 
-    from PIL import Image
 
-    from jdm.recipes.nano import nano_canny
-    from jdm.run import Data
-    from jdm.train import train
-
-    for i in range(4):  # one of them validates, one tests
-        Image.new("RGB", (40, 50), (60 * i, 90, 10)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("a coat")
-    run = tiny.run(nano_canny(), tmp_path / "out", teacher, steps=1)
-    folder = train(dataclasses.replace(run, data=Data(str(tmp_path)), batch=2, probe_every=1))
-    assert (folder / "model_index.json").is_file()
-    assert "probe" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+def test_a_folder_with_two_pictures_to_validate_on_is_measured_while_it_trains(tmp_path, teacher, classifier):
+    folder, row = trained_on_a_folder(tmp_path, teacher, 22)
+    questions = Questions.of(load_pictures(str(tmp_path), "validation", 32), Canny(), 2, seed=0)
+    pictures = answers(Sampler(StableDiffusion.load(str(folder))), questions, Canny())
+    seen = Canny().h(unit(from_bytes(pictures)))
+    assert row["probe/consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-3)
+    assert 0 < row["probe/consistency"] < 0.9
+    assert 0 < row["probe/fd"] < math.inf
+    assert "probe/prompt_agreement" not in row, "nothing knows the classes of a folder"

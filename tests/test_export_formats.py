@@ -263,7 +263,12 @@ def test_a_failed_upload_says_what_to_do_and_keeps_the_folder(run, tmp_path, mon
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(RefusedError("no")))
     assert cli.main(["export", str(run), str(tmp_path / "mine"), "--push", "me/mine"]) == 3
-    assert (tmp_path / "mine" / "model_index.json").is_file()
+    made = {f.relative_to(run / "model") for f in (run / "model").rglob("*.safetensors")}
+    assert made == {f.relative_to(tmp_path / "mine") for f in (tmp_path / "mine").rglob("*.safetensors")}
+    for file in made:
+        ours, theirs = load_file(tmp_path / "mine" / file), load_file(run / "model" / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), file
     assert cli.main(["export", str(run), str(tmp_path / "other"), "--push", "mine"]) == 2
     assert "owner/name, got 'mine'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists(), "a bad name is seen before the work"

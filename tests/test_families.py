@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.models import nano
 from jdm.models.library import load_model
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes
 from jdm.sampling import Sampler
 from jdm.space import unit
@@ -144,6 +146,46 @@ def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
     with torch.no_grad():
         ours = unit(model.space.decode(sampler.x(z, ["a coat", "an ankle boot"]))).clamp(0, 1)
     assert (stock - ours).abs().max() < 1e-4, kind
+
+
+@torch.no_grad()
+def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+    pipe: Any = model.pipeline(DDIMScheduler.from_config(model.scheduler))
+    parts, prompts = (model.text_encoder, model.tokenizer, model.text_encoder_2, model.tokenizer_2), ["a coat", "", "a"]
+    for zeros in (True, False):
+        states, added = TwoTextEncoders(*parts, size=(48, 32), zeros=zeros)(prompts)
+        for i, prompt in enumerate(prompts):
+            exact, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+            quiet = 0 if zeros and not prompt else 1
+            torch.testing.assert_close(states[i], quiet * exact[0])
+            torch.testing.assert_close(added["text_embeds"][i], quiet * pooled[0])
+        ids = pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), torch.float32, text_encoder_projection_dim=12)
+        assert torch.equal(added["time_ids"], ids.expand(3, -1))
+    for size, side in ((None, 32), (64, 64)):
+        assert model.text(size=size)(["a"])[1]["time_ids"].tolist() == [[side, side, 0, 0, side, side]]
+    for zeros in (True, False):
+        loaded = load_model(str(save_pipeline(replace(model, zeros=zeros), tmp_path / str(zeros))))
+        assert loaded.text()([""])[1]["text_embeds"].any() != zeros
+
+
+def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+        controlnet = new_controlnet(model.unet, model.downscale)
+    folder = save_pipeline(model.with_parts(controlnet=controlnet), tmp_path / "model")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet"):
+        (file,) = (folder / part).glob("*.safetensors")
+        before, tensors = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}
+        del tensors[min(tensors)]
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(UsageError, match=r"could not be loaded as a SDXL model: 1 weights of the \w+ are missing"):
+            load_model(str(folder))
+        file.write_bytes(before)
+    assert load_model(str(folder)).controlnet is not None
 
 
 def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):

@@ -2,8 +2,8 @@
 
 import math
 import re
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from jdm.controls.base import Control
 from jdm.errors import UsageError
+from jdm.metrics import timing
 from jdm.metrics.classifier import Classifier, ClassifierConfig
 from jdm.metrics.consistency import Consistency, blank, chance, consistency
 from jdm.metrics.diversity import diversity
@@ -349,16 +350,22 @@ def test_efflite0_refuses_what_are_not_pictures(efflite0):
 # Cost
 
 
-def test_timing_divides_by_the_batch_and_leaves_out_the_warm_up():
-    calls = []
+@pytest.mark.parametrize(("durations", "repeats", "expected"), [
+    ([9, 2, 1, 4], 3, 2),  # the warm-up's 9 is left out
+    ([9, 2], 1, 2),
+    ([9, 0.375, 0.0625, 0.0625], 1, 0.0625),  # one pause does not decide what a quick call costs
+    ([9, 0.125, 0.125, 0.25], 1, 0.125)])
+def test_timing_is_the_median_call_of_half_a_second_or_more_over_the_batch(durations, repeats, expected, monkeypatch):
+    now, left = [0.0], list(durations)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def fn():
-        calls.append(1)
-        time.sleep(0.3 if len(calls) == 1 else 0.02)
+        now[0] += left.pop(0)
 
-    seconds = seconds_per_image(fn, batch=4, repeats=3)
-    assert len(calls) == 4
-    assert 0.004 < seconds < 0.05  # a busy machine may oversleep; the warm-up's 0.075 would show
+    assert seconds_per_image(fn, batch=4, repeats=repeats) == expected / 4
+    assert left == []
+    with pytest.raises(UsageError, match="at least 1, got 0 and 3"):
+        seconds_per_image(fn, 0, 3)
 
 
 def test_peak_memory_is_the_kernels_high_water_mark():

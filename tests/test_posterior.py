@@ -31,6 +31,16 @@ def test_at_t_zero_the_posterior_is_the_identity():
     torch.testing.assert_close(DATA.consistency(x, torch.zeros(5)), x)
 
 
+def test_at_t_zero_a_network_that_predicts_the_sample_and_has_no_finite_eps_is_not_listened_to():
+    def score(x_t, t, y=None):
+        return Estimate.of(0.5 * x_t, "sample", x_t, t, SCHEDULE)
+
+    x, t = torch.randn(2, 3), torch.tensor([0.0, 0.5])
+    assert not score(x, t).x0[0].isfinite().any()
+    assert torch.equal(Posterior(score, SCHEDULE)(x, t)[0], x[0])
+    torch.testing.assert_close(Posterior(score, SCHEDULE)(x, t)[1], 0.5 * x[1])
+
+
 def test_the_identity_at_t_zero_holds_row_by_row_in_a_mixed_batch():
     x = torch.randn(2, 3, dtype=torch.float64)
     mixed = Posterior(DATA.score, SCHEDULE)(x, tensor([0.0, 0.5]))
@@ -43,27 +53,6 @@ def test_with_the_exact_score_the_posterior_is_the_mean_of_x_given_x_t(t):
     x_t, t, _ = noisy(t)
     ours = Posterior(DATA.score, SCHEDULE)(x_t, t)
     torch.testing.assert_close(ours, DATA.posterior_mean(x_t, t), atol=1e-4, rtol=1e-4)
-
-
-def test_the_adapter_is_held_on_during_every_forward():
-    log = []
-
-    class Adapter:
-        def __enter__(self):
-            log.append("on")
-
-        def __exit__(self, *_):
-            log.append("off")
-
-    def score(x_t, t, y=None):
-        log.append("score")
-        return DATA.score(x_t, t)
-
-    posterior = Posterior(score, SCHEDULE, Adapter)
-    x_t, t, _ = noisy(0.5, 4)
-    posterior(x_t, t)
-    posterior.consistency_loss(x_t, None, torch.rand(4), torch.randn_like(x_t))
-    assert log == ["on", "score", "off"] * 3
 
 
 @pytest.mark.parametrize("t", PROBED)

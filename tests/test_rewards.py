@@ -15,7 +15,7 @@ from jdm.models.library import ASSETS
 from jdm.recipes import all_recipes, recorded
 from jdm.rewards import PromptClassifier, checked_reward, load_reward, reward_name
 from jdm.rewards.base import KNOWN
-from jdm.rewards.classifier import fashion_captions
+from jdm.rewards.classifier import fashion_captions, nano_reward
 from jdm.space import from_bytes, unit
 
 PROMPTS = ["a coat", "one ankle boot"]
@@ -76,7 +76,7 @@ def test_known_names_load_alone_and_with_the_place_of_their_weights(tmp_path):
     assert reward_name(load_reward("nano-judge")) == "nano-judge"
     tiny(name="my-clothes").save(tmp_path)
     assert reward_name(load_reward(f"nano-reward:{tmp_path}")) == "my-clothes"
-    assert isinstance(load_reward("jdm.rewards.classifier:nano_reward"), type(fashion_captions.__wrapped__))
+    assert load_reward("jdm.rewards.classifier:nano_reward") is nano_reward
 
 
 @pytest.mark.parametrize(("spec", "message"), [

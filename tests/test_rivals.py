@@ -175,6 +175,12 @@ def test_the_condition_terms_bound_is_the_first_in_the_first_half_of_a_run_and_t
     torch.testing.assert_close(condition.norm(dim=1).max(), ratio * fidelity.norm(dim=1).mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_a_steps_progress_is_the_share_of_the_run_that_is_done(teacher, tmp_path):
+    run = tiny.run(RECIPES["nano-clean-likelihood"](), tmp_path, teacher, steps=4)
+    begin = run.method.task(run).begin
+    assert [begin(step).progress for step in range(4)] == [0, 0.25, 0.5, 0.75]
+
+
 def test_a_frozen_posterior_answers_with_its_own_network_and_has_no_adapter(teacher, tmp_path):
     run = tiny.run(RECIPES["nano-frozen-posterior"](), tmp_path, teacher)
     networks = Networks.of(run, 625).with_frozen_posterior(str(teacher))
@@ -184,7 +190,7 @@ def test_a_frozen_posterior_answers_with_its_own_network_and_has_no_adapter(teac
     with torch.no_grad():
         ours, exact = networks.posterior(x_t, t, ["a coat", ""]), networks.real(x_t, t, ["a coat", ""]).x0
     torch.testing.assert_close(ours, exact)
-    assert networks.adapter is None
+    assert not networks.adapters
 
 
 # --- what cannot be started ---

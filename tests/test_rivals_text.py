@@ -12,6 +12,7 @@ from jdm.errors import UsageError
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.text_to_image import TextToImage, guidance_of, guide_of, matched
 from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.recipes import all_recipes
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, ScoreModel
 from jdm.terms import cfg_augmentation
@@ -191,14 +192,33 @@ def test_a_clipped_reward_is_at_most_as_long_as_fidelity():
                                check_dtype=False)
 
 
+@pytest.mark.parametrize("fidelity", ["prompt", "blind"])
+def test_the_fake_score_learns_with_the_prompt_unless_fidelity_is_blind_to_it(fidelity, teacher, tmp_path):
+    run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path, teacher)
+    task = replace(run.method, fidelity=fidelity).task(run)
+    step, (fake, *_) = task.begin(0), task.phases
+    loss, _ = fake.loss(step, 0)
+    loaded = StableDiffusion.load(str(teacher))
+    x_t, t, eps = step.noised("fake/0", loaded.schedule, run.method.fake_range)
+    with torch.no_grad():  # at the start the fake score is the teacher's
+        errors = {kind: loaded.score(loaded.text())(x_t, t, y).eps - eps
+                  for kind, y in (("prompt", step.y), ("blind", [""] * 4))}
+    torch.testing.assert_close(loss.detach(), errors[fidelity].square().mean(), atol=1e-6, rtol=1e-5)
+    assert abs(float(errors["prompt"].square().mean() / errors["blind"].square().mean()) - 1) > 1e-3
+
+
 # --- who may guide ---
 
 
 def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):
     loaded = StableDiffusion.load(str(teacher))
     run = SimpleNamespace(device="cpu", data=tiny.DATA)
-    guide = guide_of(str(teacher), loaded, run)  # type: ignore[arg-type]
-    assert isinstance(guide, ScoreModel)
+    x_t, t, y = torch.randn(2, 8, 8, 8), OURS.t(torch.tensor([30, 800])), ["a coat", ""]
+    with torch.no_grad():
+        guided = guide_of(str(teacher), loaded, run)(x_t, t, y)  # type: ignore[arg-type]
+        eps = loaded.unet(x_t, OURS.index(t), loaded.text()(y)).sample
+    torch.testing.assert_close(guided.eps, eps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guided.score, -eps / OURS.sigma(t, eps), atol=1e-4, rtol=1e-4)
     other = StableDiffusion.load(str(teacher))
     for parameter in other.vae.encoder.parameters():
         parameter.mul_(1.5)

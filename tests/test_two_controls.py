@@ -1,10 +1,19 @@
 """Two controls at once: residuals add, each with its strength."""
 
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jdm.cli import main
+from jdm.controls import Canny, LowRes
 from jdm.errors import UsageError
+from jdm.generator import starting_noise
 from jdm.models.library import load_controlnet, load_model
 from jdm.models.stable_diffusion import Denoiser
 from jdm.sampling import Sampler
@@ -59,20 +68,46 @@ def test_a_controlnet_of_another_shape_or_none_is_refused(one_step, teacher, stu
         load_controlnet(str(teacher), one_step)
     with pytest.raises(UsageError, match=r"does not fit this model: its ControlNet has block_out_channels"):
         load_controlnet("nano-canny", one_step)
+    for key, other in (("in_channels", 4), ("block_out_channels", (16, 32)), ("cross_attention_dim", 8)):
+        beside = SimpleNamespace(unet=SimpleNamespace(config={**one_step.unet.config, key: other}))
+        message = rf"{student} does not fit this model: its ControlNet has {key} .*, the model's UNet "
+        with pytest.raises(UsageError, match=message + re.escape(str(other))):
+            load_controlnet(str(student), beside)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"is no ControlNet \(26 weights of the ControlNetModel are missing"):
         load_controlnet(str(student / "unet"), one_step)
     with pytest.raises(UsageError, match="3 strengths for 1 controls"):
         Sampler(one_step, strengths=[1, 1, 1])
 
 
-def test_sample_draws_to_two_controls(student, tmp_path, capsys):
-    from PIL import Image
+def pixels(file) -> torch.Tensor:
+    """[3, H, W] of a picture file, in [0, 1]."""
+    return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) / 255
 
-    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "photo.png")
+
+def test_sample_draws_to_two_controls(student, tmp_path, capsys):
+    noise = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(noise, 32, mode="bicubic").clamp(0, 1)[0]
+    Image.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    shutil.copytree(student / "controlnet", tmp_path / "second")
+    (tmp_path / "second" / "jdm.json").write_text(json.dumps({"control": "lowres"}))
     out = tmp_path / "out"
-    line = ["sample", str(student), "--prompt", "a coat", "--image", str(tmp_path / "photo.png"), "--also",
-            str(student), "--strength", "1", "--strength", "0.5", "--n", "2", "--out", str(out)]
-    assert main(line) == 0
-    assert Image.open(out / "control.png").size == (64, 32)
+    line = ["sample", str(student), "--prompt", "a coat", "--image", str(tmp_path / "photo.png"), "--n", "2", "--out",
+            str(out)]
+    drawn = {}
+    for strengths in (("1",), ("1", "0"), ("1", "40"), ("40", "1")):  # random weights: a control of 1 is faint
+        also = ["--also", str(tmp_path / "second")] if len(strengths) > 1 else []
+        assert main([*line, *also, *(v for s in strengths for v in ("--strength", s))]) == 0
+        drawn[strengths] = torch.stack([pixels(out / f"00{i}.png") for i in range(2)])
+    assert len({v.numpy().tobytes() for v in drawn.values()}) == 3
+    assert (drawn["1",] - drawn["1", "0"]).abs().max() < 1.01 / 255
+    photo, control = pixels(tmp_path / "photo.png")[None], pixels(out / "control.png").split(32, dim=2)
+    shown = [measure.image(measure.h(photo)) for measure in (Canny(), LowRes())]
+    for half, expected in zip(control, shown, strict=True):
+        assert (half - expected[0]).abs().max() <= 0.5 / 255 + 1e-6
+        assert half.std() > 0.1
+    model = load_model(str(student))
+    again = Sampler(model, also=[load_controlnet(str(tmp_path / "second"), model)[0]], strengths=[40, 1])
+    z, beside = starting_noise(model.latent_shape(2, 32), seed=0), torch.cat(shown, 1).repeat(2, 1, 1, 1)
+    assert (drawn["40", "1"] - again(z, ["a coat"] * 2, beside) / 255).abs().max() < 1.01 / 255
     assert main([*line[:6], "--also", "nano-canny", "--out", str(out)]) == 2
     assert "does not fit" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
     OUT/checkpoints/step-0000500/   state.safetensors  state.json
 
+Several processes write their shards with torch.distributed.checkpoint in place of state.safetensors; either kind is
+read by any number of processes.
+
 A checkpoint is written beside its place under a temporary name, flushed to disk and renamed, so that a folder
 named step-* is always whole.
 """
@@ -16,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from jdm import distributed
 from jdm.errors import RunError, UsageError
 
-KEPT = 2
+KEPT, WHOLE = 2, "state.safetensors"
 
 
 @dataclass
@@ -58,34 +65,41 @@ def save(state: State, out: Path, step: int) -> Path:
     folder = out / "checkpoints"
     place, draft = folder / f"step-{step:07d}", folder / f".draft-{step:07d}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(_tensors(state), draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **state.counters, **_scalars(state)}))
-        for file in draft.iterdir():
-            _flush(file)
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
+        if distributed.first():
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        if distributed.size() > 1:
+            distributed.barrier()
+            dcp.save(_tensors(state), checkpoint_id=draft)
+        else:
+            save_file({k: v.cpu().contiguous().clone() for k, v in _tensors(state).items()}, draft / WHOLE)
+        if distributed.first():
+            (draft / "state.json").write_text(json.dumps({"step": step, **state.counters, **_scalars(state)}))
+            for file in draft.iterdir():
+                _flush(file)
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+            _flush(folder)
+        distributed.barrier()
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} could not be written ({error}); free some space and run the "
                        f"same command again: it goes on from {last(out) or 'the start'}") from None
-    for old in all_checkpoints(out)[:-KEPT]:
+    for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
     return place
 
 
-def load(state: State, place: Path) -> dict:
-    """Put a checkpoint into `state`; returns its JSON.
+def load(state: State, place: Path, alone: bool = False) -> dict:
+    """Put a checkpoint into `state`; returns its JSON. alone: this process reads it without the others.
 
     Raises:
         UsageError: it belongs to another recipe (names or shapes differ), or is damaged.
     """
     try:
         info = json.loads((place / "state.json").read_text())
-        tensors = load_file(place / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
+    except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
         raise UsageError(f"{place} is damaged ({error}); delete it and run again: the run goes on from the one "
                          "before it") from None
     for group, held in _held(state).items():
@@ -114,13 +128,32 @@ def _tensors(state: State) -> dict[str, Tensor]:
     for name, optimizer in state.optimizers.items():
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return {k: v.detach() for k, v in tensors.items()}
 
 
 def _held(state: State) -> dict[str, dict[str, Tensor]]:
     """Networks and averages: group of names in the file -> tensors."""
     return {**{f"module.{name}": trained(module) for name, module in state.modules.items()},
             **{f"average.{name}": average for name, average in state.averages.items()}}
+
+
+def _gathered(state: State, place: Path, alone: bool) -> dict[str, Tensor]:
+    """What several processes wrote, sharded as this run's tensors are."""
+    likes = {f"{group}.{k}": v for group, held in _held(state).items() for k, v in held.items()}
+    for name, optimizer in state.optimizers.items():
+        likes |= {f"optimizer.{name}.{i}": p for i, p in enumerate(_parameters(optimizer))}
+    tensors = {}
+    for key, known in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
+        like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is placed as its parameter
+        if isinstance(known, TensorStorageMetadata) and (like is not None or key == "rng.torch"):
+            empty = torch.zeros(known.size, dtype=known.properties.dtype)
+            tensors[key] = empty if like is None or not empty.ndim else distributed.placed_like(empty, like)
+    dcp.load(tensors, checkpoint_id=place, no_dist=alone or distributed.size() == 1)
+    return tensors
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _scalars(state: State) -> dict:
@@ -139,7 +172,7 @@ def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], place: Path, name:
         raise UsageError(f"{place} belongs to another recipe: {name}.{wrong[0]} does not fit; resume with the "
                          "recipe in its run.json, or choose another --out")
     for key, tensor in tensors.items():
-        own[key].copy_(tensor)
+        distributed.local(own[key]).copy_(distributed.local(distributed.placed_like(tensor, own[key])))
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict) -> None:
@@ -147,6 +180,11 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict
     for key, value in tensors.items():
         i, slot = key.split(".", 1)
         slots.setdefault(int(i), {})[slot] = value
+    parameters = _parameters(optimizer)
+    for i, values in slots.items():
+        for slot, value in values.items():
+            if value.ndim and not isinstance(value, DTensor):
+                values[slot] = distributed.placed_like(value, parameters[i])
     own = optimizer.state_dict()
     if info["groups"] != len(own["param_groups"]):
         raise UsageError("the checkpoint's optimiser has other parameter groups; it belongs to another recipe")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from jdm import __version__
-from jdm.errors import RunError, UsageError, in_short
+from jdm.errors import RunError, TerminatedError, UsageError, in_short
 
 # Read by third parties when they are imported, so set before any of them is.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -33,7 +33,7 @@ REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 2 for a usage error, 3 for a failed run, 130 where stopped."""
+    """Run one command; returns the exit code: 2 for a usage error, 3 for a failed run, 130 or 143 where stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> int:
         name = arguments[0]
         if name not in commands:
             raise UsageError(f"there is no command {name!r}; {_hint(name, commands)}see: jdm --help")
-        if name not in ("train", "estimate"):  # their flags are the recipe's fields
+        if name not in ("train", "prepare", "estimate"):  # their flags are the recipe's fields
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)
     if asked.command is None:
@@ -92,7 +92,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, UsageError):
         return _say(str(error), 2)
     if isinstance(error, RunError):
-        return _say(str(error), 3)
+        return _say(str(error), 143 if isinstance(error, TerminatedError) else 3)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to
         return 141
@@ -136,6 +136,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     rest = train.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
                               help="fields of the run; see: jdm train RECIPE --help")
     rest.required = False
+    _prepare_flags(command("prepare", "what training would compute again, on disk: text states, pictures, latents"))
     _estimate_flags(command("estimate", "a run's memory, FLOPs and GPU-hours, before anything is loaded"))
     _sample_flags(command("sample", "pictures for a prompt, and for a control measured on a picture of yours"))
     _evaluate_flags(command("evaluate", "measure a model"))
@@ -146,6 +147,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     demo.add_argument("--steps", type=_positive, default=300, help="of training")
     demo.add_argument("--n", type=_positive, default=500, help="pictures per measurement")
     return parser, made
+
+
+def _prepare_flags(prepare: _Parser) -> None:
+    prepare.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
+    rest = prepare.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
+    rest.required = False
+    prepared_flags(prepare)
+
+
+def prepared_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `jdm prepare` that are not the run's."""
+    parser.add_argument("--out", help="folder; runs/prepared/RECIPE where not given")
 
 
 def _estimate_flags(estimate: _Parser) -> None:
@@ -163,7 +176,8 @@ def cost_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample_flags(sample: _Parser) -> None:
-    sample.add_argument("model", metavar="MODEL", help="nano-canny, nano-controlnet, nano-sd, a folder or a hub id")
+    sample.add_argument("model", metavar="MODEL",
+                        help="nano-canny, nano-controlnet, nano-sd, a folder, a .safetensors checkpoint or a hub id")
     sample.add_argument("--prompt", required=True)
     sample.add_argument("--image", help="a picture to measure the control on: any format, any size")
     sample.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
@@ -181,7 +195,8 @@ def _sample_flags(sample: _Parser) -> None:
 
 
 def _evaluate_flags(evaluate: _Parser) -> None:
-    evaluate.add_argument("model", metavar="MODEL", help="nano-canny, nano-controlnet, nano-sd, a folder or a hub id")
+    evaluate.add_argument("model", metavar="MODEL",
+                          help="nano-canny, nano-controlnet, nano-sd, a folder, a .safetensors checkpoint or a hub id")
     evaluate.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
     evaluate.add_argument("--n", type=_positive, default=1000, help="pictures")
     evaluate.add_argument("--seed", type=_seed, default=0)
@@ -191,7 +206,7 @@ def _evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
     evaluate.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
     evaluate.add_argument("--teacher", default="nano-sd", help="distances are taken to its uncontrolled samples")
-    evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, one timing")
+    evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
 
 
 def _export_flags(export: _Parser) -> None:
@@ -220,7 +235,7 @@ def _reproduce_flags(reproduce: _Parser) -> None:
     reproduce.add_argument("--model", help="another teacher: a folder or hub id; then nothing that ships is used")
     reproduce.add_argument("--source", help="other pictures, as in jdm train")
     reproduce.add_argument("--device", default="cpu", help="of trainings")
-    reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, one timing")
+    reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
     reproduce.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
                            help="print the cells, what is there and what the rest would cost")
     reproduce.add_argument("--no-run", action="store_true", help="write the page from what is there")

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from rich.table import Table
 from torch import Tensor
 
 from jdm import checkpoint, pictures, report
-from jdm.cli import GPUS, _Parser, cost_flags, refuse_unknown
+from jdm.cli import GPUS, _Parser, cost_flags, prepared_flags, refuse_unknown
 from jdm.controls import checked, load_control
 from jdm.errors import RunError, UsageError
 from jdm.generator import starting_noise
 from jdm.models.library import load_controlnet, load_model
 from jdm.models.stable_diffusion import StableDiffusion, placed
-from jdm.progress import TrainingProgress
+from jdm.progress import PartsProgress, TrainingProgress
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.sampling import Sampler
@@ -75,6 +76,30 @@ def estimate(asked: argparse.Namespace) -> int:
         Console().print(table)
     for note in found.notes:
         Console().print(note, highlight=False)
+    return 0
+
+
+def prepare(asked: argparse.Namespace) -> int:
+    """`jdm prepare`: prints the bytes of each part and the command that trains with them."""
+    from jdm.prepare import prepare as prepared
+
+    parser = _Parser(prog="jdm prepare", allow_abbrev=False, add_help=False)
+    prepared_flags(parser)
+    own, flags = parser.parse_known_args(asked.flags)
+    named = Path(asked.recipe)
+    name = {".py": named.stem, ".json": named.absolute().parent.name}.get(named.suffix, asked.recipe)
+    folder = Path(own.out or asked.out or f"runs/prepared/{name}")
+    run = configured(asked.recipe, flags)
+    _device(run.device)
+    _writable(folder.parent)
+    try:
+        with PartsProgress() as progress:
+            written = prepared(run, folder, asked.recipe, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on from the last whole part") from None
+    for part, size in {**written, "in all": sum(written.values())}.items():
+        print(f"{part.partition('-')[0]:9} {size:>16,} bytes")
+    print(shlex.join(["jdm", "train", asked.recipe, *flags, "--data.prepared", str(folder)]))
     return 0
 
 

@@ -13,9 +13,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor
 
 from jdm.errors import UsageError
 from jdm.pictures import decoded, load_picture
+from jdm.sharing import Share, share
+
+if TYPE_CHECKING:
+    from jdm.space import Space
 
 PACKAGED = Path(__file__).parent / "assets" / "fashion-mnist"
 TRAINING_SET_PLACES = (Path("/usr/share/datasets/fashion-mnist"),)
@@ -54,6 +59,8 @@ class Pictures:
         captions: for each picture, or each label, the tuple of captions one is drawn from.
         labels: [N] class of each picture; None where unknown. With labels, `captions` is indexed by label.
         source: name for reports.
+        files: indices [B] -> what these pictures are read from: a file each, or the files that hold them all.
+        latents: their latents [N, C, h, w] in a space, where they are prepared (prepared.py).
     """
 
     images: Callable[[Tensor], Tensor]
@@ -62,6 +69,8 @@ class Pictures:
     indices: Tensor
     size: int
     source: str
+    files: Callable[[Tensor], list[Path]] | None = None
+    latents: Callable[[Space], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -103,8 +112,8 @@ def load_pictures(source: str, split: str, size: int) -> Pictures:
 
 
 def rows_at(n: int, batch: int, seed: int, step: int) -> Tensor:
-    """Rows of batch number `step` [batch]: consecutive pieces of a fresh permutation of n for every epoch."""
-    places = torch.arange(step * batch, (step + 1) * batch)
+    """Rows of batch number `step`, those of this share: consecutive pieces of a fresh permutation of n every epoch."""
+    places = torch.arange(step * batch, (step + 1) * batch)[share().rows(batch)]
     return torch.stack([_permutation(n, seed, int(p) // n)[int(p) % n] for p in places])
 
 
@@ -121,17 +130,23 @@ def keyed_generator(seed: int, step: int, stream: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Noise:
-    """The random numbers of one step, by stream name: the same for any resume and any order of asking."""
+    """The random numbers of one step, by stream name: the same for any resume, order of asking and share."""
 
     seed: int
     step: int
     device: torch.device | str = "cpu"
+    share: Share = field(default_factory=share)
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=self._generator(stream)).to(self.device)
+        """Standard normal, of `shape`; the rows of this share out of all of them."""
+        return self._rows(torch.randn((shape[0] * self.share.count, *shape[1:]), generator=self._generator(stream)))
 
     def uniform(self, stream: str, n: int) -> Tensor:
-        return torch.rand(n, generator=self._generator(stream)).to(self.device)
+        """In [0, 1), [n], likewise."""
+        return self._rows(torch.rand(n * self.share.count, generator=self._generator(stream)))
+
+    def _rows(self, drawn: Tensor) -> Tensor:
+        return drawn[self.share.rows(len(drawn))].to(self.device)
 
     def _generator(self, stream: str) -> torch.Generator:
         return keyed_generator(self.seed, self.step, stream)
@@ -153,8 +168,8 @@ def _fashion_mnist(split: str, size: int) -> Pictures:
         raise UsageError(f"Fashion-MNIST pictures are 28 px and are padded with black; size must be at least "
                          f"28, got {size}")
     folder, stem = (PACKAGED, "t10k") if split == "test" else (_training_folder(), "train")
-    images = _idx(folder / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-    labels = _idx(folder / f"{stem}-labels-idx1-ubyte.gz", 8)
+    files = [folder / f"{stem}-images-idx3-ubyte.gz", folder / f"{stem}-labels-idx1-ubyte.gz"]
+    images, labels = _idx(files[0], 16).reshape(-1, 28, 28), _idx(files[1], 8)
     before = (size - 28) // 2
     padded = np.pad(images, ((0, 0), *[(before, size - 28 - before)] * 2))
     grey = torch.from_numpy(padded)[:, None]
@@ -168,6 +183,7 @@ def _fashion_mnist(split: str, size: int) -> Pictures:
         indices=torch.arange(*bounds),
         size=size,
         source=f"fashion-mnist/{split}",
+        files=lambda rows: files,
     )
 
 
@@ -214,6 +230,7 @@ def _folder(folder: Path, split: str, size: int) -> Pictures:
         indices=torch.tensor(keep, dtype=torch.long),
         size=size,
         source=f"{folder.name}/{split}",
+        files=lambda rows: [files[i] for i in rows.tolist()],
     )
 
 
@@ -280,6 +297,7 @@ def _hub(name: str, split: str, size: int) -> Pictures:
         indices=torch.arange(*bounds),
         size=size,
         source=f"{name}/{split}",
+        files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
     )
 
 

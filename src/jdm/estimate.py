@@ -37,12 +37,13 @@ from jdm.data import FASHION_CLASSES, TEMPLATES, Pictures
 from jdm.errors import UsageError
 from jdm.gpus import GPU, GPUS
 from jdm.models.adapters import Adapter, base_parameters
+from jdm.models.execution import settle
 from jdm.models.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, new_controlnet
+from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
 
-REMEMBERED = 65_536  # prompts, of a TextEncoder's capacity
 RESERVE = 0.05  # of a GPU's memory
 UTILISATION = 0.4  # of a GPU's peak, assumed: eager mode, norms and activations bound by bandwidth
 REST, PROMPTS = "likelihood, losses and the rest", "prompts, each when first met"
@@ -115,7 +116,7 @@ def estimate(run: Run) -> Estimate:
     Raises:
         UsageError: the shapes of its models are not known, or its method does what only real tensors can.
     """
-    rehearsal = Rehearsal(replace(run, device="cpu"))
+    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")))
     try:
         return rehearsal.estimate()
     except UsageError:
@@ -139,6 +140,7 @@ class Rehearsal:
     def estimate(self) -> Estimate:
         with self.meter, self._stand_ins():
             task: Task = self.run.method.task(self.run)
+            settle(self.run, *task.frozen)
             averages = {name: [v.clone() for v in trained(task.modules[name]).values()] for name in task.averaged}
             parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
@@ -195,12 +197,12 @@ class Rehearsal:
         return found
 
     def _prompts(self) -> float:
-        """Bytes of the prompts that text encoders remember: at most one a picture, and no more than their capacity."""
-        n = min(REMEMBERED, self.run.steps * self.run.batch)
+        """Bytes of the prompts that text encoders remember: at most one a picture, and no more than REMEMBERED each."""
+        n = self.run.steps * self.run.batch
         if self.run.data.source == "fashion-mnist":
             n = min(n, sum(map(len, FASHION_CLASSES)) * len(TEMPLATES))
-        return n * sum(4.0 * model.tokenizer.model_max_length * model.unet.config["cross_attention_dim"]
-                       for model in self.models.values())
+        return sum(min(float(REMEMBERED), n * 4.0 * model.tokenizer.model_max_length *
+                       model.unet.config["cross_attention_dim"]) for model in self.models.values())
 
     # Stand-ins for what would read weights or pictures
 
@@ -317,12 +319,13 @@ class Rehearsal:
                 handle.remove()
 
     def _role(self, net: Denoiser, task: Task) -> str:
-        for name, model in self.models.items():
-            if net.unet is model.unet:
-                return "real score" if name == "teacher" else name
         fake = task.modules.get("fake")
-        return "fake score" if fake is not None and (net is fake or net.unet is fake.get_submodule("unet")) else \
-            "generator"
+        if any(adapter.name in ("fake", "posterior") for adapter in net.adapters) or net is fake:
+            return "fake score"
+        for name, model in self.models.items():
+            if net.unet is model.unet and not net.adapters:
+                return "real score" if name == "teacher" else name
+        return "generator"
 
     def _named(self, role: str, net: Denoiser, rows: int) -> str:
         """A pass as benchmarks/step_time.py names it."""
@@ -331,7 +334,8 @@ class Rehearsal:
             return f"generator: {whole}"
         if role != "fake score":
             return f"{role}: cond and uncond in one batch" if rows == 2 * self.run.batch else role
-        lora, learns = adapter_is_on(net), torch.is_grad_enabled()
+        lora = any(adapter.name == "posterior" for adapter in net.adapters)
+        learns = torch.is_grad_enabled()
         if not learns:
             return "posterior's target" if lora else "fake score"
         if self.phase == "generator":
@@ -340,24 +344,17 @@ class Rehearsal:
 
 
 def state_bytes(phase: Phase) -> float:
-    """Of a phase's optimiser states: measured on one small parameter of each group, so that any optimiser will do.
-
-    torch's AdamW keeps exp_avg and exp_avg_sq of every parameter, whatever beta1 is.
-    """
+    """Of a phase's optimiser states: what its optimiser keeps after a step on each shape, so that any will do."""
     total = 0.0
     for parameters, optimiser in phase.groups:
-        small = nn.Parameter(torch.zeros(64, 64, dtype=parameters[0].dtype))
-        small.grad = torch.zeros_like(small)
-        optimizer = replace(phase, groups=[([small], optimiser)]).optimizer()
-        optimizer.step()
-        kept = [v for v in optimizer.state[small].values() if isinstance(v, Tensor) and v.numel() > 1]
-        total += bytes_of(kept) / small.numel() * sum(p.numel() for p in parameters)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for (shape, dtype), n in Counter((p.shape, p.dtype) for p in parameters).items():
+                one = nn.Parameter(torch.empty(shape, dtype=dtype))
+                one.grad = torch.empty_like(one)
+                optimizer = replace(phase, groups=[([one], optimiser)]).optimizer()
+                optimizer.step()
+                total += n * bytes_of(v for v in optimizer.state[one].values() if isinstance(v, Tensor) and v.ndim)
     return total
-
-
-def adapter_is_on(net: nn.Module) -> bool:
-    """Whether a LoRA is part of the network's function now."""
-    return any(getattr(m, "_active_adapter", None) for m in net.modules())
 
 
 def _converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -67,7 +67,7 @@ def evaluate(
         control: by name or import path; the one the model was trained with where not given.
         steps, guidance: for multi-step models; 50 and the model card's, or 2, where not given.
         teacher: whose uncontrolled samples distances are taken to.
-        quick: the first extractor alone, fewer draws for diversity, one repeat of the timing.
+        quick: the first extractor alone, fewer draws for diversity, fewer timings.
 
     Returns:
         fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
@@ -206,10 +206,10 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
         samples = SAMPLES if run.model in SHIPPED else PROBE_SAMPLES
         return references(run.model, [extractor], whole, samples=samples)[extractor.name].statistics
 
-    def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
+    def probe(_: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)
-        sampler = Sampler(networks.with_averages(averages))
-        sampler.generator = networks.teacher.generator(networks.text, sampler.net, networks.t_init)
+        sampler = Sampler(networks.teacher)
+        sampler.generator = networks.generator
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}

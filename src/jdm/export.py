@@ -24,6 +24,7 @@ from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, 
 from jdm.recipes import recorded
 from jdm.report import read_json
 from jdm.schedule import NoiseSchedule
+from jdm.train import export_checkpoint
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")
 RANK = 64
@@ -144,11 +145,8 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
         what = "is no run" if not (run / "run.json").is_file() else "has no checkpoint yet"
         raise UsageError(f"{run} {what}; give the --out of a jdm train, such as runs/nano-canny")
     again = replace(recorded(run / "run.json"), out=run)
-    task = again.method.task(again)
-    averages = {name: task.modules[name].eval() for name in task.averaged}
-    checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place)
     try:
-        task.export(spare, averages)
+        export_checkpoint(again, spare)
         yield Source(spare, read_json(run / "run.json"), run)
     finally:
         shutil.rmtree(spare, ignore_errors=True)

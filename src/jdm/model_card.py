@@ -98,7 +98,8 @@ def _header(of: Subject) -> str:
     tags = ["one-step"] * of.one_step + ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
     lines = ["license: other", "license_name: inherit-from-base-model", "library_name: diffusers",
              "pipeline_tag: text-to-image"]
-    if of.base and re.fullmatch(r"[\w.-]+/[\w.-]+", of.base) and not Path(of.base).exists():
+    on_disk = of.base and (Path(of.base).exists() or of.base.endswith(".safetensors"))
+    if of.base and re.fullmatch(r"[\w.-]+/[\w.-]+", of.base) and not on_disk:
         lines.append(f"base_model: {of.base}")
     if tags:
         lines.append(f"tags: [{', '.join(tags)}]")
@@ -186,9 +187,10 @@ def _single_file(of: Subject) -> str:
 
 
 def _controlnet(of: Subject) -> str:
-    return (f'{_imports(of, "ControlNetModel")}base = "{of.partner}"  # folder or hub id of the model it belongs to\n'
+    base, load = _loading(of.partner)
+    return (f'{_imports(of, "ControlNetModel")}base = "{base}"  # folder, file or hub id of the model it belongs to\n'
             f'controlnet = ControlNetModel.from_pretrained(".")\n'
-            f'pipe = {of.kind}.from_pretrained(base, controlnet=controlnet)\n{_call(of)}')
+            f'pipe = {of.kind}.{load}(base, controlnet=controlnet)\n{_call(of)}')
 
 
 def _lora_code(of: Subject) -> str:
@@ -196,9 +198,15 @@ def _lora_code(of: Subject) -> str:
     used = {name: kind for name, (kind, there) in parts.items() if there}
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
     given = "".join(f", {name}={name}" for name in used)
-    base = public(of.base or "base")
-    return (f'{_imports(of, *used.values())}base = "{base}"  # folder or hub id of the base model\n'
-            f'{lines}pipe = {of.kind}.from_pretrained(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+    base, load = _loading(public(of.base or "base"))
+    return (f'{_imports(of, *used.values())}base = "{base}"  # folder, file or hub id of the base model\n'
+            f'{lines}pipe = {of.kind}.{load}(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+
+
+def _loading(base: str) -> tuple[str, str]:
+    """A base model's name for stock diffusers, and the method that loads it; #v_prediction is known to jdm alone."""
+    file = base.partition("#")[0]
+    return (file, "from_single_file") if file.lower().endswith(".safetensors") else (base, "from_pretrained")
 
 
 def _lora(of: Subject) -> Iterator[str]:

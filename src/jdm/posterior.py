@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -16,28 +13,25 @@ class Posterior:
     """f(x_t, t) = (x_t - sigma_t eps(x_t, t)) / alpha_t, and f(x, 0) = x (JDM Eq. 8).
 
     Args:
-        score: the fake score; its network carries the LoRA that `adapter` switches on.
-        adapter: a context that holds the LoRA on. It must also be held through a backward that recomputes.
+        score: the fake score with the posterior's LoRA on top.
     """
 
     def __init__(
         self,
         score: Score,
         schedule: NoiseSchedule,
-        adapter: Callable[[], AbstractContextManager] = nullcontext,
         levels: int = 18,
         low: float = 0.02,
         high: float = 0.98,
     ):
-        self.score, self.schedule, self.adapter = score, schedule, adapter
+        self.score, self.schedule = score, schedule
         rows = torch.linspace(low * schedule.n, high * schedule.n, levels, dtype=torch.float64).round()
         # t_0 = 0 is the boundary f(x, 0) = x; t_1 < ... < t_K are grid points.
         self.levels = torch.cat([torch.zeros(1, dtype=torch.float64), rows / schedule.n])
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Tensor:
         """A sample of p(x | x_t), differentiable in x_t; [B, ...] like x_t."""
-        with self.adapter():
-            x0 = self.score(x_t, t, y).x0
+        x0 = self.score(x_t, t, y).x0
         return torch.where((t > 0).view(-1, *[1] * (x_t.ndim - 1)), x0, x_t)
 
     def consistency_loss(self, x: Tensor, y: Prompts | None, uniform: Tensor, eps: Tensor) -> Tensor:

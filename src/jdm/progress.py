@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 BETWEEN_UPDATES, BETWEEN_LINES = 0.5, 10.0  # seconds
 TERMS = ("fidelity", "condition")
@@ -64,3 +64,27 @@ class TrainingProgress:
             return ""
         seconds = (now - began) / (done - first) * (self.steps - done)
         return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"
+
+
+class PartsProgress:
+    """A callable for `prepare`: (part, done, of) -> a bar for each part on a terminal, nothing elsewhere. A context."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.bars = Progress(TextColumn("{task.description:9}"), BarColumn(24), MofNCompleteColumn(),
+                             TimeRemainingColumn(compact=True), console=self.console)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> PartsProgress:
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bars.stop()
+
+    def __call__(self, part: str, done: int, of: int) -> None:
+        if part not in self.tasks:
+            self.tasks[part] = self.bars.add_task(part, total=of)
+        self.bars.update(self.tasks[part], completed=done)

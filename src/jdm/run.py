@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
 
-import torch
 from torch import Tensor, nn
+
+from jdm.optimiser import AdamW
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Optimiser:
 
     Attributes:
         clip: bound on the norm of a phase's whole gradient; a phase takes it from its first group.
+        states: of the moments it keeps: in the parameters' own dtype, or in 8 bits (`jdm.optimiser`).
     """
 
     lr: float
@@ -27,6 +29,7 @@ class Optimiser:
     warmup: int = 100
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     clip: float = 1.0
+    states: Literal["float32", "8bit"] = "float32"
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of `step` in a run of `steps`."""
@@ -56,10 +59,9 @@ class Phase:
     def parameters(self) -> list[nn.Parameter]:
         return [p for parameters, _ in self.groups for p in parameters]
 
-    def optimizer(self) -> torch.optim.AdamW:
-        groups = [{"params": p, "lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay}
-                  for p, o in self.groups]
-        return torch.optim.AdamW(groups, fused=True)
+    def optimizer(self) -> AdamW:
+        return AdamW({"params": p, "lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay, "states": o.states}
+                     for p, o in self.groups)
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Task:
         averaged: names of the modules an exponential moving average is kept of.
         export: (folder, averages) -> writes the trained model for use; `averages` are those modules, holding averages.
         probe: averages -> cheap measurements on validation pictures.
+        frozen: networks that run and do not train, or hold what does; they are sharded with the others.
     """
 
     phases: list[Phase]
@@ -80,6 +83,7 @@ class Task:
     export: Callable[[Path, dict[str, nn.Module]], object]
     averaged: tuple[str, ...] = ()
     probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None
+    frozen: Sequence[nn.Module] = ()
 
 
 class Method(Protocol):
@@ -96,12 +100,14 @@ class Data:
         source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id.
         size: side in pixels; a picture is resized by its shorter side and cut from the centre.
         split, validation: as `datasets` writes them.
+        prepared: folder that `jdm prepare` wrote for this split; empty for none. It decides nothing that is learnt.
     """
 
     source: str = "fashion-mnist"
     size: int = 32
     split: str = "train"
     validation: str = "validation"
+    prepared: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,13 @@ class Run:
 
     Attributes:
         method: what is learnt, with its hyperparameters.
-        model: the teacher: a diffusers folder, a hub id, or "nano-sd".
+        model: the teacher: a diffusers folder, a .safetensors checkpoint, a hub id, or "nano-sd".
+        batch: samples per step, over all processes. accumulate: parts it is computed in, one after the other; the
+            sample is drawn again for each phase then. shard: processes that share each network's weights; a divisor of
+            their number.
         ema: decay of the exponential moving average of the weights.
+        precision: of what networks compute; sums, differences and what trains stay in float32.
+        checkpointing: recompute activations in backward in place of keeping them: less memory, a third more time.
         save_every, log_every, probe_every: in steps.
     """
 
@@ -121,9 +132,13 @@ class Run:
     data: Data = field(default_factory=Data)
     steps: int = 1000
     batch: int = 64
+    accumulate: int = 1
+    shard: int = 1
     seed: int = 0
     ema: float = 0.999
     device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
     save_every: int = 500
     log_every: int = 20
     probe_every: int = 0
@@ -137,6 +152,11 @@ def described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [described(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def without_cache(description: dict) -> dict:
+    """A run's description without the one field of its data that decides nothing: where that is prepared."""
+    return description | {"data": {k: v for k, v in description.get("data", {}).items() if k != "prepared"}}
 
 
 def from_description(value: Any, types: Mapping[str, type]) -> Any:

@@ -8,6 +8,11 @@ from torch import Tensor
 from jdm.errors import UsageError
 
 
+def precise(value: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already: what sums, differences and probabilities are taken in."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 class NoiseSchedule:
     """alpha_t and sigma_t of a variance-preserving diffusion (alpha^2 + sigma^2 = 1).
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
-from jdm.schedule import NoiseSchedule
+from jdm.schedule import NoiseSchedule, precise
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Prompts = Sequence[str]
+Net = TypeVar("Net", bound=Callable[..., Tensor])
 # What a network reads of the prompts: hidden states [B, L, D], with whatever else its family was trained on.
 Text = Tensor | tuple[Tensor, dict[str, Tensor]]
 
@@ -45,7 +46,7 @@ class Estimate:
     @classmethod
     def of(cls, output: Tensor, prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule):
         """Read a raw network output [B, ...] in its own prediction type."""
-        x_t, output = x_t.float(), output.float()
+        x_t, output = precise(x_t), precise(output)
         alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
         if prediction == "epsilon":
             eps = output
@@ -64,7 +65,7 @@ class Score(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Estimate: ...
 
 
-class ScoreModel:
+class ScoreModel(Generic[Net]):
     """A denoising network with its own schedule, prediction type, text encoder and guidance.
 
     Guidance follows Ho & Salimans: guided = uncond + w (cond - uncond), so w = 1 is none. Both halves go
@@ -77,7 +78,7 @@ class ScoreModel:
 
     def __init__(
         self,
-        net: Callable[..., Tensor],
+        net: Net,
         schedule: NoiseSchedule,
         prediction: Prediction = "epsilon",
         text: Callable[[Prompts], Text] | None = None,

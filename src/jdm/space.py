@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+
+from jdm.schedule import precise
 
 
 class Space:
     """The VAE's latent space: x = scale (latent - shift); decode is differentiable.
 
     Args:
-        vae: an AutoencoderKL, frozen; None where model space is pixel space.
+        vae: an AutoencoderKL, frozen; None where model space is pixel space. dtype: what it decodes in by autocast.
     """
 
-    def __init__(self, vae: nn.Module | None = None):
-        self.vae = vae
+    def __init__(self, vae: nn.Module | None = None, dtype: torch.dtype | None = None):
+        self.vae, self.dtype = vae, dtype
         self.scale = float(vae.config.scaling_factor) if vae is not None else 1.0  # type: ignore[union-attr]
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0) if vae is not None else 0.0  # type: ignore[union-attr]
 
@@ -29,7 +33,8 @@ class Space:
         """x -> pixels, nominally in [-1, 1] and not clamped, so that gradients survive."""
         if self.vae is None:
             return x
-        return self.vae.decode(x / self.scale + self.shift).sample.float()  # type: ignore[operator]
+        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype):
+            return precise(self.vae.decode(x / self.scale + self.shift).sample)  # type: ignore[operator]
 
 
 def unit(pixels: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jdm.distributed import batch_mean
 from jdm.errors import UsageError
-from jdm.schedule import NoiseSchedule
+from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, Prompts
 
 Weighting = Literal["constant", "x0", "dmd"]
@@ -106,7 +107,7 @@ def lambda_t(weighting: Weighting, estimate: Estimate, x: Tensor | None = None, 
     if weighting == "x0":
         return ratio
     if weighting == "dmd" and x is not None:
-        mean = (estimate.x0 - x.float()).abs().flatten(1).mean(1).clamp(min=floor)
+        mean = (estimate.x0 - precise(x)).abs().flatten(1).mean(1).clamp(min=floor)
         return (ratio / mean.view_as(ratio)).detach()
     raise UsageError(f"lambda_t must be constant, x0 or dmd (with x), got {weighting!r}")
 
@@ -122,13 +123,13 @@ def clipped_to(direction: Tensor, reference: Tensor, ratio: float) -> Tensor:
     The batch's mean and not the sample's own norm: at clean levels the score difference vanishes, and that is where
     a plug-in likelihood is right.
     """
-    scale = (ratio * _norms(reference).mean() / _norms(direction).clamp(min=1e-12)).clamp(max=1)
+    scale = (ratio * batch_mean(_norms(reference).mean()) / _norms(direction).clamp(min=1e-12)).clamp(max=1)
     return direction * scale.view(-1, *[1] * (direction.ndim - 1))
 
 
 def ascend(x: Tensor, direction: Tensor) -> Tensor:
     """Scalar loss whose gradient over x [B, ...] is -direction / B: descending it moves x along `direction`."""
-    return -(x.float() * direction.detach()).sum() / len(x)
+    return -(precise(x) * direction.detach()).sum() / len(x)
 
 
 def _norms(value: Tensor) -> Tensor:

@@ -7,17 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from jdm import checkpoint
+from jdm import checkpoint, distributed
 from jdm.data import fingerprint, load_pictures
-from jdm.errors import RunError, UsageError
+from jdm.distributed import local
+from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.models.execution import settle
 from jdm.report import write
-from jdm.run import Phase, Run, described
+from jdm.run import Phase, Run, described, without_cache
+from jdm.sharing import sharing
 
 
 class Trainer:
@@ -30,8 +35,11 @@ class Trainer:
     def __init__(self, run: Run):
         if run.steps < 1 or run.batch < 1:
             raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
+        run = distributed.join(run)
         torch.manual_seed(run.seed)
         self.run, self.task = run, run.method.task(run)
+        settle(run, *self.task.frozen, *self.task.modules.values())
+        distributed.shard(self.task, run)
         self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
         self.averages = {n: _copied(self.task.modules[n]) for n in self.task.averaged}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
@@ -41,7 +49,8 @@ class Trainer:
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
-        _record(run)
+        if distributed.first():
+            _record(run)
         self.log = _Log(run.out / "metrics.jsonl", self.start)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -61,26 +70,56 @@ class Trainer:
         return logs
 
     def export(self) -> Path:
-        """The trained model, averaged, as a folder in the run's."""
+        """The trained model, averaged, as a folder in the run's.
+
+        Where networks are sharded the first process builds it from the last checkpoint, by itself.
+        """
         folder = self.run.out / "model"
-        with averaged(self.task.modules, self.averages) as modules:
-            self.task.export(folder, modules)
+        if distributed.size() == 1:
+            with averaged(self.task.modules, self.averages) as modules:
+                self.task.export(folder, modules)
+        elif distributed.first():
+            export_checkpoint(self.run, folder)
+        distributed.barrier()
         return folder
 
     def _phases(self, step: int) -> dict[str, Any]:
         logs: dict[str, Any] = {}
-        state = self.task.begin(step)
+        begun = self._begun(step, 0) if self.run.accumulate == 1 else None
         for phase in self.task.phases:
             if step % phase.every:
                 continue
             for repeat in range(phase.repeats):
-                loss, more = phase.loss(state, repeat)
-                gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
+                gradients, loss, more = self._gradients(phase, step, repeat, begun)
                 norm = _step(phase, self.optimizers[phase.name], gradients, step, self.run)
-                if not math.isfinite(norm) or not math.isfinite(float(loss.detach())):
+                if not math.isfinite(norm) or not math.isfinite(loss):
                     raise self._not_finite(phase, step, norm)
-            logs |= more | {f"{phase.name}/loss": loss.detach(), f"{phase.name}/gradient": norm}
+            logs |= more | {f"{phase.name}/loss": loss, f"{phase.name}/gradient": norm}
         return logs
+
+    def _begun(self, step: int, turn: int) -> Any:
+        """This process's share of the batch, or a turn's part of that."""
+        turns = self.run.accumulate
+        with sharing(distributed.rank() * turns + turn, distributed.size() * turns):
+            return self.task.begin(step)
+
+    def _gradients(self, phase: Phase, step: int, repeat: int,
+                   begun: Any) -> tuple[list[Tensor | None], float, dict[str, Any]]:
+        """Gradients of the global batch's mean loss, that loss, and what the last part logs."""
+        turns, total, value, more = self.run.accumulate, None, torch.zeros(()), {}
+        for turn in range(turns):
+            loss, more = phase.loss(begun if begun is not None else self._begun(step, turn), repeat)
+            value = value.to(loss.device) + loss.detach() / turns
+            found = self._backward(loss / turns, phase)
+            total = found if total is None else [_sum(a, b) for a, b in zip(total, found, strict=True)]
+        assert total is not None
+        return total, float(distributed.batch_mean(value)), more
+
+    def _backward(self, loss: Tensor, phase: Phase) -> list[Tensor | None]:
+        if distributed.size() == 1:
+            return list(torch.autograd.grad(loss, phase.parameters, allow_unused=True))
+        trained = (p for module in self.task.modules.values() for p in module.parameters())
+        return distributed.averaged_gradients(loss, phase.parameters, trained)
 
     def _not_finite(self, phase: Phase, step: int, norm: float) -> RunError:
         what = "gradients that are" if not math.isfinite(norm) else "a loss that is"
@@ -98,27 +137,55 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
 
     Raises:
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
+        TerminatedError: SIGTERM came; the step was finished and saved.
     """
     trainer = Trainer(run)
+    step = trainer.start
     try:
-        for step in range(trainer.start, run.steps):
-            logs = trainer.step(step)
-            if progress:
-                progress(step + 1, logs)
+        with distributed.Terminator() as terminator:
+            for step in range(trainer.start, run.steps):
+                logs = trainer.step(step)
+                if progress and distributed.first():
+                    progress(step + 1, logs)
+                if distributed.agreed(terminator.asked):
+                    place = checkpoint.save(trainer.state, run.out, step + 1)
+                    raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
         return trainer.export()
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        raise RunError(f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it "
+                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from None
     except OSError as error:  # the log, the pictures, the exported folder
         raise RunError(f"{error.filename or run.out}: {error.strerror or error}; free some space or mend the disk and "
                        f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
+
+
+def export_checkpoint(run: Run, folder: Path) -> Path:
+    """The averaged model of a run's last checkpoint, built on the CPU, as a folder."""
+    place = checkpoint.last(run.out)
+    assert place is not None
+    task = run.method.task(replace(run, device="cpu"))
+    averages = {name: task.modules[name].eval() for name in task.averaged}
+    checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
+                    alone=True)
+    task.export(folder, averages)
+    return folder
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], step: int,
           run: Run) -> float:
     """Clip and apply, unless the norm is not finite. Returns the norm before clipping."""
     present = [g for g in gradients if g is not None]
-    norm = float(torch.nn.utils.get_total_norm(present))
+    total = torch.nn.utils.get_total_norm(present)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         return norm
-    torch._foreach_mul_(present, min(1.0, phase.groups[0][1].clip / (norm + 1e-6)))
+    torch._foreach_mul_([distributed.local(g) for g in present], min(1.0, phase.groups[0][1].clip / (norm + 1e-6)))
     for parameter, gradient in zip(phase.parameters, gradients, strict=True):
         parameter.grad = gradient
     for group, (_, optimiser) in zip(optimizer.param_groups, phase.groups, strict=True):
@@ -133,7 +200,7 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
     """Parameters tend to the module's; buffers, which may count, are the module's."""
     now, parameters = checkpoint.trained(module), dict(module.named_parameters())
     moving = [name for name in average if name in parameters]
-    torch._foreach_lerp_([average[name] for name in moving], [now[name] for name in moving], 1 - decay)
+    torch._foreach_lerp_([local(average[name]) for name in moving], [local(now[name]) for name in moving], 1 - decay)
     for name in average.keys() - parameters.keys():
         average[name].copy_(now[name])
 
@@ -163,9 +230,10 @@ def averaged(modules: Mapping[str, nn.Module],
 def _exchange(modules: Mapping[str, nn.Module], averages: Mapping[str, dict[str, Tensor]]) -> None:
     for name, module in modules.items():
         for key, value in checkpoint.trained(module).items():
-            kept = value.clone()
-            value.copy_(averages[name][key])
-            averages[name][key].copy_(kept)
+            ours, theirs = local(value), local(averages[name][key])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 def _refuse_another(run: Run) -> None:
@@ -174,10 +242,10 @@ def _refuse_another(run: Run) -> None:
     The method's own settings may change: a run that failed is often cured by a lower rate.
     """
     try:
-        before = json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"]
+        before = without_cache(json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError):
         return  # the tensors themselves still have to fit
-    now = json.loads(json.dumps(described(run)))
+    now = without_cache(json.loads(json.dumps(described(run))))
     changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
     if changed:
         raise UsageError(f"{run.out} holds a run with another {changed[0]}; choose another --out, or go on with it as "
@@ -206,9 +274,12 @@ class _Log:
         self.path = path
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= start]
-        write(path, "".join(line + "\n" for line in kept))
+        if distributed.first():
+            write(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
+        if not distributed.first():
+            return
         row = {"step": step} | {k: float(v) for k, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from jdm.controls.base import Control
-from jdm.controls.filters import in_full_precision, luma
+from jdm.controls.filters import luma
 from jdm.errors import UsageError
+from jdm.schedule import precise
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def edge_magnitude(images: Tensor) -> Tensor:
     Images [B, 3, H, W] in [0, 1] -> [B, 1, H, W], float32 or wider. Not rounded to 8 bits: differentiable
     but where gx or gy is exactly 0.
     """
-    grey = 255 * luma(in_full_precision(images))
+    grey = 255 * luma(precise(images))
     gx = grey.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([gx, gx.T]).unsqueeze(1)
     padded = functional.pad(grey, (1, 1, 1, 1), mode="replicate")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jdm.controls.base import Control
-from jdm.controls.filters import in_full_precision, in_pieces
+from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
+from jdm.schedule import precise
 
 KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
 FLAT = 1e-5  # of a map's greatest magnitude: float32 noise of a constant map, which is not to be drawn as depth
@@ -45,7 +46,7 @@ class Depth(Control):
 
         float32 or wider, on the pictures' device. UsageError where the model is not to be had.
         """
-        images = in_full_precision(images)
+        images = precise(images)
         network, preprocessing = self.loaded
         network.to(images.device, images.dtype)
 

@@ -12,11 +12,6 @@ from torch.nn import functional
 PICTURES_AT_ONCE = 16
 
 
-def in_full_precision(images: Tensor) -> Tensor:
-    """float32, or float64 where it already is: a likelihood's sum over pixels does not fit bfloat16."""
-    return images if images.dtype == torch.float64 else images.float()
-
-
 def luma(images: Tensor) -> Tensor:
     """Grey, .299 R + .587 G + .114 B: [B, 3, H, W] -> [B, 1, H, W]."""
     red, green, blue = images.unbind(1)

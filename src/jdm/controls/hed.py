@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jdm.controls.base import Control
-from jdm.controls.filters import in_full_precision, in_pieces
+from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
+from jdm.schedule import precise
 
 FILE = "ControlNetHED.pth"
 WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
@@ -52,7 +53,7 @@ class HED(Control):
         if min(height, width) < SMALLEST:
             raise UsageError(f"hed needs pictures of at least {SMALLEST} x {SMALLEST}, got {height} x {width}; "
                              "soft-edge measures smaller ones")
-        images = in_full_precision(images)
+        images = precise(images)
         network = self.network.to(images.device, images.dtype)
         return in_pieces(lambda part: torch.sigmoid(network(255 * part)), images)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from jdm.controls.base import Control
-from jdm.controls.filters import in_full_precision
 from jdm.errors import UsageError
+from jdm.schedule import precise
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LowRes(Control):
         best. Ascent alone, from noisy pictures, leaves consistency at .07 and .06 (chance: .20); from a blank
         at .07 and .002. No gradient reaches c or the reference.
         """
-        images = in_full_precision(images)
+        images = precise(images)
         target = self.area(c if reference is None else reference).detach()
         error = (self.area(images) - target).square().flatten(1).sum(1)
         return -error / (2 * self.temperature**2)
@@ -64,7 +64,7 @@ class LowRes(Control):
     def area(self, images: Tensor) -> Tensor:
         """Block means: [B, 3, H, W] -> [B, 3, H / factor, W / factor]; of c, the low resolution it shows."""
         self._check(images)
-        return functional.avg_pool2d(in_full_precision(images), self.factor)
+        return functional.avg_pool2d(precise(images), self.factor)
 
     def _check(self, images: Tensor) -> None:
         height, width = images.shape[-2:]

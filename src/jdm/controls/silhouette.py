@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from jdm.controls.base import Control
-from jdm.controls.filters import filtered, gaussian, in_full_precision
+from jdm.controls.filters import filtered, gaussian
 from jdm.errors import UsageError
+from jdm.schedule import precise
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,6 @@ class Silhouette(Control):
         return (agreement + entropy).flatten(1).sum(1)
 
     def _logits(self, images: Tensor) -> Tensor:
-        brightness = in_full_precision(images).mean(1, keepdim=True)
+        brightness = precise(images).mean(1, keepdim=True)
         _, smooth = gaussian(self.smoothing, brightness)
         return (filtered(brightness, smooth, smooth) - self.threshold) / self.temperature

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from jdm.controls.base import Control
-from jdm.controls.filters import filtered, gaussian, in_full_precision, luma
+from jdm.controls.filters import filtered, gaussian, luma
 from jdm.errors import UsageError
+from jdm.schedule import precise
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SoftEdge(Control):
 
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> c [B, 1, H, W] in [0, 1), float32 or wider, differentiable."""
-        image = luma(in_full_precision(images))
+        image = luma(precise(images))
         magnitude = torch.stack([self._magnitude(image, scale) for scale in self.scales]).mean(0)
         return magnitude / (magnitude + self.contrast)
 

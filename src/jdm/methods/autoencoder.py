@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
 from jdm.models.stable_diffusion import placed
@@ -31,13 +32,13 @@ class Autoencoder:
 
     def task(self, run: Run) -> Task:
         vae: Any = placed(nano.vae(), run.device)
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
             rows = rows_at(len(pictures), run.batch, run.seed, step)
             pixels = from_bytes(pictures.batch(rows)).to(run.device)
-            eps = Noise(run.seed, step, run.device).normal("latent", (run.batch, *self._latent(run)))
+            eps = Noise(run.seed, step, run.device).normal("latent", (len(rows), *self._latent(run)))
             return pixels, eps
 
         def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from jdm import prepared
 from jdm.data import Noise, load_pictures, rows_at
 from jdm.errors import UsageError
 from jdm.metrics.classifier import Classifier, ClassifierConfig
@@ -25,7 +26,7 @@ class Classification:
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, weight_decay=1e-2))
 
     def task(self, run: Run) -> Task:
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         if pictures.labels is None:
             raise UsageError(f"{run.data.source} has no class labels; a classifier needs them")

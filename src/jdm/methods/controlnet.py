@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.data import Noise, load_pictures, rows_at
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
 from jdm.methods.networks import loaded_control
@@ -29,11 +30,11 @@ class ControlNet:
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
         teacher = load_model(run.model).to(run.device)
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         latents = encoded(teacher.space, pictures)
         net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
-        text = teacher.text(one_by_one=True)
+        text = prepared.text(run, teacher.text(one_by_one=True))
         score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
 
         def shown(images: Tensor) -> Tensor:
@@ -47,18 +48,16 @@ class ControlNet:
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, *state), {}
 
-        def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
+        def probe(_: dict[str, nn.Module]) -> dict[str, float]:
             rows = torch.arange(min(512, len(held_out)))
             x = teacher.space.encode(from_bytes(held_out.batch(rows)).to(run.device))
-            model = ScoreModel(Denoiser(teacher.unet, averages["controlnet"]), teacher.schedule,
-                               teacher.prediction, text)
             with torch.no_grad():
-                batch = denoising_batch(x, held_out, rows, Noise(0, 0, run.device), model, 0.0)
-                return {"loss": denoising_loss(model, batch, shown(held_out.batch(rows))).item()}
+                batch = denoising_batch(x, held_out, rows, Noise(0, 0, run.device), score, 0.0)
+                return {"loss": denoising_loss(score, batch, shown(held_out.batch(rows))).item()}
 
         def export(folder: Path, averages: dict[str, nn.Module]) -> None:
             card = {"kind": "many-step", "method": "controlnet", "control": self.control}
             save_pipeline(teacher.with_parts(controlnet=averages["controlnet"]), folder, card=card)
 
         return Task([Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss)], begin,
-                    {"controlnet": net}, export, averaged=("controlnet",), probe=probe)
+                    {"controlnet": net}, export, averaged=("controlnet",), probe=probe, frozen=[score.net])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
@@ -40,7 +42,7 @@ class Denoising:
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
 
     def task(self, run: Run) -> Task:
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         vae = placed(nano.load_vae(self.vae), run.device)
         latents = encoded(Space(vae), pictures)
@@ -72,6 +74,7 @@ class Denoising:
             phases=[Phase("teacher", [([*unet.parameters(), *encoder.parameters()], self.optimiser)], loss)],
             begin=begin, modules={"unet": unet, "text_encoder": encoder}, averaged=("unet", "text_encoder"),
             export=lambda folder, averages: save_pipeline(assembled(averages), folder), probe=probe,
+            frozen=[score.net],
         )
 
     @staticmethod
@@ -81,10 +84,15 @@ class Denoising:
 
 
 def encoded(space: Space, pictures: Pictures) -> Tensor:
-    """Latents of a whole split [N, C, h, w]: only for data sets that fit in memory."""
+    """Latents of a whole split [N, C, h, w]; they must fit in memory where they are not prepared on disk."""
+    return pictures.latents(space) if pictures.latents else torch.cat([*encoded_parts(space, pictures)])
+
+
+def encoded_parts(space: Space, pictures: Pictures) -> Iterator[Tensor]:
+    """The same piece by piece: 500 pictures, or as many as have 4 million pixels; laid out as on disk, for the bits."""
     device = next(space.vae.parameters()).device if space.vae is not None else "cpu"
-    rows = torch.arange(len(pictures)).split(500)
-    return torch.cat([space.encode(from_bytes(pictures.batch(r)).to(device)).cpu() for r in rows])
+    for rows in torch.arange(len(pictures)).split(max(1, min(500, 2**22 // pictures.size**2))):
+        yield space.encode(from_bytes(pictures.batch(rows)).to(device)).cpu().contiguous()
 
 
 def denoising_batch(x: Tensor, pictures: Pictures, rows: Tensor, noise: Noise, score: ScoreModel,

@@ -29,13 +29,16 @@ class DiffInstruct:
     fake_range: tuple[float, float] = (0.0, 1.0)
     weighting: Weighting = "dmd"
     fake_updates: int = 1
+    student_rank: int = 0
+    fake_rank: int = 0
     unet: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-6, betas=(0.0, 0.95)))
     controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
     fake: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
 
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size) if self.control else None
-        networks = Networks.of(run, self.t_init, self.guidance)
+        networks = Networks.of(run, self.t_init, self.guidance, student_rank=self.student_rank,
+                               fake_rank=self.fake_rank)
         networks = networks.with_controlnet() if control else networks
         phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range),
                   generator_phase(networks, partial(self.direction, networks), self.unet, self.controlnet)]

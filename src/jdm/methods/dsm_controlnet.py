@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from jdm import prepared
 from jdm.data import Noise, load_pictures, rows_at
 from jdm.evaluate import validation_probe
 from jdm.methods.denoising import encoded
@@ -41,7 +42,7 @@ class DSMControlNet:
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
         networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         latents = encoded(networks.space, pictures)
         net = networks.student.controlnet
         assert net is not None
@@ -58,7 +59,8 @@ class DSMControlNet:
 
         return Task([Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss)], begin, {"controlnet": net},
                     networks.exporter("dsm-controlnet", self.control, base=self.base or "teacher"),
-                    averaged=("controlnet",), probe=validation_probe(networks, run, control))
+                    averaged=("controlnet",), probe=validation_probe(networks, run, control),
+                    frozen=networks.running)
 
     def loss(self, networks: Networks, pair: Pair) -> Tensor:
         """|| G(x_T, y, c) - x ||^2, the mean over components; scalar."""

@@ -43,6 +43,7 @@ class JDM:
     Attributes:
         control: "canny", or an import path, "my_controls.py:Posterize".
         start: one-step generator whose UNet the student begins as; the teacher's where empty.
+        controlnet_start: a model or folder whose ControlNet the student's begins as; a new one where empty.
         train_unet: False trains a new ControlNet on the frozen UNet of `start`: phase 2 of Sec. 3.2.1.
         t_init: level index the generator runs at; sigma / alpha = 2.5 at SD's 625.
         guidance: of the real score; 1 is none.
@@ -60,12 +61,15 @@ class JDM:
         shared_noise: Paper: one x_t for both terms. False gives the condition term a t and noise of its own.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
         fake_updates: per student step. rank: of the posterior's LoRA. levels: K of Eq. 8.
+        student_rank, fake_rank: of a LoRA on the frozen UNet it starts as, which then serves real, fake and posterior
+            alike; 0 trains a full copy.
         unet, controlnet, fake, posterior: Paper: no rate is printed; here: those of the same group's nearest work,
             for SD1.5. A recipe for a smaller model raises them.
     """
 
     control: str = "canny"
     start: str = ""
+    controlnet_start: str = ""
     train_unet: bool = True
     t_init: int = 625
     guidance: float = 2.0
@@ -83,6 +87,8 @@ class JDM:
     fake_updates: int = 1
     rank: int = 16
     levels: int = 18
+    student_rank: int = 0
+    fake_rank: int = 0
     unet: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-6, betas=(0.0, 0.95)))
     controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
     fake: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
@@ -92,7 +98,7 @@ class JDM:
         control = loaded_control(self.control, run.data.size)
         networks = self._networks(run)
         phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range)]
-        if networks.adapter is not None:
+        if "posterior" in networks.adapters:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, control), self.unet, self.controlnet))
         return distillation(networks, run, control, phases, networks.exporter("jdm", self.control))
@@ -141,7 +147,8 @@ class JDM:
             raise UsageError(f"draws and a frozen posterior need condition_on posterior, got {self.condition_on}")
         if self.condition_on == "fake" and self.fake_sees_control:
             raise UsageError("a fake score that sees the control has no x0 blind to it; use condition_on posterior")
-        networks = Networks.of(run, self.t_init, self.guidance, self.start, self.train_unet).with_controlnet()
+        networks = Networks.of(run, self.t_init, self.guidance, self.start, self.train_unet, self.student_rank,
+                               self.fake_rank).with_controlnet(self.controlnet_start)
         if self.fake_sees_control:
             networks = networks.with_controlled_fake()
         if self.condition_on != "posterior":

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.controls import Control
 from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.distributed import batch_mean
 from jdm.errors import UsageError
 from jdm.evaluate import validation_probe
 from jdm.methods.networks import Networks, loaded_control
@@ -62,7 +64,7 @@ class NCT:
             raise UsageError("NCT without both of its losses learns nothing; keep --consistency or --boundary")
         control = loaded_control(self.control, run.data.size)
         networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
-        prompts = load_pictures(run.data.source, run.data.split, run.data.size)
+        prompts = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         multiplier = Multiplier(self.multiplier)
         net = networks.student.controlnet
         assert net is not None
@@ -76,7 +78,7 @@ class NCT:
         return Task([Phase("controlnet", [(list(net.parameters()), self.controlnet)], loss)], begin,
                     {"controlnet": net, "multiplier": multiplier},
                     networks.exporter("nct", self.control, base=self.base), averaged=("controlnet",),
-                    probe=validation_probe(networks, run, control))
+                    probe=validation_probe(networks, run, control), frozen=networks.running)
 
     def loss(self, networks: Networks, multiplier: Multiplier, noises: Noises) -> tuple[Tensor, dict]:
         """L_con + lambda (L_bound - xi), and the dual step."""
@@ -92,7 +94,7 @@ class NCT:
         bound = self.distance(generator(noises.z, noises.y, noises.shown), noises.x)
         # A copy: the multiplier moves here, before the backward that still needs its value.
         kept = [consistency] * self.consistency + [multiplier.value.clone() * bound] * self.boundary
-        multiplier.ascend(self.dual_rate, bound.detach() - self.xi)
+        multiplier.ascend(self.dual_rate, batch_mean(bound.detach()) - self.xi)
         return torch.stack(kept).sum(), {"consistency_loss": consistency.detach(), "boundary_loss": bound.detach(),
                                          "multiplier": multiplier.value.clone()}
 
@@ -119,11 +121,11 @@ class Noises:
         noise = Noise(run.seed, step, run.device)
         rows = rows_at(len(prompts), run.batch, run.seed, step)
         y = prompts.prompts(rows, noise.uniform("caption", len(rows)).cpu())
-        shape = networks.teacher.latent_shape(run.batch, run.data.size)
+        shape = networks.teacher.latent_shape(len(rows), run.data.size)
         z = noise.normal("z", shape)
         x = networks.generator(z, y)
         shown = control.image(control.h(unit(networks.space.decode(x)).clamp(0, 1)))
-        return cls(y, z, noise.normal("eps", shape), noise.uniform("k", run.batch), x, shown)
+        return cls(y, z, noise.normal("eps", shape), noise.uniform("k", len(rows)), x, shown)
 
 
 def diffused(z: Tensor, eps: Tensor, s: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.controls import Control, checked, load_control
 from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.errors import UsageError
 from jdm.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.library import load_model
+from jdm.models.library import load_controlnet, load_model
 from jdm.models.stable_diffusion import (
     Denoiser,
     StableDiffusion,
@@ -26,6 +27,7 @@ from jdm.models.stable_diffusion import (
     one_step_scheduler,
     placed,
     save_pipeline,
+    with_merged,
 )
 from jdm.models.text import TextEncoder
 from jdm.posterior import Posterior
@@ -43,52 +45,67 @@ class Networks:
     Attributes:
         student: UNet, or UNet + ControlNet. t_init: level index it runs at.
         train_unet: False freezes the student's UNet: only its ControlNet is trained, saved and averaged.
-        adapter: the posterior's LoRA on the fake score; None where the posterior is frozen or absent.
+        adapters: the LoRAs that train, by name: "student" and "fake", where these are not networks of their own, and
+            "posterior", where it is not frozen or absent.
     """
 
     teacher: StableDiffusion
     text: TextEncoder
-    real: ScoreModel
-    fake: ScoreModel
+    real: ScoreModel[Denoiser]
+    fake: ScoreModel[Denoiser]
     student: Denoiser
     t_init: int
     train_unet: bool = True
     posterior: Posterior | None = None
-    adapter: Adapter | None = None
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None,
-           train_unet: bool = True) -> Networks:
-        """Student and fake start as copies of the teacher, the student as a copy of `start`'s UNet if one is named.
+    def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None, train_unet: bool = True,
+           student_rank: int = 0, fake_rank: int = 0) -> Networks:
+        """Student and fake start as the teacher, the student as `start`'s UNet if one is named.
 
         Args:
             guidance: of the real score.
             start: a one-step generator at the same t_init: Diff-Instruct's, or phase 1 of a shared one (Sec. 3.2.1).
+            student_rank, fake_rank: of a LoRA on the frozen network it starts as; 0 is a full copy, trained whole.
         """
+        if student_rank and not train_unet:
+            raise UsageError(f"a frozen UNet has no LoRA to train; leave out --student-rank {student_rank} or "
+                             "--no-train-unet")
         teacher = load_model(run.model).to(run.device)
-        text = teacher.text(one_by_one=True, size=run.data.size)
+        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
         first = placed(_one_step(start, teacher, t_init).unet, run.device) if start else teacher.unet
-        student = Denoiser(copied(first).requires_grad_(train_unet))
-        fake = teacher.score(text, copied(teacher.unet))
-        return cls(teacher, text, teacher.score(text, guidance=guidance), fake, student, t_init, train_unet)
+        student, fake, adapters = Denoiser(first), Denoiser(teacher.unet), {}
+        if not student_rank:
+            student = Denoiser(copied(first).requires_grad_(train_unet))
+        if not fake_rank:
+            fake = Denoiser(copied(teacher.unet))
+        for name, net, rank in (("student", student, student_rank), ("fake", fake, fake_rank)):
+            if rank:
+                adapters[name] = Adapter(net.unet, name, rank)
+                net.adapters = (adapters[name],)
+        return cls(teacher, text, teacher.score(text, guidance=guidance), teacher.score_of(text, fake), student, t_init,
+                   train_unet, adapters=adapters)
 
-    def with_controlnet(self) -> Networks:
-        """The student with a new ControlNet, zero convolutions and all (Eq. 10)."""
-        net = new_controlnet(self.student.unet, self.teacher.downscale)  # type: ignore[arg-type]
-        return replace(self, student=Denoiser(self.student.unet, placed(net, self._device).requires_grad_(True)))
+    def with_controlnet(self, start: str = "") -> Networks:
+        """The student with a new ControlNet, zero convolutions and all (Eq. 10), or with that of `start`."""
+        net = copied(load_controlnet(start, self.teacher)[0]) if start else \
+            new_controlnet(self.student.unet, self.teacher.downscale)  # type: ignore[arg-type]
+        net = placed(net, self._device).requires_grad_(True)
+        return replace(self, student=Denoiser(self.student.unet, net, adapters=self.student.adapters))
 
     def with_controlled_fake(self) -> Networks:
         """The fake score with a ControlNet of its own: s_fake(x_t | y, c). Before `with_posterior`."""
         net = placed(new_controlnet(self.teacher.unet, self.teacher.downscale), self._device).requires_grad_(True)
-        fake = ScoreModel(Denoiser(self.fake.net.unet, net), self.schedule, self.teacher.prediction,  # type: ignore[attr-defined]
-                          self.text)
-        return replace(self, fake=fake)
+        fake = Denoiser(self.fake.net.unet, net, adapters=self.fake.net.adapters)
+        return replace(self, fake=self.teacher.score_of(self.text, fake))
 
     def with_posterior(self, rank: int, levels: int, span: tuple[float, float]) -> Networks:
         """A posterior of LoRA `rank` on the fake score, at `levels` noise levels in `span` (Eq. 8)."""
-        adapter = Adapter(self.fake.net.unet, "posterior", rank)  # type: ignore[attr-defined]
-        posterior = Posterior(self.fake, self.schedule, adapter.active, levels, *span)
-        return replace(self, posterior=posterior, adapter=adapter)
+        adapter = Adapter(self.fake.net.unet, "posterior", rank)
+        net = Denoiser(self.fake.net.unet, adapters=(*self.fake.net.adapters, adapter))
+        posterior = Posterior(self.teacher.score_of(self.text, net), self.schedule, levels, *span)
+        return replace(self, posterior=posterior, adapters=self.adapters | {"posterior": adapter})
 
     def with_frozen_posterior(self, model: str) -> Networks:
         """A posterior trained beforehand, by `methods/posterior_training.py`."""
@@ -108,37 +125,56 @@ class Networks:
 
     @property
     def space(self) -> Space:
-        return self.teacher.space
+        return Space(self.teacher.vae, self.student.autocast)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What trains."""
-        parts = {"unet": self.student.unet if self.train_unet else None, "controlnet": self.student.controlnet,
-                 "fake": self.fake.net}
-        return {k: v for k, v in parts.items() if v is not None}  # type: ignore[misc]
+        """What trains. A posterior's LoRA on a full fake score is part of that network."""
+        unet = self.adapters.get("student", self.student.unet if self.train_unet else None)
+        parts = {"unet": unet, "controlnet": self.student.controlnet, "fake": self.adapters.get("fake", self.fake.net)}
+        if "fake" in self.adapters:
+            parts |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
+        return {k: v for k, v in parts.items() if v is not None}
 
     @property
     def averaged(self) -> tuple[str, ...]:
         """Names of the modules that are exported."""
-        return tuple(k for k in self.modules if k != "fake")
+        return tuple(k for k in self.modules if k in ("unet", "controlnet"))
+
+    @property
+    def fake_parameters(self) -> list[nn.Parameter]:
+        """What trains in the fake score, the posterior's LoRA apart."""
+        if "fake" not in self.adapters:
+            return base_parameters(self.fake.net)
+        controlnet = self.fake.net.controlnet
+        return [*self.adapters["fake"].parameters(), *([] if controlnet is None else controlnet.parameters())]
 
     def student_groups(self, unet: Optimiser, controlnet: Optimiser | None = None) -> list:
         """(parameters, optimiser) of what trains in the student."""
-        groups = [(list(self.student.unet.parameters()), unet)] if self.train_unet else []
+        trained = self.modules.get("unet")
+        groups = [] if trained is None else [(list(trained.parameters()), unet)]
         if self.student.controlnet is not None and controlnet is not None:
             groups.append((list(self.student.controlnet.parameters()), controlnet))
         return groups
 
     def with_averages(self, averages: dict[str, nn.Module]) -> StableDiffusion:
         """The teacher's folder with the student's averaged networks in it."""
-        return self.teacher.with_parts(unet=averages.get("unet", self.student.unet),
-                                       controlnet=averages.get("controlnet", self.student.controlnet))
+        unet = self.student.unet if "student" in self.adapters else averages.get("unet", self.student.unet)
+        if unet is self.teacher.unet or "student" in self.adapters:
+            unet = with_merged(unet, self.adapters.get("student"))  # type: ignore[arg-type]
+        return self.teacher.with_parts(unet=unet, controlnet=averages.get("controlnet", self.student.controlnet))
 
     def exporter(self, method: str, control: str | None, **more: Any) -> Callable[[Path, dict[str, nn.Module]], object]:
         """(folder, averages) -> writes the one-step student as a folder that stock diffusers runs in one step."""
         scheduler = one_step_scheduler(self.teacher.scheduler, self.t_init)
         card = {"kind": "one-step", "method": method, "control": control, "t_init": self.t_init, **more}
         return lambda folder, averages: save_pipeline(self.with_averages(averages), folder, scheduler, card=card)
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """Every network that runs in a step: student, real and fake score, posterior where there is one, decoder."""
+        scores = [self.real, self.fake, *([self.posterior.score] if self.posterior else [])]
+        return [self.student, *(score.net for score in scores), self.teacher.vae]  # type: ignore[union-attr]
 
     @property
     def _device(self) -> torch.device:
@@ -180,7 +216,7 @@ class Step:
         self.y = pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
         self.c = None if control is None else control.h(self.images)
         self.shown = None if control is None or self.c is None else control.image(self.c)
-        self.z = self.noise.normal("z", networks.teacher.latent_shape(run.batch, run.data.size))
+        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
         self._networks = networks
 
     @cached_property
@@ -197,7 +233,7 @@ class Step:
 
 
 def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[[int], Step]:
-    pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+    pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
     return lambda step: Step(networks, run, pictures, control, step)
 
 
@@ -205,7 +241,7 @@ def distillation(networks: Networks, run: Run, control: Control | None, phases: 
                  export: Callable[[Path, dict[str, nn.Module]], object]) -> Task:
     """The task of these phases: one batch a step for all of them, the student saved, averaged, probed and exported."""
     return Task(phases, steps_of(networks, run, control), networks.modules, export, networks.averaged,
-                validation_probe(networks, run, control))
+                validation_probe(networks, run, control), networks.running)
 
 
 def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],
@@ -214,7 +250,7 @@ def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tup
 
     A fake score with a ControlNet sees c as well. blind: it does not see the prompt either.
     """
-    controlled = networks.fake.net.controlnet is not None  # type: ignore[attr-defined]
+    controlled = networks.fake.net.controlnet is not None
 
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, span)
@@ -222,22 +258,20 @@ def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tup
         estimate = networks.fake(x_t, t, y, step.shown if controlled else None)
         return (estimate.eps - eps).square().mean(), {}
 
-    parameters = base_parameters(networks.fake.net)  # type: ignore[arg-type]
-    return Phase("fake", [(parameters, optimiser)], loss, repeats, every)
+    return Phase("fake", [(networks.fake_parameters, optimiser)], loss, repeats, every)
 
 
 def posterior_phase(networks: Networks, optimiser: Optimiser) -> Phase:
     """Consistency training of the posterior's LoRA on the student's samples (JDM Eq. 8)."""
-    posterior, adapter = networks.posterior, networks.adapter
+    posterior = networks.posterior
     assert posterior is not None
-    assert adapter is not None
 
     def loss(step: Step, _: int) -> tuple[Tensor, dict]:
         uniform = step.noise.uniform("k", len(step.z))
         eps = step.noise.normal("eps/posterior", step.z.shape)
         return posterior.consistency_loss(step.x, step.y, uniform, eps), {}
 
-    return Phase("posterior", [(adapter.parameters, optimiser)], loss)
+    return Phase("posterior", [(list(networks.adapters["posterior"].parameters()), optimiser)], loss)
 
 
 def generator_phase(networks: Networks, direction: Callable[[Step], tuple[Tensor, dict]], unet: Optimiser,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from jdm import prepared
 from jdm.data import Noise, load_pictures, rows_at
 from jdm.methods.denoising import Batch, denoising_batch, encoded
 from jdm.models.library import load_model
@@ -32,12 +33,13 @@ class PosteriorTraining:
 
     def task(self, run: Run) -> Task:
         teacher = load_model(run.model).to(run.device)
-        pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         latents = encoded(teacher.space, pictures)
         unet = copied(teacher.unet)
-        text = teacher.text(one_by_one=True)
+        text = prepared.text(run, teacher.text(one_by_one=True))
         low, high = self.t_range
-        posterior = Posterior(teacher.score(text, unet), teacher.schedule, levels=self.levels, low=low, high=high)
+        score = teacher.score(text, unet)
+        posterior = Posterior(score, teacher.schedule, self.levels, low, high)
 
         def begin(step: int) -> tuple[Batch, Tensor]:
             rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step, run.device)
@@ -53,4 +55,4 @@ class PosteriorTraining:
             save_pipeline(teacher.with_parts(unet=averages["unet"], controlnet=None), folder, card=card)
 
         return Task([Phase("posterior", [(list(unet.parameters()), self.optimiser)], loss)], begin,
-                    {"unet": unet}, export, averaged=("unet",))
+                    {"unet": unet}, export, averaged=("unet",), frozen=[score.net])

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jdm import prepared
 from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.methods.networks import (
@@ -69,12 +70,14 @@ class TextToImage:
     fake_updates: int = 1
     rank: int = 16
     levels: int = 18
+    student_rank: int = 0
+    fake_rank: int = 0
     unet: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-6, betas=(0.0, 0.95)))
     fake: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
     posterior: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
 
     def task(self, run: Run) -> Task:
-        networks = Networks.of(run, self.t_init)
+        networks = Networks.of(run, self.t_init, student_rank=self.student_rank, fake_rank=self.fake_rank)
         reward = None
         if self.reward:
             pictures = load_pictures(run.data.source, run.data.split, run.data.size)
@@ -84,7 +87,7 @@ class TextToImage:
                 networks = networks.with_posterior(self.rank, self.levels, self.t_range)
         guide = guide_of(self.guide, networks.teacher, run) if self.guide else None
         phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range, blind=self.fidelity == "blind")]
-        if networks.adapter is not None:
+        if "posterior" in networks.adapters:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, guide, reward), self.unet))
         export = networks.exporter("jdm", None, reward=self.reward or None, guide=self.guide or None)
@@ -150,7 +153,7 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
     if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
-    return guide.score(guide.text(one_by_one=True))
+    return guide.score(prepared.text(run, guide.text(one_by_one=True)))
 
 
 def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,

@@ -12,14 +12,19 @@ import torch
 from jdm.errors import UsageError
 
 
-def seconds_per_image(fn: Callable[[], object], batch: int, repeats: int = 5) -> float:
-    """Median wall-clock seconds per picture of fn(), which makes `batch` of them; one warm-up call first."""
+def seconds_per_image(fn: Callable[[], object], batch: int, repeats: int = 5, at_least: float = 0.5) -> float:
+    """Median wall-clock seconds per picture of fn(), which makes `batch` of them; one warm-up call first.
+
+    Args:
+        repeats: calls at least; more until `at_least` seconds were measured, so that one pause of the machine does
+            not decide what a quick call costs.
+    """
     if batch < 1 or repeats < 1:
         raise UsageError(f"batch and repeats must be at least 1, got {batch} and {repeats}")
     fn()
     _finish()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < at_least:
         start = time.perf_counter()
         fn()
         _finish()

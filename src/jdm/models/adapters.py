@@ -1,17 +1,19 @@
 """Named LoRA adapters on one backbone, switched without touching requires_grad.
 
 peft's own set_adapter, enable_adapters and disable_adapter toggle requires_grad of the adapter's parameters,
-which silently freezes or wakes them in the middle of a step; this wrapper leaves it alone.
+which silently freezes or wakes them in the middle of a step; `switched_on` leaves it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from jdm.errors import UsageError
 
@@ -20,43 +22,74 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
            "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
-class Adapter:
-    """A LoRA inside `module`, off until `active()`; at initialisation it changes nothing (B = 0).
+class Adapter(nn.Module):
+    """A LoRA inside `backbone`, off until switched on; at initialisation it changes nothing (B = 0).
+
+    As a module it is the LoRA's own parameters, under the names they have in the backbone, and nothing else.
 
     Args:
-        module: changed in place: its target layers are wrapped, their own parameters stay the same objects.
+        backbone: changed in place: its target layers are wrapped, their own parameters stay the same objects.
         rank: of every LoRA pair; alpha = rank, so the scale is 1.
         targets: which layers, by the end of their path.
     """
 
-    def __init__(self, module: nn.Module, name: str, rank: int, targets: Sequence[str] = TARGETS):
+    def __init__(self, backbone: nn.Module, name: str, rank: int, targets: Sequence[str] = TARGETS):
+        super().__init__()
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, got {rank}")
-        frozen = {id(p): p.requires_grad for p in module.parameters()}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), module, name)
-        for p in module.parameters():  # injection freezes the base; put it back as it was
+        frozen = {id(p): p.requires_grad for p in backbone.parameters()}
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), backbone, name)
+        for p in backbone.parameters():  # injection freezes the base; put it back as it was
             p.requires_grad_(frozen.get(id(p), True))
-        self.name = name
-        self.layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-        self._switch(False)
+        found = [(k, m) for k, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]
+        self.__dict__.update(name=name, layers=dict(found))  # not as submodules: the base is not this module's
+        for layer in self.layers.values():
+            layer._active_adapter = []
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The LoRA's own parameters, in a fixed order."""
-        return [p for m in self.layers for k, p in m.named_parameters() if f".{self.name}." in f".{k}."]
+    name: str
+    layers: Mapping[str, BaseTunerLayer]
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """The LoRA is part of the function inside. Hold it through a backward that recomputes the forward."""
-        self._switch(True)
-        try:
-            yield
-        finally:
-            self._switch(False)
+    def named_parameters(self, prefix: str = "", recurse: bool = True,
+                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The LoRA's own, in a fixed order."""
+        for path, layer in self.layers.items():
+            for key, p in layer.named_parameters():  # type: ignore[attr-defined]
+                if f".{self.name}." in f".{key}.":
+                    yield f"{prefix}{path}.{key}", p
 
-    def _switch(self, on: bool) -> None:
-        for layer in self.layers:
-            layer._active_adapter = [self.name] if on else []
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {key: p.detach() for key, p in self.named_parameters()}
+
+    def active(self):
+        """The LoRA is part of the function inside."""
+        return switched_on([self])
+
+
+_ON: list[tuple[Adapter, ...]] = [()]
+
+
+@contextmanager
+def switched_on(adapters: Sequence[Adapter]) -> Iterator[None]:
+    """These adapters of one backbone, and no others, are part of its function inside.
+
+    A forward that is recomputed in backward must be so under the same ones: `execution.checkpointed` sees to it.
+    """
+    names = [adapter.name for adapter in adapters]
+    before = [(layer, layer._active_adapter) for a in adapters for layer in a.layers.values()]
+    for layer, _ in before:
+        layer._active_adapter = names
+    _ON.append(tuple(adapters))
+    try:
+        yield
+    finally:
+        _ON.pop()
+        for layer, was in reversed(before):
+            layer._active_adapter = was
+
+
+def now_on() -> tuple[Adapter, ...]:
+    """The adapters of the innermost `switched_on`."""
+    return _ON[-1]
 
 
 def base_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -64,3 +97,17 @@ def base_parameters(module: nn.Module) -> list[nn.Parameter]:
     adapters = {id(p) for m in module.modules() if isinstance(m, BaseTunerLayer)
                 for k, p in m.named_parameters() if "lora_" in k}
     return [p for p in module.parameters() if id(p) not in adapters]
+
+
+def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's state under the names it had before any adapter."""
+    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+
+
+@torch.no_grad()
+def merged(backbone: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The backbone's state with the adapter in its weights: W + B A, in float32, under the plain names."""
+    state = {key: value.float().clone() for key, value in without_adapters(backbone.state_dict()).items()}
+    for path, layer in adapter.layers.items():
+        state[f"{path}.weight"] += layer.get_delta_weight(adapter.name).float()  # type: ignore[attr-defined]
+    return state

@@ -1,4 +1,4 @@
-"""Shapes without weights: the published configurations of SD1.5, SD2.1 and SDXL, or those of a local folder."""
+"""Shapes without weights: published configurations, or those of a local folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -7,58 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
-from transformers import (
-    BatchEncoding,
-    BlipTextConfig,
-    BlipVisionConfig,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    DPTConfig,
-    DPTForDepthEstimation,
-)
+from transformers import BatchEncoding, BlipTextConfig, BlipVisionConfig, DPTConfig, DPTForDepthEstimation
 
 from jdm.errors import UsageError
 from jdm.models.library import ASSETS, FAMILIES, SHIPPED
+from jdm.models.published import KNOWN, networks
+from jdm.models.single_file_import import checkpoint_configs
 from jdm.models.stable_diffusion import StableDiffusion, _json, model_index
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
-
-# The parts' config.json, without what is diffusers' or transformers' default.
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512,
-       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-          "projection_dim": 768}
-CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
-          "projection_dim": 512, "hidden_act": "gelu"}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-          "projection_dim": 1280, "hidden_act": "gelu"}
-SD15 = {"unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, "vae": VAE,
-        "text_encoder": CLIP_L, "scheduler": SCHEDULER}
-SD21 = {"unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,
-                 "sample_size": 64}, "vae": VAE, "text_encoder": CLIP_H, "scheduler": SCHEDULER}
-SDXL = {
-    "unet": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
-             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-             "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048, "use_linear_projection": True,
-             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 2816},
-    "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
-    "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "scheduler": SCHEDULER}
-
-# By hub id.
-KNOWN: dict[str, dict[str, dict]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
-    "runwayml/stable-diffusion-v1-5": SD15,
-    "stabilityai/stable-diffusion-2-1-base": SD21,
-    "stabilityai/stable-diffusion-2-1": {
-        **SD21, "unet": {**SD21["unet"], "sample_size": 96}, "vae": {**VAE, "sample_size": 768},
-        "scheduler": {**SCHEDULER, "prediction_type": "v_prediction"}},
-    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
-}
 
 
 def without_weights(name: str) -> StableDiffusion:
@@ -67,20 +24,14 @@ def without_weights(name: str) -> StableDiffusion:
     Its networks are made where the caller says: under a FakeTensorMode or torch.device("meta") they take no memory.
 
     Raises:
-        UsageError: the name is neither known, nor shipped, nor a local folder with configurations.
+        UsageError: the name is neither known, nor shipped, nor a local folder with configurations or a checkpoint.
     """
-    configs = KNOWN.get(name) or _of_folder(name)
+    configs = KNOWN.get(name) or checkpoint_configs(name) or _of_folder(name)
     lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel.from_config(configs["unet"]),
-        "vae": AutoencoderKL.from_config(configs["vae"]),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-        "tokenizer": Zeros(lengths["text_encoder"]), "scheduler": configs["scheduler"], "card": configs.get("card")}
-    if "controlnet" in configs:
-        parts["controlnet"] = ControlNetModel.from_config(configs["controlnet"])
+    parts: dict[str, Any] = {**networks(configs), "tokenizer": Zeros(lengths["text_encoder"]),
+                             "scheduler": configs["scheduler"], "card": configs.get("card")}
     if "text_encoder_2" in configs:
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"]))
-        parts |= {"text_encoder_2": second, "tokenizer_2": Zeros(lengths["text_encoder_2"])}
+        parts["tokenizer_2"] = Zeros(lengths["text_encoder_2"])
         model = StableDiffusionXL(**parts)
     else:
         model = StableDiffusion(**parts)

@@ -1,4 +1,4 @@
-"""Models by name: the shipped ones, a diffusers folder, or a hub id."""
+"""Models by name: the shipped ones, a diffusers folder, a hub id, or a single file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from jdm.errors import UsageError
+from jdm.models.single_file_import import load_single_file
 from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, lone_controlnet, model_index
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -24,12 +25,18 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
 
 
 def load_model(name: str) -> StableDiffusion:
-    """A shipped model ("nano-sd", "nano-controlnet", "nano-canny"), a diffusers folder, or a hub id."""
+    """A shipped model ("nano-sd", "nano-controlnet", "nano-canny"), a folder, a hub id, or a .safetensors checkpoint.
+
+    Raises:
+        UsageError: there is none, or it is not whole.
+    """
     if name in SHIPPED and not Path(name).is_dir():
         folder, controlnet = SHIPPED[name]
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
         return model.with_parts(card=json.loads(card.read_text())) if card.is_file() else model
+    if (single := load_single_file(name)) is not None:
+        return single
     family = FAMILIES.get(str(model_index(name).get("_class_name")), StableDiffusion)
     return family.load(name)
 

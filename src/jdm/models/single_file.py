@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +19,7 @@ from jdm.errors import UsageError
 if TYPE_CHECKING:
     from jdm.models.stable_diffusion import StableDiffusion
 
+Item = TypeVar("Item")
 UNET, CONTROLNET, VAE = "model.diffusion_model.", "control_model.", "first_stage_model."
 TEXT, TEXTS = "cond_stage_model.", ("conditioner.embedders.0.", "conditioner.embedders.1.")  # one encoder; SDXL's two
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -48,17 +49,17 @@ def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
     Raises:
         UsageError: it has a part that the layout has no place for.
     """
-    return _renamed(unet.state_dict(), unet_names(_config(unet)), UNET)
+    return renamed(unet.state_dict(), unet_names(_config(unet)), UNET)
 
 
 def controlnet_tensors(controlnet: nn.Module) -> dict[str, Tensor]:
     """A ControlNetModel's tensors under their single-file names."""
-    return _renamed(controlnet.state_dict(), controlnet_names(_config(controlnet)), CONTROLNET)
+    return renamed(controlnet.state_dict(), controlnet_names(_config(controlnet)), CONTROLNET)
 
 
 def vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
     """An AutoencoderKL's tensors under their single-file names; its attention is one of 1x1 convolutions there."""
-    tensors = _renamed(vae.state_dict(), vae_names(_config(vae)), VAE)
+    tensors = renamed(vae.state_dict(), vae_names(_config(vae)), VAE)
     wide = tuple(f".attn_1.{name}.weight" for name in ("q", "k", "v", "proj_out"))
     return {k: v[:, :, None, None] if k.endswith(wide) else v for k, v in tensors.items()}
 
@@ -74,17 +75,23 @@ def text_tensors(text_encoder: nn.Module, prefix: str = TEXT) -> dict[str, Tenso
     if _config(text_encoder)["hidden_act"] == "quick_gelu":
         return {f"{prefix}transformer.text_model.{k}": v for k, v in state.items()}
     layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
-    names = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     fused: dict[str, Tensor] = {"positional_embedding": state.pop("embeddings.position_embedding.weight")}
     if "text_projection.weight" in state:
         fused["text_projection"] = state.pop("text_projection.weight").T
     for i in layers:
-        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in OPEN_CLIP_LAYER.items()}
         for leaf in ("weight", "bias"):
-            rows = [state.pop(f"{ours}.self_attn.{part}_proj.{leaf}") for part in "qkv"]
-            fused[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(rows)
-    return _renamed(state, names, f"{prefix}model.") | {f"{prefix}model.{k}": v for k, v in fused.items()}
+            rows = [state.pop(f"encoder.layers.{i}.self_attn.{part}_proj.{leaf}") for part in "qkv"]
+            fused[f"transformer.resblocks.{i}.attn.in_proj_{leaf}"] = torch.cat(rows)
+    named = renamed(state, open_clip_names(len(layers)), f"{prefix}model.")
+    return named | {f"{prefix}model.{k}": v for k, v in fused.items()}
+
+
+def open_clip_names(layers: int) -> dict[str, str]:
+    """OpenCLIP's path of each module of a CLIP text model that is not fused or transposed there."""
+    names = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    for i in range(layers):
+        names |= {f"encoder.layers.{i}.{a}": f"transformer.resblocks.{i}.{b}" for a, b in OPEN_CLIP_LAYER.items()}
+    return names
 
 
 def save(tensors: Mapping[str, Tensor], file: Path) -> Path:
@@ -93,11 +100,11 @@ def save(tensors: Mapping[str, Tensor], file: Path) -> Path:
     return file
 
 
-def refuse_pickle(path: Path) -> None:
-    """UsageError where the path's ending is a pickle's."""
+def refuse_pickle(path: Path, how: str = "") -> None:
+    """UsageError where the path's ending is a pickle's. how: to come by a safetensors file."""
     if path.suffix.lower() in PICKLES:
         raise UsageError(f"{path} is a pickle, which can run any code when it is read; give the same weights as "
-                         ".safetensors")
+                         f".safetensors{how}")
 
 
 def known_size(unet: Mapping[str, Any]) -> str | None:
@@ -203,13 +210,13 @@ def _resnet(ours: str, theirs: str) -> dict[str, str]:
     return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESNET.items()}
 
 
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
-    """Each tensor under its module's new path.
+def renamed(state: Mapping[str, Item], names: Mapping[str, str], prefix: str) -> dict[str, Item]:
+    """Each tensor, or what stands for it, under its module's new path.
 
     Raises:
         UsageError: a module has none.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Item] = {}
     for key, tensor in state.items():
         above, tail = key, ""
         while above not in names:

@@ -22,11 +22,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import RunError, UsageError
 from jdm.generator import Generator
+from jdm.models.adapters import Adapter, merged, switched_on, without_adapters
+from jdm.models.execution import computing
 from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
 from jdm.space import Space
 
+ENCODER = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
 CARD = "jdm.json"  # what a stock pipeline ignores: method, control, steps, provenance
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,16 +37,26 @@ Module = TypeVar("Module", bound=nn.Module)
 class Denoiser(nn.Module):
     """A UNet, alone or with ControlNets: (x_t, index, text, control) -> output like x_t.
 
+    Adapters are part of its function, and of no other that shares the UNet; autocast is the type it computes in.
     Several ControlNets add their residuals, each times its strength; their control images come side by side along the
     channels, [B, 3 k, H, W].
     """
 
-    def __init__(self, unet: nn.Module, controlnet: nn.Module | None = None, also: Sequence[nn.Module] = ()):
+    def __init__(self, unet: nn.Module, controlnet: nn.Module | None = None, also: Sequence[nn.Module] = (),
+                 adapters: Sequence[Adapter] = ()):
         super().__init__()
         self.unet, self.controlnet, self.also = unet, controlnet, nn.ModuleList(also)
         self.strengths = [1.0] * (1 + len(also))
+        self.adapters, self.autocast = tuple(adapters), None
+
+    adapters: tuple[Adapter, ...]
+    autocast: torch.dtype | None
 
     def forward(self, x_t: Tensor, index: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
+        with switched_on(self.adapters), computing(x_t.device, self.autocast):
+            return self._denoised(x_t, index, text, control)
+
+    def _denoised(self, x_t: Tensor, index: Tensor, text: Text, control: Tensor | None) -> Tensor:
         states, added = (text, None) if isinstance(text, Tensor) else text
         told: dict[str, Any] = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
         if self.controlnet is None or control is None:
@@ -86,12 +99,12 @@ class StableDiffusion:
             raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}")
         has_own = index.get("controlnet", [None])[0] is not None
         try:
-            control = (_whole(ControlNetModel, controlnet) if controlnet else
-                       _whole(ControlNetModel, path, "controlnet") if has_own else None)
+            control = (whole_network(ControlNetModel, controlnet) if controlnet else
+                       whole_network(ControlNetModel, path, "controlnet") if has_own else None)
             model = cls(
-                _whole(UNet2DConditionModel, path, "unet"),
-                AutoencoderKL.from_pretrained(path, subfolder="vae"),
-                CLIPTextModel.from_pretrained(path, subfolder="text_encoder"),
+                whole_network(UNet2DConditionModel, path, "unet"),
+                whole_network(AutoencoderKL, path, "vae"),
+                whole_network(CLIPTextModel, path, "text_encoder"),
                 CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
                 _json(path, "scheduler/scheduler_config.json") or {},
                 control,
@@ -167,7 +180,11 @@ class StableDiffusion:
 
     def score(self, text: TextEncoder, unet: nn.Module | None = None, guidance: float = 1.0) -> ScoreModel:
         """The score of this model, or of another UNet of its kind."""
-        return ScoreModel(Denoiser(unet or self.unet), self.schedule, self.prediction, text, guidance)
+        return self.score_of(text, Denoiser(unet or self.unet), guidance)
+
+    def score_of(self, text: TextEncoder, net: Denoiser, guidance: float = 1.0) -> ScoreModel[Denoiser]:
+        """The score that a denoiser of this model's kind estimates."""
+        return ScoreModel(net, self.schedule, self.prediction, text, guidance)
 
     def generator(self, text: TextEncoder, net: nn.Module | None = None, t_init: int | None = None) -> Generator:
         """One step at `t_init`; for an exported one-step folder that is its scheduler's last level."""
@@ -223,8 +240,8 @@ def model_index(path: str) -> dict:
         UsageError: there is none.
     """
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
-        raise UsageError(f"{path}: no such folder; give a diffusers folder, a hub id (owner/name), or "
-                         "nano-sd, nano-canny, nano-controlnet")
+        raise UsageError(f"{path}: no such folder; give a diffusers folder, a .safetensors checkpoint, a hub id "
+                         "(owner/name), or nano-sd, nano-canny, nano-controlnet")
     index = _json(path, "model_index.json")
     if index is None:
         raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at its top")
@@ -270,7 +287,20 @@ def new_controlnet(unet: UNet2DConditionModel, downscale: int) -> ControlNetMode
     widths = (16, 32, 96, 256)[: halvings + 1]
     if unet.config["block_out_channels"][0] < 256:  # a small UNet has a small hint encoder
         widths = (8, 16, 32, 64)[: halvings + 1]
-    return ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths)
+    net = ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths,
+                                    load_weights_from_unet=False)
+    plain = without_adapters(unet.state_dict())
+    missing, _ = net.load_state_dict({k: v for k, v in plain.items() if k.startswith(ENCODER)}, strict=False)
+    assert all(key.startswith("controlnet_") for key in missing), missing  # zero convolutions and the hint encoder
+    return net.float()
+
+
+def with_merged(unet: UNet2DConditionModel, adapter: Adapter | None) -> UNet2DConditionModel:
+    """A float32 copy of a UNet that carries adapters: without them, or with one merged into its weights."""
+    plain = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(unet.config)))
+    state = merged(unet, adapter) if adapter else without_adapters(unet.state_dict())
+    plain.load_state_dict({key: value.float() for key, value in state.items()})
+    return placed(plain, unet.device).eval().requires_grad_(False)
 
 
 def lone_controlnet(folder: Path) -> ControlNetModel:
@@ -280,15 +310,15 @@ def lone_controlnet(folder: Path) -> ControlNetModel:
         UsageError: it is no ControlNet's.
     """
     try:
-        return _whole(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
+        return whole_network(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder} is no ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
 
 
-def _whole(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
+def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
     """A network from its folder, none of its weights left at random; ValueError where some are missing.
 
-    diffusers only logs a warning there.
+    diffusers and transformers only log a warning there.
     """
     loader = cast(Any, kind)
     extra = {} if subfolder is None else {"subfolder": subfolder}

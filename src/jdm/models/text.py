@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,19 +11,31 @@ from torch import Tensor, nn
 
 from jdm.score import Prompts, Text
 
+REMEMBERED = 512 * 2**20  # bytes of states, on the encoder's device
+
 
 class TextEncoder:
     """Prompts -> hidden states [B, L, D] of a CLIP text model. Frozen: each prompt is encoded once and kept.
 
     Args:
-        capacity: how many prompts are remembered; the oldest is forgotten first.
+        capacity: bytes of states that are remembered; the oldest are forgotten first.
         one_by_one: each prompt is encoded alone, so that its states do not depend, in their last bits, on the
             company it was first met in: a resumed run must find the same bits.
+
+    Attributes:
+        stored: states by prompt, on disk (prepared.py): they are read where they would be encoded.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = 65_536, one_by_one: bool = False):
+    def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = REMEMBERED, one_by_one: bool = False):
         self.model, self.tokenizer, self.capacity, self.one_by_one = model, tokenizer, capacity, one_by_one
+        self.stored: Mapping[str, Any] = {}
         self._memory: OrderedDict[str, Any] = OrderedDict()
+        self._held = 0  # bytes
+
+    @property
+    def networks(self) -> list[tuple[nn.Module, Any]]:
+        """(text model, its tokenizer) of each."""
+        return [(self.model, self.tokenizer)]
 
     def encode(self, prompts: Prompts) -> Tensor:
         """Fresh hidden states, with gradients where the text model trains."""
@@ -32,14 +45,23 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts) -> Text:
-        new = [p for p in dict.fromkeys(prompts) if p not in self._memory]
-        for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
-            for prompt, row in zip(group, self.encode(group), strict=True):
-                self._memory[prompt] = row
+        for prompt, row in self._rows([p for p in dict.fromkeys(prompts) if p not in self._memory]):
+            self._memory[prompt] = row
+            self._held += _bytes_of(row)
         rows = [self._memory[p] for p in prompts]
-        while len(self._memory) > self.capacity:
-            self._memory.popitem(last=False)
+        while self._held > self.capacity:
+            self._held -= _bytes_of(self._memory.popitem(last=False)[1])
         return self.stacked(rows)
+
+    def _rows(self, prompts: list[str]) -> Iterator[tuple[str, Any]]:
+        """Each prompt with its states, which are read where they are stored and encoded where not."""
+        device = next(self.model.parameters()).device
+        for prompt in [p for p in prompts if p in self.stored]:
+            parts = [part.to(device) for part in tensors_of(self.stored[prompt])]
+            yield prompt, parts[0] if len(parts) == 1 else tuple(parts)
+        new = [p for p in prompts if p not in self.stored]
+        for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
+            yield from zip(group, self.encode(group), strict=True)
 
     def stacked(self, rows: list[Any]) -> Text:
         """Remembered rows as one batch."""
@@ -48,6 +70,7 @@ class TextEncoder:
     def forget(self) -> None:
         """Drop every remembered prompt, e.g. before timing from the prompt on."""
         self._memory.clear()
+        self._held = 0
 
 
 class TwoTextEncoders(TextEncoder):
@@ -61,14 +84,18 @@ class TwoTextEncoders(TextEncoder):
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, second: nn.Module, tokenizer_2: Any,
-                 size: tuple[int, int], zeros: bool = True, capacity: int = 65_536, one_by_one: bool = False):
+                 size: tuple[int, int], zeros: bool = True, capacity: int = REMEMBERED, one_by_one: bool = False):
         super().__init__(model, tokenizer, capacity, one_by_one)
         self.second, self.tokenizer_2, self.size, self.zeros = second, tokenizer_2, size, zeros
+
+    @property
+    def networks(self) -> list[tuple[nn.Module, Any]]:
+        return [*super().networks, (self.second, self.tokenizer_2)]
 
     def encode(self, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
         """(hidden states [L, D1 + D2], pooled [P]) of each prompt."""
         states, pooled = [], torch.empty(0)
-        for model, tokenizer in ((self.model, self.tokenizer), (self.second, self.tokenizer_2)):
+        for model, tokenizer in self.networks:
             tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
                                max_length=tokenizer.model_max_length).input_ids
             output: Any = model(tokens.to(next(model.parameters()).device), output_hidden_states=True)
@@ -82,3 +109,12 @@ class TwoTextEncoders(TextEncoder):
         height, width = self.size
         ids = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(rows), -1)
         return states, {"text_embeds": pooled, "time_ids": ids}
+
+
+def tensors_of(row: Any) -> tuple[Tensor, ...]:
+    """A prompt's states: one tensor, or SDXL's two."""
+    return row if isinstance(row, tuple) else (row,)
+
+
+def _bytes_of(row: Any) -> int:
+    return sum(part.numel() * part.element_size() for part in tensors_of(row))

@@ -22,7 +22,7 @@ from jdm.models.stable_diffusion import CARD, save_pipeline
 from jdm.recipes import recorded
 from jdm.report import read_json, write
 from jdm.reproduce.scales import Scale
-from jdm.run import Run, described
+from jdm.run import Run, described, without_cache
 from jdm.train import train
 
 COLUMN = "*"  # as Trained.control: the control of the table's column
@@ -177,7 +177,7 @@ def _holds_this_run(model: Model) -> bool:
 
 def essence(run: Run, needs: Mapping[str, Model]) -> dict:
     """What of a run decides its result, as JSON; not the models it starts from."""
-    whole = json.loads(json.dumps(described(run)))
+    whole = without_cache(json.loads(json.dumps(described(run))))
     kept = {k: v for k, v in whole.items() if k not in (*APART, "model")}
     return kept | {"method": {k: v for k, v in whole["method"].items() if k not in needs}}
 

@@ -1,0 +1,197 @@
+"""Several processes, one run: torchrun's group, FSDP2 for every network, and what they must agree on.
+
+A network is sharded over `run.shard` processes and replicated over the others, so that 1 is plain data parallelism and
+the number of processes full sharding. Each process computes its share of the global batch (sharing.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from jdm.errors import UsageError
+from jdm.models.adapters import Adapter
+from jdm.run import Phase, Run, Task
+
+PATIENCE = timedelta(minutes=10)  # for a collective, before a silent process counts as lost
+TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
+GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
+
+
+def size() -> int:
+    """Processes in the run; 1 where there is no group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """This process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Take leave of the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join(run: Run) -> Run:
+    """Join the group that torchrun describes, if it does; the run on this process's own device.
+
+    Raises:
+        UsageError: the batch or the sharding does not divide among the processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        on_gpu = torch.device(run.device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    if run.shard < 1 or run.accumulate < 1:
+        raise UsageError(f"shard and accumulate must be at least 1, got {run.shard} and {run.accumulate}")
+    if size() % run.shard:
+        raise UsageError(f"--shard {run.shard} does not divide {size()} processes; give a divisor, or {size()} to "
+                         "shard over all of them")
+    if run.batch % (size() * run.accumulate):
+        raise UsageError(f"a batch of {run.batch} does not divide into {size()} processes times {run.accumulate} "
+                         f"accumulated parts; give a multiple of {size() * run.accumulate}")
+    return replace(run, device=f"cuda:{torch.cuda.current_device()}") if size() > 1 and run.device == "cuda" else run
+
+
+def shard(task: Task, run: Run) -> None:
+    """Shard every UNet and ControlNet of the task in place, and give its phases the parameters that take the old
+    ones' place. Smaller networks stay whole; their gradients are averaged (`averaged_gradients`)."""
+    if size() == 1:
+        return
+    mesh = init_device_mesh(torch.device(run.device).type, (size() // run.shard, run.shard),
+                            mesh_dim_names=("replicate", "shard"))
+    networks = [*task.frozen, *(m for m in task.modules.values() if not isinstance(m, Adapter))]
+    parts = list(dict.fromkeys(part for network in networks for part in network.modules()))
+    before = {id(p): (part, key) for part in parts for key, p in part._parameters.items() if p is not None}
+    for part in parts:
+        if hasattr(part, "down_blocks"):
+            for block in [*part.down_blocks, part.mid_block, *getattr(part, "up_blocks", [])]:  # type: ignore[misc]
+                fully_shard(block, mesh=mesh)
+            fully_shard(part, mesh=mesh)
+    for phase in task.phases:
+        _renew(phase, before)
+
+
+def _renew(phase: Phase, before: Mapping[int, tuple[nn.Module, str]]) -> None:
+    def now(p: nn.Parameter) -> nn.Parameter:
+        part, key = before[id(p)]
+        return part._parameters[key]  # type: ignore[return-value]
+
+    phase.groups = [([now(p) for p in parameters], optimiser) for parameters, optimiser in phase.groups]
+
+
+def averaged_gradients(loss: Tensor, parameters: Sequence[nn.Parameter],
+                       others: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients of the mean over processes of `loss`, sharded as the parameters are.
+
+    FSDP2 reduces what `backward` accumulates and nothing else: autograd.grad and backward(inputs=...) leave a sharded
+    parameter without a gradient, without a word. What `backward` gives to `others` on the way is dropped.
+    """
+    loss.backward()
+    gradients = [p.grad for p in parameters]
+    for p in others:
+        p.grad = None
+    for gradient in gradients:
+        if gradient is not None and not isinstance(gradient, DTensor):
+            _mean_(gradient)
+    return gradients
+
+
+def batch_mean(value: Tensor) -> Tensor:
+    """The mean over processes of a detached number that stands for this process's samples."""
+    return _mean_(value.detach().clone()) if size() > 1 else value
+
+
+def _mean_(value: Tensor) -> Tensor:
+    dist.all_reduce(value)
+    return value.div_(size())
+
+
+def agreed(flag: bool) -> bool:
+    """Whether any process says so."""
+    if size() == 1:
+        return flag
+    seen = torch.tensor([float(flag)])
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return bool(seen)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's piece of a sharded tensor, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def lost(error: RuntimeError) -> bool:
+    """The error is a collective's that another process did not answer."""
+    words = ("gloo", "nccl", "peer", "distbackend", "distnetwork", "timed out")
+    return size() > 1 and any(word in f"{type(error).__name__} {error}".lower() for word in words)
+
+
+class Terminator:
+    """SIGTERM asks for the end: `asked` turns true, the step is finished and saved. Use as a context.
+
+    A process that waits for a lost one cannot finish: where there are several, GRACE seconds after SIGTERM it ends as
+    it is.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> Terminator:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+            if size() > 1:
+                self._read, self._write = socket.socketpair()
+                self._write.setblocking(False)
+                signal.set_wakeup_fd(self._write.fileno())  # a thread hears it while a collective blocks the main one
+                threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+            if size() > 1:
+                signal.set_wakeup_fd(-1)
+                self._write.close()
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def _watch(self) -> None:
+        while heard := self._read.recv(1):
+            if heard[0] == signal.SIGTERM:
+                time.sleep(GRACE)
+                os._exit(TERMINATED)

@@ -1,0 +1,67 @@
+"""The published configurations of SD1.5, SD2.1 and SDXL, and the networks that configurations describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+# The parts' config.json, without what is diffusers' or transformers' default.
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+             "steps_offset": 1, "prediction_type": "epsilon"}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512,
+       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "projection_dim": 768}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+          "projection_dim": 512, "hidden_act": "gelu"}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280, "hidden_act": "gelu"}
+SD15 = {"unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, "vae": VAE,
+        "text_encoder": CLIP_L, "scheduler": SCHEDULER}
+SD21 = {"unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,
+                 "sample_size": 64}, "vae": VAE, "text_encoder": CLIP_H, "scheduler": SCHEDULER}
+SD21_V = {**SD21, "unet": {**SD21["unet"], "sample_size": 96, "upcast_attention": True},
+          "vae": {**VAE, "sample_size": 768},
+          "scheduler": {**SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}}
+SDXL = {
+    "unet": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+             "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048, "use_linear_projection": True,
+             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 2816},
+    "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": CLIP_L, "text_encoder_2": CLIP_G,
+    "scheduler": {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}
+
+# By hub id.
+KNOWN: dict[str, dict[str, dict]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "runwayml/stable-diffusion-v1-5": SD15,
+    "stabilityai/stable-diffusion-2-1-base": SD21,
+    "stabilityai/stable-diffusion-2-1": SD21_V,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+}
+
+
+def of_size(size: str, prediction: str) -> dict[str, dict]:
+    """The configurations of one of `single_file.KNOWN`'s sizes; SD2 with v-prediction is the one of 768 pixels."""
+    sizes = {"SD1.5": SD15, "SD2": SD21_V if prediction == "v_prediction" else SD21, "SDXL": SDXL}
+    return sizes[size]
+
+
+def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """The networks of part -> config.json, with weights at random; `controlnet` and `text_encoder_2` where named."""
+    made: dict[str, Any] = {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
+                            "vae": AutoencoderKL.from_config(dict(configs["vae"])),
+                            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))}
+    if "text_encoder_2" in configs:
+        made["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"]))
+    if "controlnet" in configs:
+        made["controlnet"] = ControlNetModel.from_config(dict(configs["controlnet"]))
+    return made

@@ -1,0 +1,168 @@
+"""AdamW that keeps less: no first moment where beta1 is 0, and its moments in 8 bits where asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.functional import pad
+from torch.optim.adamw import adamw
+
+from jdm.errors import UsageError
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+BLOCK = 256  # elements of a row that share a scale, at most
+SMALL = 4096  # elements of a parameter whose moments are never quantised; nor are those of a vector
+OCTAVES = 10 * math.log2(10) / 254  # between neighbouring levels: 255 of them span ten decades, 127 five
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True), equal to the bit, without exp_avg in groups whose beta1 is 0.
+
+    There exp_avg = 0 exp_avg + 1 g: the kernel is given the gradient in its place. A gradient whose strides are not
+    its parameter's is copied into them first, which torch does not do and its kernel on a CPU needs.
+
+    Args:
+        groups: of torch's AdamW. `states` of a group: "float32", moments in the parameters' own dtype, or "8bit",
+            moments as `quantised` between steps; matrices and kernels of SMALL or more elements, all else in float.
+
+    State of a parameter: step, exp_avg_sq and, unless beta1 is 0, exp_avg; of 8-bit moments their codes, and their
+    scales as exp_avg_sq_scale and exp_avg_scale.
+
+    Raises:
+        UsageError: `states` is neither.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]):
+        super().__init__([{"states": "float32", **group} for group in groups], fused=True)
+        if wrong := [g["states"] for g in self.param_groups if g["states"] not in ("float32", "8bit")]:
+            raise UsageError(f"an optimiser's states are float32 or 8bit, got {wrong[0]!r}")
+        self._step_supports_amp_scaling = False  # a GradScaler divides the gradients itself
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            present = [p for p in group["params"] if p.grad is not None]
+            self._update([p for p in present if not _packed(p, group)], group)
+            for parameter in present:  # one at a time: only its moments are ever float
+                if _packed(parameter, group):
+                    self._update([parameter], group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From any AdamW's state: an exp_avg that is not kept is dropped, other `states` are converted when used."""
+        groups = [{**saved, "states": own["states"], "fused": True}
+                  for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for own, group in zip(self.param_groups, groups, strict=True):
+            for parameter, number in zip(own["params"], group["params"], strict=True):
+                slots, saved = self.state.get(parameter, {}), state_dict["state"].get(number, {})
+                for name in MOMENTS:
+                    if f"{name}_scale" in saved:  # torch has cast both to the parameter's dtype
+                        slots |= {k: saved[k].to(parameter.device) for k in (name, f"{name}_scale")}
+                if not own["betas"][0]:
+                    slots.pop("exp_avg", None)
+                    slots.pop("exp_avg_scale", None)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of some parameters of a group."""
+        beta1, beta2 = group["betas"]
+        gradients = [_laid_out(p.grad, p) for p in parameters if p.grad is not None]
+        steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in parameters]
+        means = [self._moment(p, "exp_avg") for p in parameters] if beta1 else gradients
+        squares = [self._moment(p, "exp_avg_sq") for p in parameters]
+        adamw(parameters, gradients, means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+        for parameter in parameters:
+            slots = self.state[parameter]
+            for name in MOMENTS if _packed(parameter, group) else ():
+                if name in slots:
+                    kind = torch.uint8 if name == "exp_avg_sq" else torch.int8
+                    codes, scale = quantised(_local(slots[name]), slots["step"], kind)
+                    slots |= {name: _sharded(codes, parameter), f"{name}_scale": _sharded(scale, parameter)}
+
+    def _moment(self, parameter: Tensor, name: str) -> Tensor:
+        """A moment as a float tensor in its slot, zero where there is none yet."""
+        slots = self.state[parameter]
+        if name not in slots:
+            slots[name] = torch.zeros_like(parameter)
+        elif (scale := slots.pop(f"{name}_scale", None)) is not None:
+            value = dequantised(_local(slots[name]), _local(scale)).to(parameter.dtype)
+            slots[name] = _sharded(value, parameter)
+        slots[name] = _laid_out(slots[name], parameter)
+        return slots[name]
+
+
+def quantised(moment: Tensor, step: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """8-bit levels at equal ratios below the largest of their block, and that largest.
+
+    A level is 9.5% above the one below it. Between two, a value goes up with the probability that keeps its
+    expectation, where the multiples of the golden ratio stand for chance: a moment is rounded at every step, and
+    rounded to the nearest level it could stay on one for ever. An exp_avg_sq that is not zero never becomes zero, for
+    it is divided by; an exp_avg below 1e-5 of its block's largest may.
+
+    Args:
+        moment: [rows, ...]. step: how often it was updated, []. kind: uint8 of what is never negative, or int8.
+
+    Returns:
+        Codes like moment, contiguous; scales, [rows, blocks], float32.
+    """
+    rows = _blocks(moment.flatten(1).float())
+    scale = rows.abs().amax(-1)
+    top, least = torch.iinfo(kind).max, 1 if kind == torch.uint8 else 0
+    # v rises from level L to its neighbour R L where v > (1 + u (R - 1)) L: u of uniform [0, 1) keeps v's expectation.
+    bar = 1 + (step.double() * GOLDEN).frac().float() * (2**OCTAVES - 1)
+    shares = rows.abs().div_((scale.clamp(min=torch.finfo(torch.float32).tiny) * bar)[..., None])
+    level = shares.log2_().div_(OCTAVES).floor_().add_(1 + top).clamp_(least, top).mul_(rows.sign())
+    return _unblocked(level.to(kind), moment.shape), scale
+
+
+def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values of `quantised`, contiguous."""
+    rows = _blocks(codes.flatten(1).float())
+    sign, top = rows.sign(), torch.iinfo(codes.dtype).max
+    return _unblocked(rows.abs_().sub_(top).mul_(OCTAVES).exp2_().mul_(scale[..., None]).mul_(sign), codes.shape)
+
+
+def _blocks(rows: Tensor) -> Tensor:
+    """[rows, width] -> [rows, blocks, at most BLOCK], the last filled up with zeros; a copy unless none are needed."""
+    n = math.ceil(rows.shape[1] / BLOCK)
+    return pad(rows, (0, -rows.shape[1] % n)).unflatten(1, (n, -1))
+
+
+def _unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
+    return blocks.flatten(1)[:, :math.prod(shape[1:])].reshape(shape)
+
+
+def _packed(parameter: Tensor, group: dict[str, Any]) -> bool:
+    return group["states"] == "8bit" and parameter.ndim > 1 and parameter.numel() >= SMALL
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """In another's strides: fused kernels go through memory, whatever the strides."""
+    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+
+
+def _local(value: Tensor) -> Tensor:
+    """This rank's part."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _sharded(local: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows, contiguous, as a part of what is sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return local
+    if any(isinstance(place, Shard) and place.dim for place in like.placements):
+        raise ValueError(f"8bit states are for parameters sharded by their first dimension, got {like.placements}")
+    shape = torch.Size((like.shape[0], *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)

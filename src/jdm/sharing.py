@@ -1,0 +1,38 @@
+"""Which part of a step's global batch is computed here: by this process, and in this turn of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part `index` of `count` equal parts."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, n: int) -> slice:
+        """Of n global samples, those of this part; a sample keeps its noise and its prompt whoever computes it."""
+        each = n // self.count
+        return slice(self.index * each, (self.index + 1) * each)
+
+
+_NOW = [Share()]
+
+
+def share() -> Share:
+    """The part that is computed now; the whole outside of `sharing`."""
+    return _NOW[-1]
+
+
+@contextmanager
+def sharing(index: int, count: int) -> Iterator[None]:
+    """Batches and noise that are drawn inside are part `index` of `count`."""
+    _NOW.append(Share(index, count))
+    try:
+        yield
+    finally:
+        _NOW.pop()

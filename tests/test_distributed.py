@@ -1,0 +1,210 @@
+"""Several processes on one CPU against one: gradients, weights, memory, checkpoints, and what happens when one dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from jdm import checkpoint, distributed
+from jdm.data import Noise, rows_at
+from jdm.errors import UsageError
+from jdm.models.library import load_model
+from jdm.recipes.nano import nano_canny
+from jdm.sharing import sharing
+from jdm.train import Trainer
+from several import run_of
+
+HERE = Path(__file__).parent
+ONE = ["gradients:1:full", "gradients:1:lora", "trained:1:whole", "trained:1:half-one"]
+TWO = ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "trained:1:replicated",
+       "trained:2:sharded", "trained:2:half-one", "trained:2:half-two", "trained:2:half-for-one"]
+FOUR = ["gradients:2:full", "trained:4:sharded-over-four", "trained:2:half-two"]
+
+
+def command(n: int, *arguments: object) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    return [sys.executable, *launch, str(HERE / "several.py"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny.family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, teacher):
+    """The folder in which one process, then two, then four, and then one again have computed the same things."""
+    out, said = tmp_path_factory.mktemp("several"), ""
+    for n, actions in [(1, ONE), (2, TWO), (4, FOUR), (1, ["trained:1:half-for-one"])]:
+        ended = subprocess.run(command(n, out, teacher, *actions), capture_output=True, text=True, timeout=400,
+                               env=environment(), check=False)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        said += ended.stdout
+    (out / "said.txt").write_text(said)
+    return out
+
+
+def kept(done: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(done / f"{name}.pt")
+
+
+@pytest.mark.parametrize("several", ["full-2x1", "full-2x2", "full-4x2", "lora-2x2"])
+def test_gradients_are_those_of_one_process(done, several):
+    ours, theirs = kept(done, f"gradients-{several}"), kept(done, f"gradients-{several[:4]}-1x1")
+    assert ours.keys() == theirs.keys()
+    for phase in ("fake", "posterior", "generator"):
+        a, b = (torch.cat([v.flatten() for k, v in g.items() if k.startswith(phase)]) for g in (ours, theirs))
+        assert b.norm() > 0
+        assert (a - b).norm() <= 1e-5 * b.norm(), phase
+
+
+@pytest.mark.parametrize("name", ["replicated", "sharded", "sharded-over-four"])
+def test_weights_averages_and_optimisers_are_those_of_one_process_after_ten_steps(done, name):
+    close(kept(done, f"{name}-at-10"), kept(done, "whole-at-10"))
+
+
+@pytest.mark.parametrize("name", ["half-one", "half-two", "half-for-one"])
+def test_a_run_goes_on_at_another_number_of_processes(done, name):
+    """Saved by one and continued by two, saved by two and continued by four, saved by two and continued by one."""
+    assert (done / f"{name}-at-5.pt").is_file()
+    close(kept(done, f"{name}-at-10"), kept(done, "whole-at-10"))
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert sum(v.dtype == torch.float64 for v in theirs.values()) > 100
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key].double(), value.double(), atol=1e-9, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize(("setting", "share"), [("full-2x1", 1), ("full-2x2", 2), ("full-4x2", 2), ("lora-2x2", 2)])
+def test_each_process_holds_its_share_of_the_parameters(done, setting, share):
+    lines = re.findall(r"bytes gradients-(\S+) \d held (\d+) of (\d+)", (done / "said.txt").read_text())
+    found = [int(held) / int(whole) for name, held, whole in lines if name == setting]
+    assert len(found) == int(setting[5])
+    assert all(abs(part * share - 1) < 0.1 for part in found)
+
+
+def test_sharded_networks_train_probe_and_export_as_a_plain_folder(done):
+    exported = load_model(str(done / "model" / "model"))
+    place = checkpoint.last(done / "model")
+    assert place
+    assert not (place / checkpoint.WHOLE).exists()
+    assert exported.one_step
+    assert "probe/consistency" in (done / "model" / "metrics.jsonl").read_text()
+    assert all(torch.isfinite(p).all() for p in exported.unet.parameters())
+
+
+def started(tmp_path: Path, teacher: Path, n: int) -> tuple[subprocess.Popen, dict[int, int]]:
+    """A run of n processes that has saved a checkpoint, and its processes by rank."""
+    process = subprocess.Popen(command(n, tmp_path, teacher, f"endless:{n}:run"), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=environment())
+    assert process.stdout
+    pids: dict[int, int] = {}
+    while len(pids) < n:
+        line = process.stdout.readline()
+        assert line, "the run ended before it began"
+        if line.startswith("pid "):
+            pids[int(line.split()[1])] = int(line.split()[2])
+    end = time.monotonic() + 120
+    while checkpoint.last(tmp_path / "run") is None:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return process, pids
+
+
+def test_a_killed_process_ends_the_run_in_seconds_with_a_message_and_a_usable_checkpoint(tmp_path, teacher):
+    process, pids = started(tmp_path, teacher, 2)
+    os.kill(pids[1], signal.SIGKILL)
+    clock = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - clock < 30
+    assert process.returncode != 0
+    assert "another process of this run was lost at step" in said
+    assert "it goes on from" in said
+    assert_goes_on(tmp_path / "run", teacher)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_sigterm_finishes_the_step_saves_it_and_exits_as_schedulers_expect(tmp_path, teacher, n):
+    process, pids = started(tmp_path, teacher, n)
+    for pid in pids.values():
+        os.kill(pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (143 if n == 1 else 1)  # torchrun's own is 1 whatever its processes' was
+    assert "TerminatedError: asked to end; saved" in said
+    last = checkpoint.last(tmp_path / "run")
+    assert last
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert last.name == f"step-{len(logged):07d}"  # every step that was logged
+    assert_goes_on(tmp_path / "run", teacher)
+
+
+def assert_goes_on(out: Path, teacher: Path) -> None:
+    place = checkpoint.last(out)
+    assert place
+    trainer = Trainer(replace(run_of(out, teacher, 1), steps=100_000))
+    assert trainer.start == int(place.name.removeprefix("step-")) > 0
+    trainer.step(trainer.start)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_every_share_of_a_batch_has_the_rows_and_the_noise_of_the_whole(turns):
+    whole_rows, whole = rows_at(100, 8, 3, 5), Noise(3, 5)
+    rows, z, u = [], [], []
+    for turn in range(turns):
+        with sharing(turn, turns):
+            rows.append(rows_at(100, 8, 3, 5))
+            part = Noise(3, 5)
+        z.append(part.normal("z", (8 // turns, 2, 2)))
+        u.append(part.uniform("u", 8 // turns))
+    assert torch.equal(torch.cat(rows), whole_rows)
+    assert torch.equal(torch.cat(z), whole.normal("z", (8, 2, 2)))
+    assert torch.equal(torch.cat(u), whole.uniform("u", 8))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"shard": 2}, "--shard 2 does not divide 1 processes"), ({"shard": 0}, "shard and accumulate must be at least 1"),
+    ({"accumulate": 3}, "a batch of 4 does not divide into 1 processes times 3 accumulated parts")])
+def test_a_batch_or_sharding_that_does_not_divide_is_refused(tmp_path, teacher, changes, message):
+    with pytest.raises(UsageError, match=message):
+        Trainer(tiny.run(nano_canny(), tmp_path, teacher, **changes))
+
+
+@pytest.mark.parametrize("ranks", ["full", "lora"])
+def test_accumulation_changes_no_gradient_where_no_bound_looks_at_the_batch(tmp_path, teacher, ranks):
+    found = []
+    for turns in (1, 2):
+        run = run_of(tmp_path / str(turns), teacher, 1, ranks, accumulate=turns)
+        trainer = Trainer(replace(run, method=replace(run.method, condition_clip=(0.0, 0.0))))
+        begun = trainer._begun(0, 0) if turns == 1 else None
+        found.append([trainer._gradients(phase, 0, 0, begun)[0] for phase in trainer.task.phases])
+    for whole, parts in zip(*found, strict=True):
+        a, b = (torch.cat([g.flatten() for g in gradients if g is not None]) for gradients in (parts, whole))
+        assert b.norm() > 0
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_accumulation_does_not_change_how_often_each_network_is_updated(tmp_path, teacher):
+    counts = []
+    for turns in (1, 2):
+        trainer = Trainer(tiny.run(nano_canny(), tmp_path / str(turns), teacher, accumulate=turns))
+        trainer.step(0)
+        counts.append([int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers.values()])
+    assert counts[0] == counts[1]
+    assert distributed.size() == 1

@@ -1,11 +1,14 @@
-"""python several.py OUT TEACHER ACTION...: what several processes compute, and what one does.
+"""python several.py OUT TEACHER all, or ACTION...: what several processes compute, and what one does.
 
-An action is KIND:SHARD[:NAME]. Alone, or under torchrun. In float64 but for `gradients`, so that the order of a sum is
-all that can differ.
+An action is KIND:SHARD[:NAME...], for one process or under torchrun. `trained` is in float64: the order of a sum
+is all that can differ then.
 """
 
 import os
+import shutil
+import socket
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,15 @@ from jdm.recipes.nano import nano_canny
 from jdm.run import Run
 from jdm.train import Trainer
 
-STEPS, HALF = 10, 5
+STEPS, SAVED = 10, 8
+# In turn, what one process, then two, then four, and then one again compute: one folder for each name.
+ALL = [
+    (1, ["gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
+    (2, ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "trained:1:replicated",
+         "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
+    (4, ["gradients:2:full", "trained:4:sharded-over-four", "trained:2:two-to-four"]),
+    (1, ["trained:1:two-to-one"]),
+]
 RANKS = {"full": {}, "lora": {"student_rank": 2, "fake_rank": 2}}
 
 
@@ -80,15 +91,16 @@ def gradients(out: Path, teacher: Path, shard: int, ranks: str, accumulate: int 
     print(f"bytes {name} {distributed.rank()} held {held} of {whole}\n", end="", flush=True)
 
 
-def trained(out: Path, teacher: Path, shard: int, name: str) -> None:
-    """To the end, from the last checkpoint of the folder `name` if there is one; a -half stops in the middle."""
+def trained(out: Path, teacher: Path, shard: int, name: str, *copies: str) -> None:
+    """To the end, from the last checkpoint of the folder `name` if there is one; what was saved is copied to others."""
     trainer = Trainer(run_of(out / name, teacher, shard))
-    last = HALF if trainer.start == 0 and name.startswith("half") else STEPS
-    for step in range(trainer.start, last):
+    for step in range(trainer.start, STEPS):
         trainer.step(step)
-    if last == HALF:
-        checkpoint.save(trainer.state, trainer.run.out, HALF)
-    keep(out, f"{name}-at-{last}", everything(trainer))
+        if step + 1 == SAVED and copies:
+            checkpoint.save(trainer.state, trainer.run.out, SAVED)
+            for copy in copies if distributed.first() else ():
+                shutil.copytree(out / name, out / copy)
+    keep(out, name, everything(trainer))
 
 
 def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
@@ -133,12 +145,40 @@ def main(out: Path, teacher: Path, actions: list[str]) -> None:
             kinds[kind](out, teacher, int(shard), *more)
 
 
-if __name__ == "__main__":
-    folder, model, *wanted = sys.argv[1:]
+def forked(n: int, out: Path, teacher: Path, actions: list[str]) -> int:
+    """The worst exit code of n processes, forked before torch has computed anything."""
+    with socket.socket() as spare:
+        spare.bind(("127.0.0.1", 0))
+        port = spare.getsockname()[1]
+    children = []
+    for rank in range(n):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            if n > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(port))
+            computed(out, teacher, actions)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
+def computed(out: Path, teacher: Path, actions: list[str]) -> None:
     torch.set_num_threads(1)
     jdm.evaluate.PROBE_SAMPLES = 8
-    main(Path(folder), Path(model), [a for a in wanted if not a.startswith("trained")])
-    if double := [a for a in wanted if a.startswith("trained")]:
+    main(out, teacher, [a for a in actions if not a.startswith("trained")])
+    if double := [a for a in actions if a.startswith("trained")]:
         in_double()
-        main(Path(folder), Path(model), double)
+        main(out, teacher, double)
     distributed.leave()
+
+
+if __name__ == "__main__":
+    folder, model, *wanted = sys.argv[1:]
+    if wanted == ["all"]:
+        sys.exit(max(forked(n, Path(folder), Path(model), actions) for n, actions in ALL))
+    computed(Path(folder), Path(model), wanted)

@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from jdm.controls import Canny
+from jdm.controls import Canny, load_control
 from jdm.data import load_pictures
 from jdm.evaluate import judge
 from jdm.metrics.prompts import prompt_agreement
@@ -50,6 +51,17 @@ def test_the_student_obeys_edges_and_prompts_in_one_step():
     assert error < 0.082  # 0.072 over 5,000; a blank picture has 0.128, shuffled controls 0.20
     assert questions.labels is not None
     assert prompt_agreement(judge(), pictures, questions.labels) > 0.90  # 0.948 over 5,000
+
+
+@pytest.mark.parametrize(("name", "bound"), [("soft-edge", 0.055), ("silhouette", 0.021), ("lowres", 0.045)])
+def test_one_frozen_student_obeys_each_further_control(name, bound):
+    """Over 5,000: .050, .018, .040. A blank picture has .22, .40, .21; shuffled controls .22, .25, .20."""
+    control, model = load_control(name), load_model(f"nano-{name}")
+    questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), control, 200, seed=1)
+    pictures = answers(Sampler(model), questions, control)
+    assert (control.h(unit(from_bytes(pictures))) - questions.c).abs().mean().item() < bound
+    student = load_model("nano-canny").unet.state_dict()
+    assert all(torch.equal(v, student[k]) for k, v in model.unet.state_dict().items())
 
 
 def test_the_teacher_answers_its_prompts():

@@ -27,7 +27,8 @@ EXAMPLES = """examples:
   jdm evaluate nano-canny --n 1000 --json out.json
   jdm reproduce table1 --dry-run"""
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # jdm.export.FORMATS, which is not imported for its names
-GPUS = ("4090", "l40s", "a100", "h100", "h200")  # the keys of jdm.gpus.GPUS, likewise
+MODELS = "nano-sd, nano-canny, nano-controlnet, nano-{soft-edge,silhouette,lowres}, a folder, a .safetensors, a hub id"
+GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # the keys of jdm.gpus.GPUS, likewise
 # The keys of jdm.reproduce.tables.TABLES and of its scales, which are not imported for their names.
 REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")
 
@@ -177,7 +178,7 @@ def cost_flags(parser: argparse.ArgumentParser) -> None:
 
 def _sample_flags(sample: _Parser) -> None:
     sample.add_argument("model", metavar="MODEL",
-                        help="nano-canny, nano-controlnet, nano-sd, a folder, a .safetensors checkpoint or a hub id")
+                        help=MODELS)
     sample.add_argument("--prompt", required=True)
     sample.add_argument("--image", help="a picture to measure the control on: any format, any size")
     sample.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
@@ -196,7 +197,7 @@ def _sample_flags(sample: _Parser) -> None:
 
 def _evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("model", metavar="MODEL",
-                          help="nano-canny, nano-controlnet, nano-sd, a folder, a .safetensors checkpoint or a hub id")
+                          help=MODELS)
     evaluate.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
     evaluate.add_argument("--n", type=_positive, default=1000, help="pictures")
     evaluate.add_argument("--seed", type=_seed, default=0)

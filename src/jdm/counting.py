@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -111,3 +112,23 @@ def _key(value: Tensor) -> int:
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of their storages, each counted once."""
     return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply, what `to` and `float` are made of; torch's own cannot put a fake tensor in another's place."""
+    for child in module.children() if recurse else ():
+        converted(child, fn)
+    for key, old in module._parameters.items():
+        with torch.no_grad():
+            new = old if old is None else fn(old)
+        if new is not old and old is not None and new is not None:
+            module._parameters[key] = nn.Parameter(new, old.requires_grad)
+    for key, old in module._buffers.items():
+        module._buffers[key] = old if old is None else fn(old)
+    return module
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """copy.deepcopy, which reads the memory of tensors and so corrupts that of fake ones."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, memo | {id(b): torch.empty_like(b) for b in module.buffers()})

@@ -11,7 +11,6 @@ peak times an ASSUMED utilisation: nothing here has run on such a GPU.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pkgutil
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers import AutoencoderTiny
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +32,7 @@ from jdm.checkpoint import trained
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.counting import Meter, bytes_of
+from jdm.counting import Meter, bytes_of, converted, copy_of
 from jdm.data import FASHION_CLASSES, TEMPLATES, Pictures
 from jdm.errors import UsageError
 from jdm.gpus import GPU, GPUS
@@ -187,7 +187,8 @@ class Rehearsal:
         """Every network's parameters and buffers, by what they are."""
         found: dict[str, list[Tensor]] = {}
         for name, model in self.models.items():
-            found |= {f"{name}: {part}": tensors_of(module) for part, module in model.modules().items()}
+            found |= {f"{name}: {part}": [*base_parameters(module), *module.buffers()]
+                      for part, module in model.modules().items()}
         for name, module in (task.modules | self.others).items():
             base = {id(p) for p in base_parameters(module)} | {id(b) for b in module.buffers()}
             found[f"trained: {name}" if name in task.modules else name] = [
@@ -213,12 +214,12 @@ class Rehearsal:
             "load_model": self._model, "load_pictures": self._pictures, "loaded_control": self._control,
             "load_reward": self._reward, "checked_reward": lambda reward, *_: reward, "guide_of": self._guide,
             "_one_step": lambda name, teacher, t_init: teacher, "validation_probe": lambda *_: None,
-            "copied": lambda module: copy_of(module).float().requires_grad_(True),
+            "tiny_decoder": self._tiny, "copied": lambda module: copy_of(module).float().requires_grad_(True),
             "new_controlnet": self._without_contents(new_controlnet), "Adapter": self._without_contents(Adapter)}
         modules = [importlib.import_module(f"jdm.methods.{m.name}") for m in pkgutil.iter_modules(jdm.methods.__path__)]
         changed = [patch.object(module, name, stand_in) for module in modules for name, stand_in in stand_ins.items()
                    if hasattr(module, name)]
-        changed.append(patch.object(nn.Module, "_apply", _converted))
+        changed.append(patch.object(nn.Module, "_apply", converted))
         for change in changed:
             change.start()
         try:
@@ -250,6 +251,11 @@ class Rehearsal:
         guide = self._model(name)
         self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
         return guide.score(guide.text(one_by_one=True))
+
+    def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
+        with self.mode:
+            self.others["tiny decoder"] = frozen(AutoencoderTiny(latent_channels=teacher.unet.config["in_channels"]))
+        return self.others["tiny decoder"]
 
     def _pictures(self, source: str, split: str, size: int) -> Pictures:
         n = self.run.batch
@@ -287,6 +293,7 @@ class Rehearsal:
     def _labels(self, task: Task, parts: dict[str, list[Tensor]]) -> Iterator[None]:
         """The meter's label follows the network that runs, forward and backward."""
         decoders = {id(m.vae.decoder): "decoder" for m in self.models.values()}
+        decoders |= {id(net.decoder): "decoder" for k, net in self.others.items() if k == "tiny decoder"}
         texts = {id(part) for m in self.models.values() for name, part in m.modules().items() if "text" in name}
         rewards = {id(self.others["reward"])} if "reward" in self.others else set()
 
@@ -357,28 +364,8 @@ def state_bytes(phase: Phase) -> float:
     return total
 
 
-def _converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, what `to` and `float` are made of; torch's own cannot put a fake tensor in another's place."""
-    for child in module.children() if recurse else ():
-        _converted(child, fn)
-    for key, old in module._parameters.items():
-        with torch.no_grad():
-            new = old if old is None else fn(old)
-        if new is not old and old is not None and new is not None:
-            module._parameters[key] = nn.Parameter(new, old.requires_grad)
-    for key, old in module._buffers.items():
-        module._buffers[key] = old if old is None else fn(old)
-    return module
-
-
 def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def copy_of(module: nn.Module) -> nn.Module:
-    """copy.deepcopy, which reads the memory of tensors and so corrupts that of fake ones."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, memo | {id(b): torch.empty_like(b) for b in module.buffers()})
 
 
 def tables(found: Estimate, title: str, gpus: list[str]) -> list[Table]:

@@ -123,6 +123,9 @@ class Run:
         ema: decay of the exponential moving average of the weights.
         precision: of what networks compute; sums, differences and what trains stay in float32.
         checkpointing: recompute activations in backward in place of keeping them: less memory, a third more time.
+        compile: torch.compile for the UNets and ControlNets: minutes before the first step, then faster ones.
+        decoder: folder or hub id of a tiny autoencoder of the same latents (AutoencoderTiny, such as TAESD) that
+            decodes inside the likelihood or reward in place of the teacher's; empty for the teacher's own.
         save_every, log_every, probe_every: in steps.
     """
 
@@ -139,6 +142,8 @@ class Run:
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
+    decoder: str = ""
+    compile: bool = False
     save_every: int = 500
     log_every: int = 20
     probe_every: int = 0

@@ -27,6 +27,7 @@ from jdm.models.stable_diffusion import (
     one_step_scheduler,
     placed,
     save_pipeline,
+    tiny_decoder,
     with_merged,
 )
 from jdm.models.text import TextEncoder
@@ -45,6 +46,7 @@ class Networks:
     Attributes:
         student: UNet, or UNet + ControlNet. t_init: level index it runs at.
         train_unet: False freezes the student's UNet: only its ControlNet is trained, saved and averaged.
+        tiny: the decoder inside the likelihood, where it is not the teacher's own.
         adapters: the LoRAs that train, by name: "student" and "fake", where these are not networks of their own, and
             "posterior", where it is not frozen or absent.
     """
@@ -58,6 +60,7 @@ class Networks:
     train_unet: bool = True
     posterior: Posterior | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    tiny: nn.Module | None = None
 
     @classmethod
     def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None, train_unet: bool = True,
@@ -85,7 +88,8 @@ class Networks:
                 adapters[name] = Adapter(net.unet, name, rank)
                 net.adapters = (adapters[name],)
         return cls(teacher, text, teacher.score(text, guidance=guidance), teacher.score_of(text, fake), student, t_init,
-                   train_unet, adapters=adapters)
+                   train_unet, adapters=adapters,
+                   tiny=placed(tiny_decoder(run.decoder, teacher), run.device) if run.decoder else None)
 
     def with_controlnet(self, start: str = "") -> Networks:
         """The student with a new ControlNet, zero convolutions and all (Eq. 10), or with that of `start`."""
@@ -124,8 +128,12 @@ class Networks:
         return self.teacher.schedule
 
     @property
+    def decoder(self) -> nn.Module:
+        return self.tiny or self.teacher.vae
+
+    @property
     def space(self) -> Space:
-        return Space(self.teacher.vae, self.student.autocast)
+        return Space(self.decoder, self.student.autocast)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -174,7 +182,7 @@ class Networks:
     def running(self) -> list[nn.Module]:
         """Every network that runs in a step: student, real and fake score, posterior where there is one, decoder."""
         scores = [self.real, self.fake, *([self.posterior.score] if self.posterior else [])]
-        return [self.student, *(score.net for score in scores), self.teacher.vae]  # type: ignore[union-attr]
+        return [self.student, *(score.net for score in scores), self.decoder]  # type: ignore[union-attr]
 
     @property
     def _device(self) -> torch.device:

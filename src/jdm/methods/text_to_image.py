@@ -26,7 +26,7 @@ from jdm.models.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Optimiser, Run, Task
-from jdm.schedule import NoiseSchedule
+from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, ScoreModel
 from jdm.space import unit
 from jdm.terms import (
@@ -167,7 +167,7 @@ def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tens
     own = matched(guide.schedule, schedule, t)
     scale = guide.schedule.alpha(own, x_t) / alpha
     both = guide.conditional_and_unconditional(x_t * scale, own, y)
-    cond, uncond = (Estimate(x_t.float(), e.eps, alpha, sigma) for e in both)
+    cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
     return cond, uncond
 
 

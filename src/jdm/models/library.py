@@ -15,6 +15,10 @@ SHIPPED = {
     "nano-sd": ("nano-sd", None),
     "nano-controlnet": ("nano-sd", "nano-controlnet"),
     "nano-canny": ("nano-canny", None),
+    # Further controls of nano-canny's UNet.
+    "nano-soft-edge": ("nano-canny", "nano-soft-edge"),
+    "nano-silhouette": ("nano-canny", "nano-silhouette"),
+    "nano-lowres": ("nano-canny", "nano-lowres"),
 }
 
 # By the pipeline that a folder names; any other is read as Stable Diffusion's.
@@ -25,7 +29,7 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
 
 
 def load_model(name: str) -> StableDiffusion:
-    """A shipped model ("nano-sd", "nano-controlnet", "nano-canny"), a folder, a hub id, or a .safetensors checkpoint.
+    """A shipped model ("nano-sd", "nano-canny", any of SHIPPED), a folder, a hub id, or a .safetensors checkpoint.
 
     Raises:
         UsageError: there is none, or it is not whole.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -241,7 +241,7 @@ def model_index(path: str) -> dict:
     """
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
         raise UsageError(f"{path}: no such folder; give a diffusers folder, a .safetensors checkpoint, a hub id "
-                         "(owner/name), or nano-sd, nano-canny, nano-controlnet")
+                         "(owner/name), or a shipped one, such as nano-sd or nano-canny")
     index = _json(path, "model_index.json")
     if index is None:
         raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at its top")
@@ -325,6 +325,25 @@ def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -
     net, info = loader.from_pretrained(path, output_loading_info=True, **extra)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
+    return net
+
+
+def tiny_decoder(name: str, teacher: StableDiffusion) -> nn.Module:
+    """A tiny autoencoder that decodes the teacher's latents, frozen.
+
+    Raises:
+        UsageError: it is none, or of other latents or another picture size.
+    """
+    try:
+        net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
+                         f"{(str(error).splitlines() or [''])[0][:120]}") from None
+    channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
+    ours = teacher.unet.config["in_channels"], teacher.downscale
+    if (channels, side) != ours:
+        raise UsageError(f"{name} decodes latents of {channels} channels to {side} times their side, the teacher's are "
+                         f"{ours[0]} and {ours[1]}; name one made for this teacher")
     return net
 
 

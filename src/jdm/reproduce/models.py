@@ -27,7 +27,11 @@ from jdm.train import train
 
 COLUMN = "*"  # as Trained.control: the control of the table's column
 NEEDS = "needs.json"  # in a run's folder: the weights it was trained from
-APART = ("out", "device", "save_every", "log_every", "probe_every")  # fields that do not decide what is learnt
+# Fields that do not decide what is learnt.
+APART = ("out", "device", "save_every", "log_every", "probe_every", "checkpointing", "compile", "shard")
+# Fields that older runs were trained without, at the value that changes nothing: an old cell keeps its name.
+LATER = {"precision": "fp32", "decoder": "", "accumulate": 1, "controlnet_start": "", "student_rank": 0,
+         "fake_rank": 0, "states": "float32"}
 Watch = Callable[[Run], AbstractContextManager[Callable[[int, dict], None] | None]]
 
 
@@ -177,9 +181,16 @@ def _holds_this_run(model: Model) -> bool:
 
 def essence(run: Run, needs: Mapping[str, Model]) -> dict:
     """What of a run decides its result, as JSON; not the models it starts from."""
-    whole = without_cache(json.loads(json.dumps(described(run))))
+    whole = _as_before(without_cache(json.loads(json.dumps(described(run)))))
     kept = {k: v for k, v in whole.items() if k not in (*APART, "model")}
     return kept | {"method": {k: v for k, v in whole["method"].items() if k not in needs}}
+
+
+def _as_before(value: Any) -> Any:
+    """A description without LATER's fields where they change nothing."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _as_before(v) for k, v in value.items() if k not in LATER or v != LATER[k]}
 
 
 def plan(model: Model) -> dict:

@@ -19,6 +19,7 @@ from jdm import checkpoint, distributed
 from jdm.data import fingerprint, load_pictures
 from jdm.distributed import local
 from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.memory import out_of_memory
 from jdm.models.execution import settle
 from jdm.report import write
 from jdm.run import Phase, Run, described, without_cache
@@ -139,9 +140,10 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
         TerminatedError: SIGTERM came; the step was finished and saved.
     """
-    trainer = Trainer(run)
-    step = trainer.start
+    trainer, step = None, 0
     try:
+        trainer = Trainer(run)
+        step = trainer.start
         with distributed.Terminator() as terminator:
             for step in range(trainer.start, run.steps):
                 logs = trainer.step(step)
@@ -151,6 +153,8 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
                     place = checkpoint.save(trainer.state, run.out, step + 1)
                     raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
         return trainer.export()
+    except torch.OutOfMemoryError:
+        raise RunError(out_of_memory(run, trainer and trainer.task)) from None
     except RuntimeError as error:
         if not distributed.lost(error):
             raise

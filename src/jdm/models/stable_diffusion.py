@@ -116,7 +116,27 @@ class StableDiffusion:
                              f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
         for part in model.modules().values():
             part.float().eval().requires_grad_(False)
+        model._refuse_misfits(path)
         return model
+
+    def _refuse_misfits(self, path: str) -> None:
+        """UsageError where the parts were made for different models: their shapes or levels would be wrong."""
+        read, written = self.unet.config["cross_attention_dim"], self._text_width
+        if read != written:
+            raise UsageError(f"{path}: the UNet reads text states of width {read}, its text encoder writes {written}; "
+                             "put back the text encoder it was trained with")
+        taken, latents = self.unet.config["in_channels"], self.vae.config["latent_channels"]
+        if taken != latents:
+            raise UsageError(f"{path}: the UNet takes {taken} channels, its autoencoder writes latents of {latents}; "
+                             "put back its own autoencoder (inpainting and image-editing UNets cannot be teachers)")
+        if self.scheduler.get("rescale_betas_zero_snr"):
+            raise UsageError(f"{path}: its schedule ends without signal (rescale_betas_zero_snr), where no x0 can be "
+                             "read; use a model without it")
+
+    @property
+    def _text_width(self) -> int:
+        """Of the hidden states that the UNet reads."""
+        return self.text_encoder.config.hidden_size
 
     @classmethod
     def _more(cls, path: str, index: dict) -> dict[str, Any]:

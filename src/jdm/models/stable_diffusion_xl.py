@@ -34,6 +34,11 @@ class StableDiffusionXL(StableDiffusion):
                 "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
                 "zeros": bool(index.get("force_zeros_for_empty_prompt", True))}
 
+    @property
+    def _text_width(self) -> int:
+        assert self.text_encoder_2 is not None
+        return self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
+
     def modules(self) -> dict[str, nn.Module]:
         assert self.text_encoder_2 is not None
         return super().modules() | {"text_encoder_2": self.text_encoder_2}

@@ -290,3 +290,10 @@ def test_numbers_are_written_whole_to_a_place_that_can_be_written(complaint, tmp
     assert "cannot be made" in line
 
 
+
+
+def test_what_every_process_says_alike_is_said_once(monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "no-such-recipe"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines

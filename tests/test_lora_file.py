@@ -70,7 +70,7 @@ def random_lora(net, rank=3):
     adapter = Adapter(net, "student", rank)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for parameter in adapter.parameters:
+        for parameter in adapter.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapter, lora_file.adapter_lora(net, adapter)
 

@@ -90,10 +90,13 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 
 def _failed(error: Exception) -> int:
+    quiet = os.environ.get("RANK", "0") != "0"  # what every process of a run says alike, the first says for all
     if isinstance(error, UsageError):
-        return _say(str(error), 2)
+        return _say("" if quiet else str(error), 2)
+    if isinstance(error, TerminatedError):
+        return _say("" if quiet else str(error), 143)
     if isinstance(error, RunError):
-        return _say(str(error), 143 if isinstance(error, TerminatedError) else 3)
+        return _say(str(error), 3)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to
         return 141
@@ -104,7 +107,8 @@ def _failed(error: Exception) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print("jdm: " + " ".join(message.split()), file=sys.stderr)
+    if message:
+        print("jdm: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from jdm import checkpoint, pictures, report
+from jdm import checkpoint, distributed, pictures, report
 from jdm.cli import GPUS, _Parser, cost_flags, prepared_flags, refuse_unknown
 from jdm.controls import checked, load_control
 from jdm.errors import RunError, UsageError
@@ -54,7 +54,9 @@ def train(asked: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             where = checkpoint.last(run.out) or "the start"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
-    print(folder)
+    if distributed.first():
+        print(folder)
+    distributed.leave()
     return 0
 
 

@@ -89,7 +89,7 @@ def shard(task: Task, run: Run) -> None:
     parts = list(dict.fromkeys(part for network in networks for part in network.modules()))
     before = {id(p): (part, key) for part in parts for key, p in part._parameters.items() if p is not None}
     for part in parts:
-        if hasattr(part, "down_blocks"):
+        if hasattr(part, "down_blocks") and hasattr(part, "time_embedding"):  # an autoencoder's encoder is neither
             for block in [*part.down_blocks, part.mid_block, *getattr(part, "up_blocks", [])]:  # type: ignore[misc]
                 fully_shard(block, mesh=mesh)
             fully_shard(part, mesh=mesh)

@@ -141,8 +141,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     rest = train.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
                               help="fields of the run; see: jdm train RECIPE --help")
     rest.required = False
-    _prepare_flags(command("prepare", "what training would compute again, on disk: text states, pictures, latents"))
-    _estimate_flags(command("estimate", "a run's memory, FLOPs and GPU-hours, before anything is loaded"))
+    _run_flags(command("prepare", "what training would compute again, on disk: text states, pictures, latents"),
+               prepared_flags)
+    _run_flags(command("estimate", "a run's memory, FLOPs and GPU-hours, before anything is loaded"), cost_flags)
     _sample_flags(command("sample", "pictures for a prompt, and for a control measured on a picture of yours"))
     _evaluate_flags(command("evaluate", "measure a model"))
     _export_flags(command("export", "a run's model as a folder that stock software loads"))
@@ -154,23 +155,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, made
 
 
-def _prepare_flags(prepare: _Parser) -> None:
-    prepare.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
-    rest = prepare.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
+def _run_flags(parser: _Parser, own: Callable[[argparse.ArgumentParser], None]) -> None:
+    """A recipe, the flags of its run, and the command's `own` among them."""
+    parser.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
+    rest = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
     rest.required = False
-    prepared_flags(prepare)
+    own(parser)
 
 
 def prepared_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `jdm prepare` that are not the run's."""
     parser.add_argument("--out", help="folder; runs/prepared/RECIPE where not given")
-
-
-def _estimate_flags(estimate: _Parser) -> None:
-    estimate.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
-    rest = estimate.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
-    rest.required = False
-    cost_flags(estimate)
 
 
 def cost_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,14 +10,13 @@ pictures in the pieces that `encoded` takes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from jdm.data import Pictures, load_pictures
 from jdm.errors import RunError, UsageError
+from jdm.locking import alone
 from jdm.methods.denoising import encoded_parts
 from jdm.models.text import TextEncoder, tensors_of
 from jdm.prepared import (
@@ -224,13 +224,8 @@ def _swept(folder: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time in a folder. The lock goes with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process prepares {folder}; wait for it, or choose another --out") from None
-        yield
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    def busy() -> None:
+        raise UsageError(f"another process prepares {folder}; wait for it, or choose another --out")
+
+    return alone(folder, busy)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from jdm import checkpoint
 from jdm.errors import UsageError
+from jdm.locking import alone
 from jdm.models.library import ASSETS, SHIPPED, load_model
 from jdm.models.stable_diffusion import CARD, save_pipeline
 from jdm.recipes import recorded
@@ -262,17 +262,9 @@ def _compose(model: Model) -> None:
     save_pipeline(unet.with_parts(controlnet=controlnet.controlnet), Path(model.path), card=card)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: two sittings may need the same model. The lock goes with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process trains {folder}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Two sittings may need the same model."""
+    return alone(folder, lambda: print(f"another process trains {folder}; waiting for it", file=sys.stderr, flush=True))
 
 
 def _weights_of_needs(model: Model) -> dict[str, str]:

@@ -104,8 +104,12 @@ def trained(out: Path, teacher: Path, shard: int, name: str, *copies: str) -> No
 
 
 def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
-    """Two steps in float32 by `train`, exported."""
-    jdm.train.train(replace(run_of(out / name, teacher, shard), steps=2, save_every=1, probe_every=1))
+    """Two steps in float32 with their probes, exported; and the averages that should be in the folder."""
+    trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=2, save_every=1, probe_every=1))
+    for step in range(2):
+        trainer.step(step)
+    trainer.export()
+    keep(out, name, {f"{n}.{k}": v for n, average in trainer.averages.items() for k, v in average.items()})
 
 
 def endless(out: Path, teacher: Path, shard: int, name: str) -> None:

@@ -139,8 +139,8 @@ def test_every_phase_has_the_gradients_of_eager_and_no_graph_is_made_after_the_f
             assert (ours is None) == (theirs is None)
             if theirs is not None and exact:
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    if not exact:
-        assert torch.isfinite(torch.stack([g.norm() for g in gradients(trainer)["generator"] if g is not None])).all()
+        a, b = (torch.cat([g.flatten() for g in gs if g is not None]) for gs in (found, expected))
+        assert exact or (a - b).norm() < 0.05 * b.norm(), name  # bfloat16 keeps 8 bits
     for step in range(3):
         trainer._phases(step)
     before = graphs()

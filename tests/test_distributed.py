@@ -1,5 +1,6 @@
 """Several processes on one CPU against one: gradients, weights, memory, checkpoints, and what happens when one dies."""
 
+import json
 import os
 import re
 import signal
@@ -97,8 +98,14 @@ def test_sharded_networks_train_probe_and_export_as_a_plain_folder(done):
     assert place
     assert not (place / checkpoint.WHOLE).exists()
     assert exported.one_step
-    assert "probe/consistency" in (done / "model" / "metrics.jsonl").read_text()
-    assert all(torch.isfinite(p).all() for p in exported.unet.parameters())
+    parts = {"unet": exported.unet, "controlnet": exported.controlnet}
+    found = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    averages = kept(done, "model")
+    assert found.keys() == averages.keys()
+    assert all(torch.equal(found[k], averages[k]) for k in averages)
+    rows = [json.loads(line) for line in (done / "model" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["probe/consistency"] < 1 for row in rows)
 
 
 def started(tmp_path: Path, teacher: Path, n: int) -> tuple[subprocess.Popen, dict[int, int]]:

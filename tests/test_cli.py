@@ -114,6 +114,23 @@ def test_a_control_of_ones_own_trains_and_samples_from_the_command_line(teacher,
     assert (shown[..., 0] == shown[..., 1]).all()
 
 
+def test_pictures_that_are_not_square_train_and_are_drawn(teacher, photo, tmp_path, capsys, untrained_judge):
+    assert main(["train", "nano-canny", *map(str, small(teacher, tmp_path / "run")), "--data.size", "28", "44"]) == 0
+    asked = ["sample", str(tmp_path / "run" / "model"), "--prompt", "ankle boot", "--n", "1"]
+    for name, more, wanted in (("own", [], (44, 28)), ("side", ["--size", "36"], (36, 36)),
+                               ("tall", ["--size", "40", "32"], (32, 40))):
+        assert main([*asked, "--image", str(photo), *more, "--out", str(tmp_path / name)]) == 0
+        for file in ("000.png", "control.png"):
+            assert Image.open(tmp_path / name / file).size == wanted
+    capsys.readouterr()
+    shown = ["--control-map", str(tmp_path / "tall" / "control.png"), "--out", str(tmp_path / "refused")]
+    for more, message in ((shown, "must be 28 x 44 pixels (height x width), got 40 x 32"),
+                          (["--size", "30", "44"], "both sides of a picture must be multiples of 4, got 30 x 44"),
+                          (["--size", "1", "2", "3"], "--size is a side, or height and width; got 3 numbers")):
+        assert main([*asked, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_recipe_of_ones_own_is_a_file(teacher, tmp_path, untrained_judge):
     recipe = tmp_path / "mine.py"
     recipe.write_text("from pathlib import Path\nfrom jdm.methods.diff_instruct import DiffInstruct\n"
@@ -201,7 +218,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
     out = ["--out", tmp_path / "o"]
     Image.new("L", (40, 32)).save(tmp_path / "map.png")
     asked = {
-        (student, "--control-map", tmp_path / "map.png"): "must be 32 x 32 pixels, got 40 x 32",
+        (student, "--control-map", tmp_path / "map.png"): "must be 32 x 32 pixels (height x width), got 32 x 40",
         (student,): "give --image with a picture",
         (student, "--image", photo, "--control-map", photo): "not both",
         (teacher, "--image", photo): "this model takes no control; leave out --image",

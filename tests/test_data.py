@@ -39,6 +39,11 @@ def test_the_packaged_test_split_is_whole_and_padded_to_its_size():
     labels = pictures.label(torch.arange(10_000))
     assert labels is not None
     assert labels.bincount().tolist() == [1000] * 10
+    wide = load_pictures("fashion-mnist", "test", (29, 40)).batch(torch.tensor([0, 9999]))
+    assert torch.equal(wide[..., :28, 6:34], images[..., 2:30, 2:30])
+    assert wide.sum() == images.sum()
+    with pytest.raises(UsageError, match="at least 28, got 20 x 40"):
+        load_pictures("fashion-mnist", "test", (20, 40))
 
 
 def test_captions_vary_and_name_the_class():

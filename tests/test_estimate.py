@@ -31,12 +31,14 @@ class Untracked(nullcontext):
     parents = ("Global",)
 
 
-@pytest.fixture(scope="module", params=["nano-canny", "mid-size"])
+@pytest.fixture(scope="module", params=["nano-canny", "mid-size", "wide"])
 def measured(request, tmp_path_factory):
     """(estimate, trainer after a step, FLOPs of its second step, bytes autograd saved in its generator phase)."""
     place = tmp_path_factory.mktemp("estimated")
     run = tiny.run(RECIPES["nano-canny"](), place / "run", place)
     run = replace(run, model="nano-sd", batch=2)
+    if request.param == "wide":
+        run = replace(run, data=replace(run.data, size=(28, 44)))
     if request.param == "mid-size":
         torch.manual_seed(0)
         teacher = tiny.model()

@@ -23,7 +23,7 @@ from jdm.models.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
-from jdm.recipes import all_recipes
+from jdm.recipes import all_recipes, recorded
 from jdm.sampling import Sampler
 from jdm.space import unit
 from jdm.train import Trainer, train
@@ -42,7 +42,7 @@ asked = load_file(asked)
 pipe = getattr(diffusers, json.load(open(folder + "/model_index.json"))["_class_name"]).from_pretrained(folder)
 pipe.set_progress_bar_config(disable=True)
 images = pipe(json.loads(sys.stdin.read()), image=asked["control"], latents=asked["z"], num_inference_steps=1,
-              guidance_scale=1, height=32, width=32, output_type="pt").images
+              guidance_scale=1, output_type="pt").images
 save_file({"images": images.float().contiguous()}, out)
 """
 
@@ -106,21 +106,40 @@ def test_a_folder_is_read_as_the_family_its_index_names(family):
     assert load_model(str(student)).prediction == ("v_prediction" if kind == "sd21-v" else "epsilon")
 
 
-def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
-    _, _, folder, _ = family
+def reproduced(folder, place, size):
+    """Largest difference between our pictures [0, 1] and those of a stock pipeline that is not told their size."""
     student = load_model(str(folder))
-    control = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.2).float().expand(-1, 3, -1, -1)
-    z = starting_noise(student.latent_shape(2, 32), seed=5)
+    height, width = size
+    control = (torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(0)) < 0.2).float()
+    control = control.expand(-1, 3, -1, -1)
+    z = starting_noise(student.latent_shape(2, size), seed=5)
     with torch.no_grad():
         ours = unit(student.space.decode(Sampler(student).x(z, PROMPTS, control))).clamp(0, 1)
         other = unit(student.space.decode(Sampler(student).x(z, PROMPTS, 1 - control))).clamp(0, 1)
     assert (ours - other).abs().max() > 2e-3, "a control that changes nothing would prove nothing"
-    save_file({"z": z, "control": control.contiguous()}, tmp_path / "asked.safetensors")
+    save_file({"z": z, "control": control.contiguous()}, place / "asked.safetensors")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", STOCK, folder, tmp_path / "asked.safetensors", tmp_path / "out"],
+    done = subprocess.run([sys.executable, "-c", STOCK, folder, place / "asked.safetensors", place / "out"],
                           input=json.dumps(PROMPTS), text=True, capture_output=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (load_file(tmp_path / "out")["images"] - ours).abs().max() < 1e-4
+    return (load_file(place / "out")["images"] - ours).abs().max()
+
+
+def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
+    assert reproduced(family[2], tmp_path, (32, 32)) < 1e-4
+
+
+def test_a_student_of_pictures_that_are_not_square_says_so_to_stock_diffusers(family, tmp_path):
+    kind, teacher, _, run = family
+    wide = replace(run, out=tmp_path / "run", data=replace(run.data, size=(28, 44)))  # latents of odd sides
+    folder = train(wide)
+    student = load_model(str(folder))
+    assert student.size == (28, 44)
+    assert load_model(str(teacher)).size == 32
+    if kind == "sdxl":
+        assert student.text()(["a"])[1]["time_ids"].tolist() == [[28, 44, 0, 0, 28, 44]]
+    assert reproduced(folder, tmp_path, (28, 44)) < 1e-4
+    assert recorded(wide.out / "run.json") == replace(wide, out=wide.out)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(family, tmp_path):

@@ -101,17 +101,18 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     assert load_picture(path, 16)[:, 0, 0].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("size", [20, (20, 30), (32, 16)])
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (65, 64), (9, 200)])
-def test_any_shape_becomes_the_centre_square_of_the_resized_picture(height, width, tmp_path):
-    size = 20
+def test_any_shape_becomes_the_centre_of_the_resized_picture(height, width, size, tmp_path):
+    wanted = (size, size) if isinstance(size, int) else size
     image = Image.fromarray(ramp(height, width))
-    scale = size / min(height, width)
+    scale = max(wanted[0] / height, wanted[1] / width)
     whole = np.array(image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
-    top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
+    top, left = (whole.shape[0] - wanted[0]) // 2, (whole.shape[1] - wanted[1]) // 2
     got = load_picture(saved(image, tmp_path / "a.png"), size).permute(1, 2, 0).numpy()
-    assert got.shape == (size, size, 3)
+    assert got.shape == (*wanted, 3)
     # Within the slope of the ramp: the box is centred to a fraction of a pixel, a crop to a whole one.
-    assert np.abs(got.astype(int) - whole[top : top + size, left : left + size]).max() <= 14
+    assert np.abs(got.astype(int) - whole[top : top + wanted[0], left : left + wanted[1]]).max() <= 14
 
 
 def test_shrinking_is_antialiased(tmp_path):

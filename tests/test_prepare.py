@@ -85,6 +85,16 @@ def test_a_run_with_its_cache_has_the_losses_of_one_without_and_computes_nothing
     assert losses(cached(run, tmp_path / "cache", tmp_path / "quick")) == wanted
 
 
+def test_pictures_that_are_not_square_are_prepared_too_and_known_again(photos, teacher, tmp_path):
+    run = small("nano-controlnet", tmp_path / "run", teacher,
+                data=Data(source=str(photos), size=(28, 44), split="train", validation="train[:2]"))
+    wanted = losses(run)
+    prepare(run, tmp_path / "cache", "nano-controlnet")
+    assert losses(cached(run, tmp_path / "cache", tmp_path / "quick")) == wanted
+    other = replace(run, data=replace(run.data, size=(44, 28)), out=tmp_path / "new")
+    changed(other, tmp_path / "cache", r"size .*\(28 x 44, not 44 x 28\)")
+
+
 @SLOW
 def test_a_guide_with_a_text_encoder_of_its_own_finds_its_own_states(teacher, tmp_path):
     model = load_model(str(teacher))
@@ -213,7 +223,7 @@ def test_pictures_that_were_copied_or_touched_are_the_same(ready, photos, tmp_pa
 
 def test_one_picture_more_another_size_and_another_split_are_noticed(ready, photos):
     run, folder = ready
-    for field, value, name in (("size", 64, r"size .*\(32, not 64\)"), ("split", "train[:5]", "split")):
+    for field, value, name in (("size", 64, r"size .*\(32 x 32, not 64 x 64\)"), ("split", "train[:5]", "split")):
         changed(replace(run, data=replace(run.data, **{field: value})), folder, f"another {name}")
     Image.new("RGB", (40, 40)).save(photos / "new.png")
     (photos / "new.txt").write_text("caption 7")

@@ -187,6 +187,8 @@ def _sample_flags(sample: _Parser) -> None:
     sample.add_argument("--strength", action="append", type=float, default=[],
                         help="of each control in turn, the model's own first; 1 where not given; repeatable")
     sample.add_argument("--n", type=_positive, default=4, help="how many")
+    sample.add_argument("--size", type=_positive, nargs="+", metavar="PIXELS",
+                        help="a square's side, or height and width; the model's own where not given")
     sample.add_argument("--seed", type=_seed, default=0)
     sample.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
     sample.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")

@@ -34,6 +34,7 @@ from jdm.progress import PartsProgress, TrainingProgress
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.sampling import Sampler
+from jdm.size import height_width, size_of, sized, spelled
 from jdm.space import from_bytes, unit
 
 diffusers.utils.logging.disable_progress_bar()
@@ -168,6 +169,10 @@ def _unboxed(text: str) -> str:
 def sample(asked: argparse.Namespace) -> int:
     """`jdm sample`: control.png, 000.png, ... and grid.png."""
     model = load_model(asked.model).to(_device(asked.device))
+    if asked.size:
+        if len(asked.size) > 2:
+            raise UsageError(f"--size is a side, or height and width; got {len(asked.size)} numbers")
+        model = model.at(sized([asked.size[0], asked.size[-1]]))
     shown = shown_control(model, asked.image, asked.control_map, asked.control)
     also = [load_controlnet(name, model) for name in asked.also]
     if also:
@@ -185,7 +190,7 @@ def sample(asked: argparse.Namespace) -> int:
             measured = (torch.cat(shown.split(3, dim=1)) * 255).round().clamp(0, 255).to(torch.uint8)
             pictures.grid(measured, len(measured), pad=0).save(out / "control.png")
             sheet = torch.cat([measured, images])
-        pictures.grid(sheet, 9, scale=max(1, 128 // model.size)).save(out / "grid.png")
+        pictures.grid(sheet, 9, scale=max(1, 128 // max(height_width(model.size)))).save(out / "grid.png")
     except OSError as error:
         raise RunError(f"{out} could not be written ({error.strerror or error}); free some space or choose another "
                        "--out") from None
@@ -212,9 +217,9 @@ def shown_control(model: StableDiffusion, image: str | None, control_map: str | 
         loaded = pictures.load_picture(control_map, model.size)
         with Image.open(control_map) as file:
             width, height = file.size
-        if (width, height) != (model.size, model.size):
-            raise UsageError(f"{control_map}: a control map must be {model.size} x {model.size} pixels, got "
-                             f"{width} x {height}; resize it, or give the picture itself with --image")
+        if (height, width) != height_width(model.size):
+            raise UsageError(f"{control_map}: a control map must be {spelled(model.size)} pixels (height x width), got "
+                             f"{height} x {width}; resize it, or give the picture itself with --image")
         return loaded[None].float() / 255
     assert image is not None
     spec = control or (model.card or {}).get("control")
@@ -229,12 +234,12 @@ def _beside(shown: Tensor | None, specs: list[str | None], asked: argparse.Names
     if shown is None or asked.image is None:
         raise UsageError("--also measures its control on a picture; give one with --image to a model that draws to a "
                          "control, such as nano-canny")
-    picture = unit(from_bytes(pictures.load_picture(asked.image, shown.shape[-1])))[None]
+    picture = unit(from_bytes(pictures.load_picture(asked.image, size_of(shown))))[None]
     parts = [shown]
     for spec, name in zip(specs, asked.also, strict=True):
         if not spec:
             raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
-        measure = checked(load_control(spec), shown.shape[-1])
+        measure = checked(load_control(spec), size_of(shown))
         parts.append(measure.image(measure.h(picture)))
     return torch.cat(parts, dim=1)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from jdm.errors import UsageError
 from jdm.pictures import decoded, load_picture
 from jdm.sharing import Share, share
+from jdm.size import Size, height_width, spelled
 
 if TYPE_CHECKING:
     from jdm.space import Space
@@ -55,7 +56,7 @@ class Pictures:
     """A split: uint8 pictures by index, their captions, and class labels where the source has them.
 
     Attributes:
-        images: indices [B] -> uint8 [B, 3, size, size].
+        images: indices [B] -> uint8 [B, 3, H, W].
         captions: for each picture, or each label, the tuple of captions one is drawn from.
         labels: [N] class of each picture; None where unknown. With labels, `captions` is indexed by label.
         source: name for reports.
@@ -67,7 +68,7 @@ class Pictures:
     captions: tuple[tuple[str, ...], ...]
     labels: Tensor | None
     indices: Tensor
-    size: int
+    size: Size
     source: str
     files: Callable[[Tensor], list[Path]] | None = None
     latents: Callable[[Space], Tensor] | None = None
@@ -76,7 +77,7 @@ class Pictures:
         return len(self.indices)
 
     def batch(self, rows: Tensor) -> Tensor:
-        """uint8 [B, 3, size, size] of rows of this split."""
+        """uint8 [B, 3, H, W] of rows of this split."""
         return self.images(self.indices[rows])
 
     def label(self, rows: Tensor) -> Tensor | None:
@@ -94,7 +95,7 @@ class Pictures:
         return replace(self, indices=self.indices[_slice(expression)])
 
 
-def load_pictures(source: str, split: str, size: int) -> Pictures:
+def load_pictures(source: str, split: str, size: Size) -> Pictures:
     """The split of a source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id."""
     match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
     if match is None or match[1] not in ("train", "validation", "test"):
@@ -163,15 +164,15 @@ def fingerprint(pictures: Pictures, count: int = 1000) -> str:
 # Sources
 
 
-def _fashion_mnist(split: str, size: int) -> Pictures:
-    if size < 28:
+def _fashion_mnist(split: str, size: Size) -> Pictures:
+    sides = height_width(size)
+    if min(sides) < 28:
         raise UsageError(f"Fashion-MNIST pictures are 28 px and are padded with black; size must be at least "
-                         f"28, got {size}")
+                         f"28, got {spelled(size)}")
     folder, stem = (PACKAGED, "t10k") if split == "test" else (_training_folder(), "train")
     files = [folder / f"{stem}-images-idx3-ubyte.gz", folder / f"{stem}-labels-idx1-ubyte.gz"]
     images, labels = _idx(files[0], 16).reshape(-1, 28, 28), _idx(files[1], 8)
-    before = (size - 28) // 2
-    padded = np.pad(images, ((0, 0), *[(before, size - 28 - before)] * 2))
+    padded = np.pad(images, ((0, 0), *[((side - 28) // 2, (side - 27) // 2) for side in sides]))
     grey = torch.from_numpy(padded)[:, None]
     cut = len(grey) - HELD_OUT
     bounds = {"train": (0, cut), "validation": (cut, len(grey)), "test": (0, len(grey))}[split]
@@ -211,7 +212,7 @@ def _idx(path: Path, header: int) -> np.ndarray:
         raise UsageError(f"{path} is not a readable IDX file ({error}); fetch it again") from None
 
 
-def _folder(folder: Path, split: str, size: int) -> Pictures:
+def _folder(folder: Path, split: str, size: Size) -> Pictures:
     """A folder: split sub-folders where they exist, otherwise every 20th picture validates and tests."""
     root = folder / split if (folder / split).is_dir() else folder
     captions = _table(root)
@@ -269,7 +270,7 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
     return text
 
 
-def _hub(name: str, split: str, size: int) -> Pictures:
+def _hub(name: str, split: str, size: Size) -> Pictures:
     from datasets import load_dataset
 
     try:

@@ -43,6 +43,7 @@ from jdm.models.stable_diffusion import Denoiser, StableDiffusion, new_controlne
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
+from jdm.size import Size, height_width
 
 RESERVE = 0.05  # of a GPU's memory
 UTILISATION = 0.4  # of a GPU's peak, assumed: eager mode, norms and activations bound by bandwidth
@@ -242,7 +243,7 @@ class Rehearsal:
 
     def _model(self, name: str) -> StableDiffusion:
         with self.mode:
-            model = without_weights(name)
+            model = without_weights(name).at(self.run.data.size)
         role = "teacher" if not self.models else f"{len(self.models) + 1}. model {name}"
         self.models[role] = model
         return model
@@ -250,19 +251,19 @@ class Rehearsal:
     def _guide(self, name: str, teacher: StableDiffusion, run: Run) -> Any:
         guide = self._model(name)
         self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
-        return guide.score(guide.text(one_by_one=True))
+        return guide.score(guide.text(one_by_one=True, size=self.run.data.size))
 
     def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
         with self.mode:
             self.others["tiny decoder"] = frozen(AutoencoderTiny(latent_channels=teacher.unet.config["in_channels"]))
         return self.others["tiny decoder"]
 
-    def _pictures(self, source: str, split: str, size: int) -> Pictures:
+    def _pictures(self, source: str, split: str, size: Size) -> Pictures:
         n = self.run.batch
-        return Pictures(lambda rows: torch.zeros(len(rows), 3, size, size, dtype=torch.uint8),
+        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
                         (("a picture",),) * n, None, torch.arange(n), size, source)
 
-    def _control(self, spec: str, size: int) -> Any:
+    def _control(self, spec: str, size: Size) -> Any:
         control = load_control(spec)
         if isinstance(control, HED):
             with self.mode:

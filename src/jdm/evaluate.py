@@ -27,6 +27,7 @@ from jdm.reference import SAMPLES, Reference, references
 from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.run import Run
 from jdm.sampling import Sampler
+from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
                     groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> float:
     """Diversity over z at fixed (y, c): mean pairwise feature distance."""
     part = questions.head(min(groups, len(questions)))
-    z = starting_noise(sampler.model.latent_shape(len(part) * draws, part.images.shape[-1]), part.seed + 1)
+    z = starting_noise(sampler.model.latent_shape(len(part) * draws, size_of(part.images)), part.seed + 1)
     y = [caption for caption in part.y for _ in range(draws)]
     shown = None
     if control is not None and part.c is not None:

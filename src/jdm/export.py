@@ -24,6 +24,7 @@ from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, 
 from jdm.recipes import recorded
 from jdm.report import read_json
 from jdm.schedule import NoiseSchedule
+from jdm.size import height_width, sized
 from jdm.train import export_checkpoint
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")
@@ -168,7 +169,8 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     unet, vae, scheduler = (read_json(source.folder / file) for file in configs)
     if not (unet and vae and scheduler):
         return found
-    found = replace(found, pixels=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
                     prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
     if not found.one_step:
         return found

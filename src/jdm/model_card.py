@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jdm.size import Size, height_width, spelled
+
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
 CHECKPOINT_FILE, CONTROLNET_FILE = "{name}.safetensors", "{name}_controlnet.safetensors"
 NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every")
@@ -21,7 +23,7 @@ class Subject:
     Attributes:
         name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
         card: jdm.json. record: run.json. metrics: what `jdm evaluate` wrote. Empty where there is none.
-        base: what it was trained from, by folder or hub id. pixels: side of its pictures.
+        base: what it was trained from, by folder or hub id. pixels: size of its pictures.
         sigma: sigma / alpha at the level a one-step student runs at; same_levels: Stable Diffusion's table has it too.
         known_as: the size of UNet that ComfyUI and A1111 take it for.
         errors, left_out, rank: of a LoRA that stands for a full student.
@@ -35,7 +37,7 @@ class Subject:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     controlled: bool = False
-    pixels: int | None = None
+    pixels: Size | None = None
     dtype: str = "float32"
     sigma: float | None = None
     same_levels: bool = True
@@ -119,7 +121,8 @@ def _facts(of: Subject) -> str:
     rows = [("base model", public(of.base) if of.base else "not recorded"),
             ("method", of.card.get("method") or of.method.get("type")), ("control", of.card.get("control")),
             ("t_init", f"{level} (sigma / alpha = {of.sigma:.4f})" if level is not None and of.sigma else level),
-            ("pictures", f"{of.pixels} x {of.pixels}" if of.pixels else None), ("weights on disk", of.dtype)]
+            ("pictures", of.pixels and spelled(of.pixels) + " (height x width)" * isinstance(of.pixels, tuple)),
+            ("weights on disk", of.dtype)]
     return _table("", "", [(k, _value(v)) for k, v in rows if v is not None])
 
 
@@ -158,7 +161,8 @@ def _call(of: Subject) -> str:
     guidance = 1.0 if of.one_step else float(of.card.get("guidance", 2.0))
     asked = ['"your prompt"', *["image=control"] * of.controlled,
              f"num_inference_steps={1 if of.one_step else 50}, guidance_scale={guidance}"]
-    size = f".resize(({of.pixels}, {of.pixels}))" if of.pixels else ""
+    height, width = height_width(of.pixels or 0)
+    size = f".resize(({width}, {height}))" if of.pixels else ""
     shown = f'control = Image.open("control.png").convert("RGB"){size}\n' if of.controlled else ""
     return f'{shown}image = pipe({", ".join(asked)}).images[0]\nimage.save("picture.png")\n'
 

@@ -1,4 +1,4 @@
-"""Picture files: any picture a person has -> a square uint8 tensor, and tensors -> PNG files and sheets."""
+"""Picture files: any picture a person has -> uint8 at the size asked for, and tensors -> PNG files and sheets."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from jdm.errors import RunError, UsageError, in_short
+from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
 
 
-def load_picture(path: str | Path, size: int) -> Tensor:
-    """The picture at `path` -> [3, size, size], uint8 RGB.
+def load_picture(path: str | Path, size: Size) -> Tensor:
+    """The picture at `path` -> [3, H, W] of that size, uint8 RGB.
 
     The rule: turned as its EXIF orientation says; transparent parts over black; grey repeated to three
     channels; 16-bit grey divided by 257 and float grey in [0, 1] times 255, rounded; of several frames the
-    first. Then resized so that the shorter side is `size` (Lanczos, antialiased) and its centre square kept.
+    first. Then resized to cover `size`, its proportions kept (Lanczos, antialiased), and its centre kept.
     Colour profiles are not applied.
 
     UsageError where there is no such file, it is no whole picture that Pillow reads, a side is below
@@ -51,13 +52,13 @@ def load_picture(path: str | Path, size: int) -> Tensor:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UsageError(f"{path}: damaged or incomplete ({in_short(error)}); "
                          "copy or save it again") from error
-    return _square(rgb, size)
+    return _covering(rgb, size)
 
 
-def decoded(image: Image.Image, size: int, name: str = "a picture") -> Tensor:
-    """A picture that is open already -> [3, size, size], uint8 RGB, by the rule of `load_picture`."""
+def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
+    """A picture that is open already -> [3, H, W], uint8 RGB, by the rule of `load_picture`."""
     _check_size(Path(name), image)
-    return _square(_rgb(Path(name), ImageOps.exif_transpose(image)), size)
+    return _covering(_rgb(Path(name), ImageOps.exif_transpose(image)), size)
 
 
 def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
@@ -99,13 +100,18 @@ def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Im
     return sheet
 
 
-def _square(rgb: Image.Image, size: int) -> Tensor:
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+def _covering(rgb: Image.Image, size: Size) -> Tensor:
+    height, width = height_width(size)
+    across, down = float(rgb.width), float(rgb.height)
+    if across * height > down * width:
+        across = down * width / height
+    else:
+        down = across * height / width
+    left, top = (rgb.width - across) / 2, (rgb.height - down) / 2
     # A box, not a crop: the filter reads across its border, so this is resize-then-crop without the large
     # intermediate picture that a panorama would need.
-    square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    part = rgb.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
 
 
 def _check_size(path: Path, image: Image.Image) -> None:

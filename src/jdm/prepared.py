@@ -31,6 +31,7 @@ from jdm.errors import UsageError
 from jdm.models.text import TextEncoder
 from jdm.report import read_json
 from jdm.run import Data, Run
+from jdm.size import spelled
 from jdm.space import Space
 
 MANIFEST = "manifest.json"
@@ -193,7 +194,7 @@ def facts(data: Data, loaded: Pictures) -> dict[str, Any]:
     keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
     used, of = keys.unique(return_inverse=True)
     said = [[loaded.captions[k] for k in used.tolist()], of.tolist()]
-    return {"size": data.size, "split": data.split, "n": len(loaded), "prompts": sha256(said)}
+    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": sha256(said)}
 
 
 def distinct(loaded: Pictures) -> list[str]:

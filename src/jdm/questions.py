@@ -12,6 +12,7 @@ from jdm.data import Pictures
 from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.sampling import Sampler
+from jdm.size import size_of
 from jdm.space import from_bytes, unit
 
 
@@ -56,6 +57,6 @@ class Questions:
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:
     """uint8 pictures [N, 3, H, W] for the questions; picture i has its own noise, whatever the batch."""
-    z = starting_noise(sampler.model.latent_shape(len(questions), questions.images.shape[-1]), questions.seed)
+    z = starting_noise(sampler.model.latent_shape(len(questions), size_of(questions.images)), questions.seed)
     shown = None if control is None or questions.c is None else control.image(questions.c)
     return sampler(z, questions.y, shown, batch)

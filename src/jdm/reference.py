@@ -16,9 +16,11 @@ from jdm.data import Pictures
 from jdm.errors import UsageError
 from jdm.metrics.extractors import Extractor
 from jdm.metrics.frechet import Statistics, frechet_distance
+from jdm.models import nano
 from jdm.models.library import ASSETS, load_model
 from jdm.questions import Questions, answers
 from jdm.sampling import Sampler
+from jdm.size import spelled
 
 STEPS, GUIDANCE, SAMPLES = 25, 2.0, 5000
 SEEDS = (1000, 2000)  # of the reference and of the second set
@@ -49,15 +51,17 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
                guidance: float = GUIDANCE, samples: int = SAMPLES) -> dict[str, Reference]:
     """One reference per extractor: shipped with nano-sd, remembered after the first time for other teachers."""
     found: dict[str, Reference] = {}
-    recipe = {"teacher": teacher, "pictures": pictures.source, "steps": str(steps), "guidance": f"{guidance:g}",
-              "samples": str(min(samples, len(pictures))), "seeds": json.dumps(SEEDS)}
+    recipe = {"teacher": teacher, "pictures": pictures.source, "size": spelled(pictures.size),
+              "steps": str(steps), "guidance": f"{guidance:g}", "samples": str(min(samples, len(pictures))),
+              "seeds": json.dumps(SEEDS)}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     for extractor in extractors:
         for folder in (ASSETS / "reference", _cache() / key):
             file = folder / f"{extractor.name}.safetensors"
             if file.is_file():
                 statistics = Statistics.load(file)
-                if all(statistics.extra.get(k) == v for k, v in recipe.items()):
+                said = {"size": spelled(nano.SIZE)} | statistics.extra  # what ships came before other sizes
+                if all(said.get(k) == v for k, v in recipe.items()):
                     found[extractor.name] = Reference(statistics)
                     break
     missing = [e for e in extractors if e.name not in found]
@@ -68,7 +72,7 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
 
 def _measured(teacher: str, extractors: list[Extractor], pictures: Pictures, recipe: dict[str, str],
               folder: Path) -> dict[str, Reference]:
-    model = load_model(teacher).with_parts(controlnet=None)
+    model = load_model(teacher).with_parts(controlnet=None).at(pictures.size)
     if model.one_step:
         raise UsageError(f"{teacher} is a one-step student; a reference needs its multi-step teacher")
     sampler = Sampler(model, int(recipe["steps"]), float(recipe["guidance"]))

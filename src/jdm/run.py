@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 from torch import Tensor, nn
 
 from jdm.optimiser import AdamW
+from jdm.size import Size
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class Data:
 
     Attributes:
         source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id.
-        size: side in pixels; a picture is resized by its shorter side and cut from the centre.
+        size: side, or height and width, in pixels; a picture is resized to cover it and cut from the centre.
         split, validation: as `datasets` writes them.
         prepared: folder that `jdm prepare` wrote for this split; empty for none. It decides nothing that is learnt.
     """
 
     source: str = "fashion-mnist"
-    size: int = 32
+    size: Size = 32
     split: str = "train"
     validation: str = "validation"
     prepared: str = ""

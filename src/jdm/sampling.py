@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jdm.generator import starting_noise
 from jdm.models.library import load_model
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, ddim_scheduler
 from jdm.score import ScoreModel
+from jdm.size import Size, size_of
 from jdm.space import to_bytes
 
 
@@ -91,14 +93,17 @@ def generator(model: str | StableDiffusion, control: Control | None = None, step
         steps: 1 for a one-step student, 50 for others unless given.
     """
     loaded = load_model(model) if isinstance(model, str) else model
-    sampler = Sampler(loaded, steps or (1 if loaded.one_step else 50), guidance)
+
+    @cache
+    def sampler(size: Size) -> Sampler:
+        return Sampler(loaded.at(size), steps or (1 if loaded.one_step else 50), guidance)
 
     def pictures(prompt: str, image: Tensor | None = None, n: int = 1, seed: int = 0) -> Tensor:
         if loaded.controlnet is not None and (control is None or image is None):
             raise UsageError("this model has a ControlNet; give a control and a picture to measure")
-        size = loaded.size if image is None else image.shape[-1]
+        size = loaded.size if image is None else size_of(image)
         c = None if control is None or image is None else control.image(control.h(image[None].float() / 255))
         shown = None if c is None else c.expand(n, -1, -1, -1)
-        return sampler(starting_noise(loaded.latent_shape(n, size), seed), [prompt] * n, shown)
+        return sampler(size)(starting_noise(loaded.latent_shape(n, size), seed), [prompt] * n, shown)
 
     return pictures

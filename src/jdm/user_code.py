@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
+from jdm.size import Size, height_width
 
 
 def imported(source: str) -> ModuleType:
@@ -44,10 +45,11 @@ def imported(source: str) -> ModuleType:
     return module
 
 
-def probe(size: int, seed: int) -> Tensor:
-    """Two pictures [2, 3, size, size] of uniform noise, the lower half of the second one black."""
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    images[1, :, size // 2 :] = 0
+def probe(size: Size, seed: int) -> Tensor:
+    """Two pictures [2, 3, H, W] of uniform noise, the lower half of the second one black."""
+    height, width = height_width(size)
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    images[1, :, height // 2 :] = 0
     return images
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
+from jdm.size import Size, height_width
 from jdm.user_code import check_gradient, imported, probe
 
 KNOWN = {
@@ -90,11 +91,11 @@ def load_control(spec: str) -> Control:
     return made
 
 
-def checked(control: Control, size: int) -> Control:
-    """`control` itself, once two pictures [2, 3, size, size] have gone through `h` and `log_prob`.
+def checked(control: Control, size: Size) -> Control:
+    """`control` itself, once two pictures [2, 3, H, W] have gone through `h` and `log_prob`.
 
-    UsageError, naming the class, what came back, the bound and the remedy, unless c is [2, channels, size,
-    size], floating point, finite and in [0, 1], and log_prob is [2], finite, with a finite gradient over the
+    UsageError, naming the class, what came back, the bound and the remedy, unless c is [2, channels, H,
+    W], floating point, finite and in [0, 1], and log_prob is [2], finite, with a finite gradient over the
     pictures that is not all 0. Half of one picture is black: there a bare square root or logarithm shows.
     """
     name = type(control).__name__
@@ -102,7 +103,7 @@ def checked(control: Control, size: int) -> Control:
         raise UsageError(f"{name}.channels must be 1 or 3, got {control.channels!r}; project a map with "
                          "another number of channels to 3 in h")
     c = _called(f"{name}.h", control.h, probe(size, seed=0))
-    _check_map(name, c, (2, control.channels, size, size))
+    _check_map(name, c, (2, control.channels, *height_width(size)))
     for reference in (None, probe(size, seed=0)):
         images = probe(size, seed=1).requires_grad_()
         with torch.enable_grad():

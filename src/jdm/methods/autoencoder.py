@@ -14,6 +14,7 @@ from jdm.data import Noise, Pictures, load_pictures, rows_at
 from jdm.models import nano
 from jdm.models.stable_diffusion import placed
 from jdm.run import Optimiser, Phase, Run, Task
+from jdm.size import height_width
 from jdm.space import from_bytes
 
 
@@ -61,7 +62,8 @@ class Autoencoder:
         )
 
     def _latent(self, run: Run) -> tuple[int, int, int]:
-        return nano.LATENT_CHANNELS, run.data.size // 4, run.data.size // 4
+        height, width = height_width(run.data.size)
+        return nano.LATENT_CHANNELS, height // 4, width // 4
 
 
 @torch.no_grad()

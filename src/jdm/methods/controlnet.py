@@ -29,12 +29,12 @@ class ControlNet:
 
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
-        teacher = load_model(run.model).to(run.device)
+        teacher = load_model(run.model).at(run.data.size).to(run.device)
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         latents = encoded(teacher.space, pictures)
         net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
-        text = prepared.text(run, teacher.text(one_by_one=True))
+        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
         score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
 
         def shown(images: Tensor) -> Tensor:

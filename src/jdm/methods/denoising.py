@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_
 from jdm.models.text import TextEncoder
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel
+from jdm.size import height_width
 from jdm.space import Space, from_bytes
 
 
@@ -73,7 +75,7 @@ class Denoising:
         return Task(
             phases=[Phase("teacher", [([*unet.parameters(), *encoder.parameters()], self.optimiser)], loss)],
             begin=begin, modules={"unet": unet, "text_encoder": encoder}, averaged=("unet", "text_encoder"),
-            export=lambda folder, averages: save_pipeline(assembled(averages), folder), probe=probe,
+            export=lambda folder, averages: save_pipeline(assembled(averages).at(run.data.size), folder), probe=probe,
             frozen=[score.net],
         )
 
@@ -91,7 +93,7 @@ def encoded(space: Space, pictures: Pictures) -> Tensor:
 def encoded_parts(space: Space, pictures: Pictures) -> Iterator[Tensor]:
     """The same piece by piece: 500 pictures, or as many as have 4 million pixels; laid out as on disk, for the bits."""
     device = next(space.vae.parameters()).device if space.vae is not None else "cpu"
-    for rows in torch.arange(len(pictures)).split(max(1, min(500, 2**22 // pictures.size**2))):
+    for rows in torch.arange(len(pictures)).split(max(1, min(500, 2**22 // prod(height_width(pictures.size))))):
         yield space.encode(from_bytes(pictures.batch(rows)).to(device)).cpu().contiguous()
 
 

@@ -18,7 +18,7 @@ from jdm.errors import UsageError
 from jdm.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.library import load_controlnet, load_model
+from jdm.models.library import load_controlnet, load_model, tiny_decoder
 from jdm.models.stable_diffusion import (
     Denoiser,
     StableDiffusion,
@@ -27,7 +27,6 @@ from jdm.models.stable_diffusion import (
     one_step_scheduler,
     placed,
     save_pipeline,
-    tiny_decoder,
     with_merged,
 )
 from jdm.models.text import TextEncoder
@@ -35,6 +34,7 @@ from jdm.posterior import Posterior
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
+from jdm.size import Size
 from jdm.space import Space, from_bytes, unit
 from jdm.terms import ascend
 
@@ -75,9 +75,9 @@ class Networks:
         if student_rank and not train_unet:
             raise UsageError(f"a frozen UNet has no LoRA to train; leave out --student-rank {student_rank} or "
                              "--no-train-unet")
-        teacher = load_model(run.model).to(run.device)
+        teacher = load_model(run.model).at(run.data.size).to(run.device)
         text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
-        first = placed(_one_step(start, teacher, t_init).unet, run.device) if start else teacher.unet
+        first = placed(_one_step(start, teacher, t_init).at(run.data.size).unet, run.device) if start else teacher.unet
         student, fake, adapters = Denoiser(first), Denoiser(teacher.unet), {}
         if not student_rank:
             student = Denoiser(copied(first).requires_grad_(train_unet))
@@ -293,7 +293,7 @@ def generator_phase(networks: Networks, direction: Callable[[Step], tuple[Tensor
     return Phase("generator", networks.student_groups(unet, controlnet), loss)
 
 
-def loaded_control(spec: str, size: int) -> Control:
+def loaded_control(spec: str, size: Size) -> Control:
     """A control by name or import path, probed at the size it will see."""
     return checked(load_control(spec), size)
 

@@ -32,11 +32,11 @@ class PosteriorTraining:
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
 
     def task(self, run: Run) -> Task:
-        teacher = load_model(run.model).to(run.device)
+        teacher = load_model(run.model).at(run.data.size).to(run.device)
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         latents = encoded(teacher.space, pictures)
         unet = copied(teacher.unet)
-        text = prepared.text(run, teacher.text(one_by_one=True))
+        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
         low, high = self.t_range
         score = teacher.score(text, unet)
         posterior = Posterior(score, teacher.schedule, self.levels, low, high)

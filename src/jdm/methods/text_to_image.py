@@ -28,6 +28,7 @@ from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Optimiser, Run, Task
 from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, ScoreModel
+from jdm.size import height_width
 from jdm.space import unit
 from jdm.terms import (
     Weighting,
@@ -147,13 +148,13 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
         if ours != theirs:
             raise UsageError(f"{name} cannot guide this teacher: its autoencoder has {key} {theirs}, the teacher's "
                              f"{ours}; both must share one latent space")
-    probe = torch.rand(1, 3, run.data.size, run.data.size, generator=torch.Generator().manual_seed(0)).to(run.device)
+    probe = torch.rand(1, 3, *height_width(run.data.size), generator=torch.Generator().manual_seed(0)).to(run.device)
     a, b = teacher.space.encode(probe * 2 - 1), guide.space.encode(probe * 2 - 1)
     apart = float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-6))
     if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
-    return guide.score(prepared.text(run, guide.text(one_by_one=True)))
+    return guide.score(prepared.text(run, guide.text(one_by_one=True, size=run.data.size)))
 
 
 def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,

@@ -5,9 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
+from torch import nn
+
 from jdm.errors import UsageError
 from jdm.models.single_file_import import load_single_file
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, lone_controlnet, model_index
+from jdm.models.stable_diffusion import (
+    CARD,
+    ControlNetModel,
+    StableDiffusion,
+    lone_controlnet,
+    model_index,
+    whole_network,
+)
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -68,3 +79,22 @@ def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel
             raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {net.config[key]}, the model's "
                              f"UNet {beside.unet.config[key]}")
     return net, card.get("control")
+
+
+def tiny_decoder(name: str, teacher: StableDiffusion) -> nn.Module:
+    """A tiny autoencoder that decodes the teacher's latents, frozen.
+
+    Raises:
+        UsageError: it is none, or of other latents or another picture size.
+    """
+    try:
+        net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
+                         f"{(str(error).splitlines() or [''])[0][:120]}") from None
+    channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
+    ours = teacher.unet.config["in_channels"], teacher.downscale
+    if (channels, side) != ours:
+        raise UsageError(f"{name} decodes latents of {channels} channels to {side} times their side, the teacher's are "
+                         f"{ours[0]} and {ours[1]}; name one made for this teacher")
+    return net

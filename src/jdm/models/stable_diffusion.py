@@ -1,6 +1,6 @@
 """Stable-Diffusion-format models: a diffusers folder in, score models and generators out.
 
-With models/nano.py the only importer of diffusers. No branch on a model's size or name.
+The home of diffusers' networks and pipelines. No branch on a model's size or name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -27,6 +27,7 @@ from jdm.models.execution import computing
 from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
+from jdm.size import Size, height_width, sized, spelled
 from jdm.space import Space
 
 ENCODER = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
@@ -176,18 +177,24 @@ class StableDiffusion:
         """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
-    def latent_shape(self, n: int, size: int) -> tuple[int, int, int, int]:
-        side = size // self.downscale
-        if side * self.downscale != size:
-            raise UsageError(f"picture size must be a multiple of {self.downscale}, got {size}")
-        return n, self.unet.config["in_channels"], side, side
+    def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
+        height, width = height_width(size)
+        if min(height, width) < 1 or height % self.downscale or width % self.downscale:
+            raise UsageError(f"both sides of a picture must be multiples of {self.downscale}, got {spelled(size)}")
+        return n, self.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
     @property
-    def size(self) -> int:
-        """The picture size the model was trained at, in pixels."""
-        return self.unet.config["sample_size"] * self.downscale
+    def size(self) -> Size:
+        """Of the pictures the model was trained on, in pixels."""
+        return sized([side * self.downscale for side in height_width(self.unet.config["sample_size"])])
 
-    def text(self, one_by_one: bool = False, size: int | None = None) -> TextEncoder:
+    def at(self, size: Size) -> Self:
+        """The same weights, saying another picture size: what pipelines draw where none is asked for."""
+        unet = copy.copy(self.unet)  # the weights are shared, the config is not
+        unet.register_to_config(sample_size=sized(self.latent_shape(1, size)[2:]))
+        return self if size == self.size else self.with_parts(unet=unet)
+
+    def text(self, one_by_one: bool = False, size: Size | None = None) -> TextEncoder:
         """size: of the pictures, for families that are told it."""
         return TextEncoder(self.text_encoder, self.tokenizer, one_by_one=one_by_one)
 
@@ -345,25 +352,6 @@ def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -
     net, info = loader.from_pretrained(path, output_loading_info=True, **extra)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
-    return net
-
-
-def tiny_decoder(name: str, teacher: StableDiffusion) -> nn.Module:
-    """A tiny autoencoder that decodes the teacher's latents, frozen.
-
-    Raises:
-        UsageError: it is none, or of other latents or another picture size.
-    """
-    try:
-        net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
-                         f"{(str(error).splitlines() or [''])[0][:120]}") from None
-    channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
-    ours = teacher.unet.config["in_channels"], teacher.downscale
-    if (channels, side) != ours:
-        raise UsageError(f"{name} decodes latents of {channels} channels to {side} times their side, the teacher's are "
-                         f"{ours[0]} and {ours[1]}; name one made for this teacher")
     return net
 
 

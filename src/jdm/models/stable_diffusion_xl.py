@@ -11,6 +11,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from jdm.models.stable_diffusion import StableDiffusion, whole_network
 from jdm.models.text import TextEncoder, TwoTextEncoders
+from jdm.size import Size, height_width
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,11 @@ class StableDiffusionXL(StableDiffusion):
         assert self.text_encoder_2 is not None
         return super().modules() | {"text_encoder_2": self.text_encoder_2}
 
-    def text(self, one_by_one: bool = False, size: int | None = None) -> TextEncoder:
+    def text(self, one_by_one: bool = False, size: Size | None = None) -> TextEncoder:
         assert self.text_encoder_2 is not None
         assert self.tokenizer_2 is not None
-        side = size or self.size
-        return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2, (side, side),
-                               self.zeros, one_by_one=one_by_one)
+        return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
+                               height_width(size or self.size), self.zeros, one_by_one=one_by_one)
 
     def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
         kind = diffusers.StableDiffusionXLPipeline if self.controlnet is None else \

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.errors import UsageError, in_short
+from jdm.size import Size
 from jdm.user_code import check_gradient, imported, probe
 
 KNOWN = {
@@ -51,8 +52,8 @@ def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
-def checked_reward(reward: Reward, size: int, prompts: Sequence[str]) -> Reward:
-    """`reward` itself, once two random pictures [2, 3, size, size] have gone through it: it can be trained on.
+def checked_reward(reward: Reward, size: Size, prompts: Sequence[str]) -> Reward:
+    """`reward` itself, once two random pictures [2, 3, H, W] have gone through it: it can be trained on.
 
     UsageError, naming the reward, what came back, the bound and the remedy, unless it returns [2], finite, with
     a finite gradient over the pictures that is not all 0; and where it is a judge, which nothing trains on.

@@ -121,7 +121,6 @@ def _values(module):
 def test_checkpointing_changes_no_gradient_of_any_phase(tmp_path, teacher, ranks):
     found = []
     for checkpointing in (False, True):
-        torch.manual_seed(1)
         run = shared(tmp_path / str(checkpointing), teacher, ranks=ranks, checkpointing=checkpointing)
         found.append(_gradients(run))
     for name, gradients in found[0].items():
@@ -133,8 +132,41 @@ def test_checkpointing_changes_no_gradient_of_any_phase(tmp_path, teacher, ranks
                 assert torch.equal(ours, theirs)
 
 
+class Kept:
+    """A tensor that autograd keeps for backward; the class counts the bytes of those that are alive."""
+
+    alive = most = 0
+
+    def __init__(self, value):
+        self.value = value
+        Kept.alive += value.nbytes
+        Kept.most = max(Kept.most, Kept.alive)
+
+    def __del__(self):
+        Kept.alive -= self.value.nbytes
+
+
+def test_checkpointing_holds_one_picture_in_full_at_a_time(tmp_path, teacher):
+    most = {}
+    for checkpointing, batch in ((True, 1), (True, 4), (False, 1), (False, 4)):
+        run = replace(shared(tmp_path / f"{checkpointing}{batch}", teacher, checkpointing=checkpointing), batch=batch)
+        networks = networks_of(run)
+        execution.settle(run, *networks.running)
+        value = networks.of_pictures(lambda x, _, space=networks.space: space.decode(x).flatten(1).square().sum(1))
+        x = torch.randn(networks.teacher.latent_shape(batch, 32)).requires_grad_()
+        Kept.most = Kept.alive
+        before = Kept.alive
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
+            value(x).sum().backward()
+        most[checkpointing, batch] = Kept.most - before
+    assert most[True, 4] - most[True, 1] <= 3 * x[0].nbytes  # the gradient of each further picture
+    assert most[False, 4] == pytest.approx(4 * most[False, 1], rel=0.06)  # masks and weights are kept once
+    assert most[True, 1] < most[False, 1] / 2
+
+
 def _gradients(run):
     trainer = Trainer(run)
+    torch.manual_seed(1)
     for module in trainer.task.modules.values():
         speaking(module)
     state = trainer.task.begin(0)

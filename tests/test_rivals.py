@@ -121,6 +121,7 @@ def jdm_networks(student: Student, on: str = "posterior") -> SimpleNamespace:
     return SimpleNamespace(
         schedule=SCHEDULE, real=SimpleNamespace(guided=WORLD.data.score), fake=fake,
         posterior=WORLD.data.consistency if on == "posterior" else None,
+        of_pictures=lambda value: lambda x: value(x, slice(None)),
         space=SimpleNamespace(decode=lambda x: 2 * x - 1))  # so that the likelihood reads x itself
 
 

@@ -131,7 +131,8 @@ def test_a_guide_is_exact_where_its_level_has_this_levels_ratio():
 
 def networks_of(guidance: float = 1.0) -> SimpleNamespace:
     return SimpleNamespace(schedule=OURS, real=gaussian(0, OURS).model(guidance), fake=gaussian(2, OURS).model(),
-                           posterior=None, space=SimpleNamespace(decode=lambda x: 2 * x - 1))
+                           posterior=None, of_pictures=lambda value: lambda x: value(x, slice(None)),
+                           space=SimpleNamespace(decode=lambda x: 2 * x - 1))
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5])

@@ -15,6 +15,7 @@ from jdm.terms import (
     distribution_matching,
     lambda_t,
     on_x,
+    picture_by_picture,
 )
 from worlds import LinearGaussianWorld, MixtureWorld, coarse_schedule, tensor
 
@@ -91,6 +92,31 @@ def test_clean_alignment_is_the_gradient_of_log_p_c_given_x():
     torch.testing.assert_close(ours, MIXTURE.condition_gradient(c, x, clean), atol=1e-4, rtol=1e-4)
     assert not ours.requires_grad
     assert not x.requires_grad
+
+
+def test_picture_by_picture_gives_the_values_and_gradients_of_all_at_once():
+    x, x_t, t, c = rows()
+    together = 0
+
+    def log_prob(x, at):
+        nonlocal together
+        together = max(together, len(x))
+        return WORLD.log_prob(c[at], x)
+
+    one_by_one = picture_by_picture(log_prob)
+    torch.testing.assert_close(one_by_one(x), log_prob(x, slice(None)))
+    together = 0
+    random = torch.Generator().manual_seed(2)
+    for draws in ([], [torch.randn(x.shape, generator=random).double() for _ in range(3)]):
+        a, b = (condition_alignment(value, WORLD.data.consistency, x_t, t, schedule=SCHEDULE, draws=draws)
+                for value in (one_by_one, lambda x: WORLD.log_prob(c, x)))
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(clean_alignment(one_by_one, x), clean_alignment(lambda x: WORLD.log_prob(c, x), x))
+    assert together == 1
+    with pytest.raises(UsageError, match="log_prob has no gradient"):
+        clean_alignment(picture_by_picture(lambda x, _: x.detach().sum(1)), x)
+    with pytest.raises(UsageError, match=r"one value per sample, shape \(1,\), got \(1, 3\)"):
+        clean_alignment(picture_by_picture(lambda x, _: x), x)
 
 
 @pytest.mark.parametrize("through", ["posterior_mean", "consistency"])

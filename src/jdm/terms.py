@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +79,36 @@ def clean_alignment(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return _gradient(log_prob(x), x, len(x))
+
+
+def picture_by_picture(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
+    """x [B, ...] -> [B], one sample after the other, each one's gradient taken before the next: the memory of one.
+
+    Args:
+        value: (x of some rows, the rows) -> one value per row, of that row alone. Differentiated once, in the forward.
+    """
+    return lambda x: OneByOne.apply(x, value)  # type: ignore[return-value]
+
+
+class OneByOne(torch.autograd.Function):
+    """`picture_by_picture`'s forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        values, gradients = [], []
+        for k in range(len(x)):
+            with torch.enable_grad():
+                row = x[k : k + 1].detach().requires_grad_()
+                found = value(row, slice(k, k + 1))
+                gradients.append(_gradient(found, row, 1))
+            values.append(found.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return along[0].view(-1, *[1] * (gradients.ndim - 1)).to(gradients) * gradients, None
 
 
 def _gradient(value: Tensor, x: Tensor, n: int) -> Tensor:

@@ -124,11 +124,13 @@ class JDM:
         c, reference = step.c, step.images if self.use_reference else None
         assert c is not None
 
-        def log_prob(x: Tensor) -> Tensor:
-            return control.log_prob(unit(networks.space.decode(x)), c, reference)
+        def log_prob(x: Tensor, rows: slice) -> Tensor:
+            return control.log_prob(unit(networks.space.decode(x)), c[rows],
+                                    None if reference is None else reference[rows])
 
+        likelihood = networks.of_pictures(log_prob)
         if self.condition_on == "sample":
-            return clean_alignment(log_prob, step.x)
+            return clean_alignment(likelihood, step.x)
         x_t, t, estimate, weight = shared
         if not self.shared_noise:
             x_t, t, _ = step.noised("condition", networks.schedule, self.t_range)
@@ -137,7 +139,7 @@ class JDM:
             weight = lambda_t(self.weighting, estimate, step.x.detach())
         posterior = networks.posterior or (lambda x_t, t, y: networks.fake(x_t, t, y).x0)
         again = [step.noise.normal(f"eps/draw/{k}", x_t.shape) for k in range(self.draws)]
-        aligned = condition_alignment(log_prob, posterior, x_t, t, step.y, networks.schedule, again)
+        aligned = condition_alignment(likelihood, posterior, x_t, t, step.y, networks.schedule, again)
         return on_x(aligned, estimate, weight)
 
     def _networks(self, run: Run) -> Networks:

@@ -36,7 +36,7 @@ from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.size import Size
 from jdm.space import Space, from_bytes, unit
-from jdm.terms import ascend
+from jdm.terms import ascend, picture_by_picture
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Networks:
     Attributes:
         student: UNet, or UNet + ControlNet. t_init: level index it runs at.
         train_unet: False freezes the student's UNet: only its ControlNet is trained, saved and averaged.
-        tiny: the decoder inside the likelihood, where it is not the teacher's own.
+        tiny: the decoder inside the likelihood, where it is not the teacher's own. one_by_one: pictures are decoded
+            and measured one after the other, each with its gradient.
         adapters: the LoRAs that train, by name: "student" and "fake", where these are not networks of their own, and
             "posterior", where it is not frozen or absent.
     """
@@ -61,6 +62,7 @@ class Networks:
     posterior: Posterior | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     tiny: nn.Module | None = None
+    one_by_one: bool = False
 
     @classmethod
     def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None, train_unet: bool = True,
@@ -89,7 +91,8 @@ class Networks:
                 net.adapters = (adapters[name],)
         return cls(teacher, text, teacher.score(text, guidance=guidance), teacher.score_of(text, fake), student, t_init,
                    train_unet, adapters=adapters,
-                   tiny=placed(tiny_decoder(run.decoder, teacher), run.device) if run.decoder else None)
+                   tiny=placed(tiny_decoder(run.decoder, teacher), run.device) if run.decoder else None,
+                   one_by_one=run.checkpointing)
 
     def with_controlnet(self, start: str = "") -> Networks:
         """The student with a new ControlNet, zero convolutions and all (Eq. 10), or with that of `start`."""
@@ -134,6 +137,10 @@ class Networks:
     @property
     def space(self) -> Space:
         return Space(self.decoder, self.student.autocast)
+
+    def of_pictures(self, value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A likelihood or reward of (x of some rows, the rows) -> x [B, ...] -> [B], as memory allows."""
+        return picture_by_picture(value) if self.one_by_one else lambda x: value(x, slice(None))
 
     @property
     def modules(self) -> dict[str, nn.Module]:

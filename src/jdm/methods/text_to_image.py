@@ -119,9 +119,10 @@ class TextToImage:
         """Eq. 9: the fidelity direction with the reward's beside it."""
         x_t, t, real, weight = shared
 
-        def value(x: Tensor) -> Tensor:
-            return reward(unit(networks.space.decode(x)), step.y)
+        def rewards(x: Tensor, rows: slice) -> Tensor:
+            return reward(unit(networks.space.decode(x)), step.y[rows])
 
+        value = networks.of_pictures(rewards)
         if self.reward_on == "sample":
             aligned = clean_alignment(value, step.x)
         else:
@@ -131,7 +132,7 @@ class TextToImage:
         if self.reward_clip:
             aligned = clipped_to(aligned, fidelity, self.reward_clip)
         with torch.no_grad():
-            now = value(step.x.detach()).mean()
+            now = rewards(step.x.detach(), slice(None)).mean()
         return fidelity + aligned, logs | {"reward": now, "reward_direction": rms(aligned)}
 
 

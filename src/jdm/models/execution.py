@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +38,10 @@ def settle(run: Run, *networks: nn.Module) -> None:
     for network in networks:
         for part in network.modules():
             if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):
-                part.enable_gradient_checkpointing(checkpointed)  # type: ignore[operator]
+                if isinstance(part, AutoencoderKL):
+                    _checkpoint_pieces(part.decoder)
+                else:
+                    part.enable_gradient_checkpointing(checkpointed)  # type: ignore[operator]
                 if hasattr(part, "enable_slicing"):  # an autoencoder: one picture's activations at a time
                     part.enable_slicing()  # type: ignore[operator]
             if "autocast" in part.__dict__:  # a denoiser
@@ -42,6 +50,22 @@ def settle(run: Run, *networks: nn.Module) -> None:
                     _cast_frozen(part, dtype)
                 if run.compile:
                     _compile(part)
+
+
+def _checkpoint_pieces(decoder: nn.Module) -> None:
+    """Recompute an autoencoder's decoder residual block by residual block.
+
+    diffusers' own pieces hold all blocks of a resolution: at full size, most of what a step keeps.
+    """
+    for part in decoder.modules():
+        if isinstance(part, ResnetBlock2D | Upsample2D):
+            part.forward = partial(_checkpointed_call, part.forward)
+
+
+def _checkpointed_call(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:

@@ -115,7 +115,7 @@ def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
 def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
     """A run that something else will end."""
     run = replace(run_of(out / name, teacher, shard), steps=100_000, save_every=2, log_every=1)
-    print(f"pid {os.environ.get('RANK', '0')} {os.getpid()}", flush=True)
+    print(f"pid {os.environ.get('RANK', '0')} {os.getpid()}\n", end="", flush=True)  # torchrun's stdout is unbuffered
     try:
         jdm.train.train(run)
     except RunError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -136,6 +137,20 @@ def test_a_killed_process_ends_the_run_in_seconds_with_a_message_and_a_usable_ch
     assert process.returncode != 0
     assert "another process of this run was lost at step" in said
     assert "it goes on from" in said
+    assert_goes_on(tmp_path / "run", teacher)
+
+
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_disk_that_is_full_for_one_process_ends_the_run_with_a_message_and_a_usable_checkpoint(tmp_path, teacher,
+                                                                                                 full):
+    process, pids = started(tmp_path, teacher, 2)
+    resource.prlimit(pids[full], resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # a shard is larger
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(rf"RunError: checkpoint of step \d+ could not be written \(process {full}: \w+Error: .*\); "
+                     r"free some space and run the same command again: it goes on from \S*step-\d+\n", said)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert_goes_on(tmp_path / "run", teacher)
 
 

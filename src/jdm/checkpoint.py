@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from jdm import distributed
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 
 KEPT, WHOLE = 2, "state.safetensors"
 
@@ -83,7 +83,7 @@ def save(state: State, out: Path, step: int) -> Path:
         distributed.barrier()
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"checkpoint of step {step} could not be written ({error}); free some space and run the "
+        raise RunError(f"checkpoint of step {step} could not be written ({_cause(error)}); free some space and run the "
                        f"same command again: it goes on from {last(out) or 'the start'}") from None
     for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
@@ -100,7 +100,7 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
         info = json.loads((place / "state.json").read_text())
         tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
-        raise UsageError(f"{place} is damaged ({error}); delete it and run again: the run goes on from the one "
+        raise UsageError(f"{place} is damaged ({_cause(error)}); delete it and run again: the run goes on from the one "
                          "before it") from None
     for group, held in _held(state).items():
         _copy(held, _under(tensors, f"{group}."), place, group.partition(".")[2])
@@ -109,6 +109,14 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
     if "rng.torch" in tensors:
         torch.set_rng_state(tensors["rng.torch"])
     return info
+
+
+def _cause(error: BaseException) -> str:
+    """In one line; of several processes' errors the first, which comes with its traceback as text."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        process, (first, *_) = next(iter(error.failures.items()))
+        return f"process {process}: {in_short(first)}"  # type: ignore[arg-type]
+    return in_short(error)  # type: ignore[arg-type]
 
 
 def all_checkpoints(out: Path) -> list[Path]:

@@ -35,7 +35,7 @@ from jdm.size import spelled
 from jdm.space import Space
 
 MANIFEST = "manifest.json"
-LAYOUT = 1  # to be raised when the files, or the rule by which pictures are decoded and cut, change
+LAYOUT = 2  # to be raised when the files, or the rule by which pictures are decoded and cut, change
 CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # facts, in a message
 Sign = list  # of a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -253,10 +253,14 @@ def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[
 
 
 def distillation(networks: Networks, run: Run, control: Control | None, phases: list[Phase],
-                 export: Callable[[Path, dict[str, nn.Module]], object]) -> Task:
-    """The task of these phases: one batch a step for all of them, the student saved, averaged, probed and exported."""
+                 export: Callable[[Path, dict[str, nn.Module]], object], also: Sequence[nn.Module] = ()) -> Task:
+    """The task of these phases: one batch a step for all of them, the student saved, averaged, probed and exported.
+
+    Args:
+        also: further frozen networks that run.
+    """
     return Task(phases, steps_of(networks, run, control), networks.modules, export, networks.averaged,
-                validation_probe(networks, run, control), networks.running)
+                validation_probe(networks, run, control), [*networks.running, *also])
 
 
 def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],

@@ -92,7 +92,7 @@ class TextToImage:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, guide, reward), self.unet))
         export = networks.exporter("jdm", None, reward=self.reward or None, guide=self.guide or None)
-        return distillation(networks, run, None, phases, export)
+        return distillation(networks, run, None, phases, export, also=[guide.net] if guide else [])
 
     def direction(self, networks: Networks, guide: ScoreModel | None, reward: Reward | None,
                   step: Step) -> tuple[Tensor, dict]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from jdm.errors import UsageError
-from jdm.models.stable_diffusion import alphas_cumprod
+from jdm.errors import UsageError, in_short
+from jdm.models.stable_diffusion import alphas_cumprod, whole_network
 from jdm.schedule import NoiseSchedule
 
 SIZE = 32
@@ -123,5 +124,8 @@ def load_vae(folder: str) -> AutoencoderKL:
     """The trained autoencoder, frozen."""
     if not Path(folder, "config.json").is_file():
         raise UsageError(f"{folder}: no autoencoder there; train one with: jdm train nano-vae")
-    model = AutoencoderKL.from_pretrained(folder)
-    return model.float().eval().requires_grad_(False)
+    try:
+        return whole_network(AutoencoderKL, folder).float().eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{folder} is no whole autoencoder ({in_short(error)}); train one with: "
+                         "jdm train nano-vae") from None

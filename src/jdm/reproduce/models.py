@@ -203,8 +203,9 @@ def plan(model: Model) -> dict:
 
 def weights(path: str) -> str:
     """SHA-256 of a model's tensors and levels; of a hub id, the id."""
-    files = [file for folder in _folders(path) for pattern in ("*.safetensors", "scheduler_config.json")
-             for file in sorted(folder.rglob(pattern))]
+    files = [Path(path)] if Path(path).is_file() else [
+        file for folder in _folders(path) for pattern in ("*.safetensors", "scheduler_config.json")
+        for file in sorted(folder.rglob(pattern))]
     if not files:
         if Path(path).is_dir():
             raise UsageError(f"{path} holds no weights (*.safetensors); is it a model's folder?")

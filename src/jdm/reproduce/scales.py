@@ -81,7 +81,7 @@ def check(scale: Scale, recipes: set[str]) -> None:
         missing.append(f"the recipes {', '.join(names)}")
     if not _has_weights(scale.model):
         missing.append(f"the weights of {scale.model} (fetch them with `hf download {scale.model}`, or give a folder "
-                       "with --model)")
+                       "or a .safetensors file with --model)")
     if not scale.source:
         missing.append("pictures (give a folder or a hub dataset with --source)")
     if scale.lacks:
@@ -92,7 +92,7 @@ def check(scale: Scale, recipes: set[str]) -> None:
 
 
 def _has_weights(model: str) -> bool:
-    if model in SHIPPED or Path(model).is_dir():
+    if model in SHIPPED or Path(model).exists():
         return True
     from huggingface_hub import try_to_load_from_cache
 

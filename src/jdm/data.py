@@ -1,4 +1,4 @@
-"""Pictures with captions: the packaged Fashion-MNIST, a folder, or a dataset of the Hugging Face hub.
+"""Pictures with captions: the packaged Fashion-MNIST, a folder, tar shards, or a dataset of the Hugging Face hub.
 
 A split is written as `datasets` writes it: "train", "validation", "test", "test[:5000]". Every order and every
 choice of caption is a pure function of (seed, step), so that a resumed run and any world size see the same.
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.pictures import decoded, load_picture
+from jdm.pictures import SUFFIXES, decoded, load_picture
+from jdm.shards import Shards
 from jdm.sharing import Share, share
 from jdm.size import Size, height_width, spelled
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 PACKAGED = Path(__file__).parent / "assets" / "fashion-mnist"
 TRAINING_SET_PLACES = (Path("/usr/share/datasets/fashion-mnist"),)
 HELD_OUT = 5000  # training pictures kept for validation
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 FASHION_CLASSES: tuple[tuple[str, ...], ...] = (
     ("t-shirt", "top", "tee shirt"),
@@ -96,7 +96,7 @@ class Pictures:
 
 
 def load_pictures(source: str, split: str, size: Size) -> Pictures:
-    """The split of a source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id."""
+    """The split of a source: "fashion-mnist", a folder of pictures with captions, .tar shards, or a hub dataset id."""
     match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
     if match is None or match[1] not in ("train", "validation", "test"):
         raise UsageError(f"split must be train, validation or test, with or without [a:b]; got {split!r}")
@@ -104,6 +104,8 @@ def load_pictures(source: str, split: str, size: Size) -> Pictures:
         pictures = _fashion_mnist(match[1], size)
     elif Path(source).is_dir():
         pictures = _folder(Path(source), match[1], size)
+    elif source.endswith(".tar"):
+        pictures = _shards(source, match[1], size)
     else:
         pictures = _hub(source, match[1], size)
     pictures = pictures.part(match[2]) if match[2] else pictures
@@ -268,6 +270,19 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
         raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL "
                          "with the columns file_name and text")
     return text
+
+
+def _shards(source: str, split: str, size: Size) -> Pictures:
+    shards = Shards(source)
+    return Pictures(
+        images=lambda rows: shards.images(rows, size),
+        captions=tuple((caption,) for caption in shards.captions),
+        labels=None,
+        indices=torch.tensor([i for i in range(len(shards)) if _share(i) == split], dtype=torch.long),
+        size=size,
+        source=f"{source.rsplit('/', 1)[-1]}/{split}",
+        files=lambda rows: shards.files(),
+    )
 
 
 def _hub(name: str, split: str, size: Size) -> Pictures:

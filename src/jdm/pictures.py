@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from jdm.errors import RunError, UsageError, in_short
 from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def load_picture(path: str | Path, size: Size) -> Tensor:
@@ -31,10 +33,15 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     if not path.is_file():
         problem = "it is a folder" if path.is_dir() else "there is no such file"
         raise UsageError(f"{path}: {problem}; give the path of a picture (PNG, JPEG, WebP, ...)")
+    return read_picture(path, str(path), path.stat().st_size, size)
+
+
+def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) -> Tensor:
+    """The same for a file, or the bytes of one; `path` and `length`, in bytes, are for messages."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large but allowed pictures and odd metadata
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 _check_size(path, image)
                 image.load()
                 rgb = _rgb(path, ImageOps.exif_transpose(image))
@@ -45,7 +52,7 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
         raise UsageError(f"{path}: more than {limit:,} pixels, the most that is opened; "
                          "shrink it first") from error
     except Image.UnidentifiedImageError as error:
-        raise UsageError(f"{path}: not a picture that Pillow reads ({path.stat().st_size:,} bytes); "
+        raise UsageError(f"{path}: not a picture that Pillow reads ({length:,} bytes); "
                          "save it as PNG, JPEG or WebP") from error
     except PermissionError as error:
         raise UsageError(f"{path}: may not be read; change its permissions or copy it") from error
@@ -57,8 +64,8 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
 
 def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
     """A picture that is open already -> [3, H, W], uint8 RGB, by the rule of `load_picture`."""
-    _check_size(Path(name), image)
-    return _covering(_rgb(Path(name), ImageOps.exif_transpose(image)), size)
+    _check_size(name, image)
+    return _covering(_rgb(name, ImageOps.exif_transpose(image)), size)
 
 
 def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
@@ -114,13 +121,13 @@ def _covering(rgb: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
 
 
-def _check_size(path: Path, image: Image.Image) -> None:
+def _check_size(path: str, image: Image.Image) -> None:
     if min(image.size) < SMALLEST_SIDE:
         raise UsageError(f"{path}: both sides must be at least {SMALLEST_SIDE} pixels, got "
                          f"{image.width} x {image.height}; give a larger picture")
 
 
-def _rgb(path: Path, image: Image.Image) -> Image.Image:
+def _rgb(path: str, image: Image.Image) -> Image.Image:
     """Any mode -> RGB, 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(path, image)
@@ -134,7 +141,7 @@ def _rgb(path: Path, image: Image.Image) -> Image.Image:
                          "save it as an RGB PNG") from error
 
 
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+def _eight_bits(path: str, image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits (I;16, I) or floating point (F) -> L. Pillow's own conversion would clip."""
     grey = np.asarray(image).astype(np.float32 if image.mode == "F" else np.int64)
     top = 1 if image.mode == "F" else 65535

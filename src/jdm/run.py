@@ -98,7 +98,8 @@ class Data:
     """Where pictures come from.
 
     Attributes:
-        source: "fashion-mnist", a folder of pictures with captions, or a hub dataset id.
+        source: "fashion-mnist", a folder of pictures with captions, .tar shards of them, or a hub dataset
+            id.
         size: side, or height and width, in pixels; a picture is resized to cover it and cut from the centre.
         split, validation: as `datasets` writes them.
         prepared: folder that `jdm prepare` wrote for this split; empty for none. It decides nothing that is learnt.

@@ -375,10 +375,16 @@ def test_cells_are_named_by_column_and_row_with_wildcards(setting):
 
 def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
     ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
-    assert settled(Trained("canny", control="canny"), ours, "lowres", 3).path == "nano-canny"
-    trained = settled(Trained("canny", control="canny"), other, "lowres", 3)
+    phase_1 = Trained("canny", control="canny")
+    assert settled(phase_1, ours, "lowres", 0).path == "nano-canny"
+    assert settled(phase_1, ours, "lowres", 1).name == "nano-canny-canny-seed1"  # what ships is of one training seed
+    own = tmp_path / "nano-canny-canny-seed0"
+    own.mkdir()
+    (own / "run.json").write_text("{}")
+    assert settled(phase_1, replace(ours, out=tmp_path), "lowres", 0).path == str(own / "model")
+    trained = settled(phase_1, other, "lowres", 0)
     assert trained.run is not None
-    assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed3", "my-teacher", 3)
+    assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed0", "my-teacher", 0)
     assert NANO.on("nano-sd", "fashion-mnist") is NANO
     assert settled(Given(), other, "", 0).path == "my-teacher"
 

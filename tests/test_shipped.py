@@ -64,6 +64,13 @@ def test_one_frozen_student_obeys_each_further_control(name, bound):
     assert all(torch.equal(v, student[k]) for k, v in model.unet.state_dict().items())
 
 
+def test_the_student_without_a_control_answers_its_prompts_in_one_step():
+    questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), None, 200, seed=1)
+    pictures = answers(Sampler(load_model("nano-diff-instruct")), questions, None)
+    assert questions.labels is not None
+    assert prompt_agreement(judge(), pictures, questions.labels) > 0.93  # 0.978 over 500
+
+
 def test_the_teacher_answers_its_prompts():
     questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), None, 100, seed=1)
     pictures = answers(Sampler(load_model("nano-sd"), 12, 2.0), questions, None)

@@ -48,7 +48,7 @@ class NCT:
     """
 
     control: str = "canny"
-    base: str = "runs/nano-diff-instruct/model"
+    base: str = "nano-diff-instruct"
     t_init: int = 625
     levels: int = 18
     consistency: bool = True

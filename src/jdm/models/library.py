@@ -26,6 +26,7 @@ SHIPPED = {
     "nano-sd": ("nano-sd", None),
     "nano-controlnet": ("nano-sd", "nano-controlnet"),
     "nano-canny": ("nano-canny", None),
+    "nano-diff-instruct": ("nano-diff-instruct", None),
     # Further controls of nano-canny's UNet.
     "nano-soft-edge": ("nano-canny", "nano-soft-edge"),
     "nano-silhouette": ("nano-canny", "nano-silhouette"),

@@ -39,7 +39,7 @@ def nano_shared() -> Run:
 
 def nano_no_warm_up() -> Run:
     """Ablation: a frozen Diff-Instruct UNet in place of phase 1."""
-    return _row("nano-no-warm-up", jdm(start="runs/nano-diff-instruct/model", train_unet=False))
+    return _row("nano-no-warm-up", jdm(start="nano-diff-instruct", train_unet=False))
 
 
 def nano_clean_likelihood() -> Run:
@@ -59,7 +59,7 @@ def nano_implicit() -> Run:
 
 def nano_dsm() -> Run:
     """Baseline: a ControlNet on the frozen one-step generator by denoising (Eq. 11)."""
-    return _row("nano-dsm", DSMControlNet(base="runs/nano-diff-instruct/model", optimiser=ADAPTER))
+    return _row("nano-dsm", DSMControlNet(base="nano-diff-instruct", optimiser=ADAPTER))
 
 
 def nano_dsm_teacher() -> Run:
@@ -74,7 +74,7 @@ def nano_controlled_teacher() -> Run:
 
 def nano_nct() -> Run:
     """Rival: Noise Consistency Training on the frozen Diff-Instruct generator."""
-    return _row("nano-nct", NCT(base="runs/nano-diff-instruct/model", controlnet=ADAPTER))
+    return _row("nano-nct", NCT(base="nano-diff-instruct", controlnet=ADAPTER))
 
 
 def nano_nct_no_consistency() -> Run:

@@ -121,12 +121,13 @@ def settled(spec: Spec, setting: Setting, control: str, seed: int) -> Model:
         name = "+".join(part.name for part in parts.values())
         return Model(name, str(setting.out / name), needs=parts)
     control = control if spec.control == COLUMN else spec.control
-    if ships := scale.shipped.get((spec.recipe, control)):
-        return Model(ships, ships)
     specs: dict[str, Spec] = {"model": Given(), **dict(spec.needs)}
     needs = {k: settled(need, setting, control, seed) for k, need in specs.items()}
     words = (scale.prefix + spec.recipe, control, f"seed{seed}", f"{setting.steps}steps" if setting.steps else "")
     name = "-".join(word for word in words if word)
+    ships = scale.shipped.get((spec.recipe, control)) if seed == 0 else None
+    if ships and not (setting.out / name / "run.json").is_file():  # a run of one's own comes first
+        return Model(ships, ships)
     return Model(name, str(setting.out / name / "model"), _run(spec, setting, control, seed, needs, name), needs,
                  spec.recipe)
 

@@ -30,7 +30,7 @@ class Scale:
         model: the teacher; distances are taken to its uncontrolled samples.
         prefix: of its recipes' names.
         controls: the paper's column -> the control that is measured beside it, under its own name.
-        shipped: (recipe without prefix, its control) -> the model that ships as that recipe's result.
+        shipped: (recipe without prefix, its control) -> the model that ships as that recipe's result for seed 0.
         source, split, validation: the pictures that are asked about, once, and those that choices are made on.
         seconds: per training step of a recipe, for estimates; a recipe that is not there has none.
         recipe: full name -> its run.
@@ -61,7 +61,10 @@ class Scale:
 NANO = Scale(
     name="nano", model="nano-sd", prefix="nano-",
     controls={"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"},
-    shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet"}, seconds=NANO_SECONDS)
+    shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet",
+             ("diff-instruct", ""): "nano-diff-instruct",
+             **{("shared", control): f"nano-{control}" for control in ("soft-edge", "silhouette", "lowres")}},
+    seconds=NANO_SECONDS)
 SD15 = Scale(
     name="sd15", model="stable-diffusion-v1-5/stable-diffusion-v1-5", prefix="sd15-",
     controls={"canny": "canny", "HED": "hed", "depth": "depth", "8x SR": "lowres8"}, source="",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.pictures import SUFFIXES, decoded, load_picture
+from jdm.pictures import SUFFIXES, decoded, each, load_picture
 from jdm.shards import Shards
 from jdm.sharing import Share, share
 from jdm.size import Size, height_width, spelled
@@ -227,7 +227,7 @@ def _folder(folder: Path, split: str, size: Size) -> Pictures:
 
     table = Dataset.from_dict({"file": [str(p) for p in files]})
     return Pictures(
-        images=lambda rows: torch.stack([load_picture(Path(f), size) for f in table[rows.tolist()]["file"]]),
+        images=lambda rows: torch.stack(each(lambda file: load_picture(file, size), table[rows.tolist()]["file"])),
         captions=tuple(texts),
         labels=None,
         indices=torch.tensor(keep, dtype=torch.long),
@@ -307,7 +307,7 @@ def _hub(name: str, split: str, size: Size) -> Pictures:
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(
-        images=lambda rows: torch.stack([decoded(p, size, name) for p in whole[rows.tolist()][column]]),
+        images=lambda rows: torch.stack(each(lambda p: decoded(p, size, name), whole[rows.tolist()][column])),
         captions=captions,
         labels=labels,
         indices=torch.arange(*bounds),

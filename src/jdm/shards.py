@@ -12,8 +12,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
-from jdm.pictures import SUFFIXES, read_picture
+from jdm.pictures import SUFFIXES, each, read_picture
 from jdm.size import Size
 
 READERS = 32  # requests at once: an object store answers slowly, but many
@@ -64,9 +62,8 @@ class Shards:
     def images(self, rows: Tensor, size: Size) -> Tensor:
         """Indices [B] -> uint8 [B, 3, H, W]."""
         asked = self.table[rows.tolist()]
-        with ThreadPoolExecutor(min(READERS, max(1, len(rows)))) as readers:
-            read = partial(self._image, size)
-            return torch.stack(list(readers.map(read, asked["shard"], asked["start"], asked["bytes"], asked["name"])))
+        places = list(zip(asked["shard"], asked["start"], asked["bytes"], asked["name"], strict=True))
+        return torch.stack(each(lambda place: self._image(place, size), places, READERS))
 
     def files(self) -> list[Path]:
         """The shards themselves.
@@ -79,7 +76,8 @@ class Shards:
                              "that every process sees, or leave out --data.prepared")
         return [Path(shard) for shard in self.shards]
 
-    def _image(self, size: Size, shard: int, start: int, length: int, name: str) -> Tensor:
+    def _image(self, place: tuple[int, int, int, str], size: Size) -> Tensor:
+        shard, start, length, name = place
         where = f"{self.shards[shard]}:{name}"
         try:
             data = self.store.cat_file(self.shards[shard], start, start + length)

@@ -46,6 +46,8 @@ class Control:
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
         """log p(c | images) up to a constant, summed over pixels: [B], nats, differentiable in images.
 
+        Each value is of its own picture alone: large ones are measured one after the other.
+
         Args:
             images: [B, 3, H, W], nominally in [0, 1] (a decoder may overshoot).
             c: [B, channels, H, W], the control the generator was given.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from jdm import prepared
-from jdm.data import Noise, load_pictures, rows_at
+from jdm.batches import Batches
+from jdm.data import Noise, load_pictures
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
 from jdm.methods.networks import loaded_control
 from jdm.models.library import load_model
@@ -37,13 +38,15 @@ class ControlNet:
         text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
         score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
 
+        batches = Batches(pictures, run.batch, run.seed)
+
         def shown(images: Tensor) -> Tensor:
             return control.image(control.h(unit(from_bytes(images)).to(run.device)))
 
         def begin(step: int) -> tuple[Batch, Tensor]:
-            rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step, run.device)
+            (rows, images), noise = batches(step), Noise(run.seed, step, run.device)
             batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, self.dropout)
-            return batch, shown(pictures.batch(rows))
+            return batch, shown(images)
 
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, *state), {}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from jdm import prepared
-from jdm.data import Noise, load_pictures, rows_at
+from jdm.batches import Batches
+from jdm.data import Noise, load_pictures
 from jdm.evaluate import validation_probe
 from jdm.methods.denoising import encoded
 from jdm.methods.networks import Networks, loaded_control
@@ -43,13 +44,13 @@ class DSMControlNet:
         control = loaded_control(self.control, run.data.size)
         networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        latents = encoded(networks.space, pictures)
+        latents, batches = encoded(networks.space, pictures), Batches(pictures, run.batch, run.seed)
         net = networks.student.controlnet
         assert net is not None
 
         def begin(step: int) -> Pair:
-            rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step, run.device)
-            shown = control.image(control.h(unit(from_bytes(pictures.batch(rows))).to(run.device)))
+            (rows, images), noise = batches(step), Noise(run.seed, step, run.device)
+            shown = control.image(control.h(unit(from_bytes(images)).to(run.device)))
             y = pictures.prompts(rows, noise.uniform("caption", len(rows)).cpu())
             x = latents[rows].to(run.device)
             return Pair(x, y, shown, noise.normal("eps", x.shape))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from jdm import prepared
+from jdm.batches import Batches
 from jdm.controls import Control, checked, load_control
-from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.data import Noise, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluate import validation_probe
 from jdm.generator import Generator
@@ -224,11 +225,11 @@ class Step:
         progress: share of the run that is done, in [0, 1).
     """
 
-    def __init__(self, networks: Networks, run: Run, pictures: Pictures, control: Control | None, step: int):
+    def __init__(self, networks: Networks, run: Run, batches: Batches, control: Control | None, step: int):
         self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
-        rows = rows_at(len(pictures), run.batch, run.seed, step)
-        self.images = unit(from_bytes(pictures.batch(rows))).to(run.device)
-        self.y = pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
+        rows, images = batches(step)
+        self.images = unit(from_bytes(images)).to(run.device)
+        self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
         self.c = None if control is None else control.h(self.images)
         self.shown = None if control is None or self.c is None else control.image(self.c)
         self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
@@ -249,7 +250,8 @@ class Step:
 
 def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[[int], Step]:
     pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-    return lambda step: Step(networks, run, pictures, control, step)
+    batches = Batches(pictures, run.batch, run.seed)
+    return lambda step: Step(networks, run, batches, control, step)
 
 
 def distillation(networks: Networks, run: Run, control: Control | None, phases: list[Phase],

@@ -58,7 +58,7 @@ def _checkpoint_pieces(decoder: nn.Module) -> None:
     diffusers' own pieces hold all blocks of a resolution: at full size, most of what a step keeps.
     """
     for part in decoder.modules():
-        if isinstance(part, ResnetBlock2D | Upsample2D):
+        if isinstance(part, ResnetBlock2D | Upsample2D) and not isinstance(part.forward, partial):
             part.forward = partial(_checkpointed_call, part.forward)
 
 

@@ -39,7 +39,8 @@ def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahea
                     assert torch.equal(rows, rows_at(40, 8, 3, step))
                     assert torch.equal(images, PICTURES.batch(rows))
     batches._reader.shutdown()
-    assert sorted(itertools.chain(*reader.read)) == sorted(torch.cat([rows_at(40, 8, 3, s) for s in (5, 6, 7)]).tolist())
+    wanted = torch.cat([rows_at(40, 8, 3, step) for step in (5, 6, 7)]).tolist()
+    assert sorted(itertools.chain(*reader.read)) == sorted(wanted)
 
 
 def test_the_next_step_is_read_before_it_is_asked_for():

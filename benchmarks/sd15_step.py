@@ -40,7 +40,6 @@ from jdm.train import Trainer
 ROWS = {"plain": "full copies, float32 weights, bf16 autocast",
         "ours": "one frozen bf16 backbone with adapters",
         "compiled": "the same, compiled"}
-SHARED_RANK = 64  # of the fake score's LoRA, where the recipe has a full copy
 TINY = {
     "unet": {"sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32, 32),
              "layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -59,8 +58,7 @@ def run_of(row: str, args: argparse.Namespace, out: Path) -> Run:
                   precision="bf16", steps=10**6, save_every=10**6, log_every=10**6, probe_every=0)
     if row == "plain":
         return replace(run, checkpointing=False, compile=False, method=replace(run.method, student_rank=0, fake_rank=0))
-    method = replace(run.method, fake_rank=run.method.fake_rank or SHARED_RANK)
-    return replace(run, compile=row == "compiled", method=method)
+    return replace(run, compile=row == "compiled")
 
 
 @contextmanager

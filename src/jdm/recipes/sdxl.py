@@ -19,6 +19,6 @@ def sdxl_canny() -> Run:
     # full copy of 2.6 billion parameters with its states does not fit 80 GB beside the student.
     eight = {name: replace(getattr(run.method, name), states="8bit")
              for name in ("unet", "controlnet", "fake", "posterior")}
-    method = replace(run.method, guidance=5.0, fake_rank=64, **eight)  # 5: SDXL's own default
+    method = replace(run.method, guidance=5.0, **eight)  # 5: SDXL's own default
     return replace(run, method=method, out=Path("runs/sdxl-canny"), model=SDXL,
                    data=Data(source="my_pictures", size=1024), batch=2)

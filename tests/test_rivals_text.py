@@ -16,6 +16,7 @@ from jdm.recipes import all_recipes
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, ScoreModel
 from jdm.terms import cfg_augmentation
+from jdm.train import Trainer
 from worlds import Gaussian, Rows, cubature, tensor
 
 OURS = NoiseSchedule.scaled_linear()
@@ -209,6 +210,18 @@ def test_the_fake_score_learns_with_the_prompt_unless_fidelity_is_blind_to_it(fi
 
 
 # --- who may guide ---
+
+
+def test_a_guide_computes_as_the_run_says_and_trains_with_it(teacher, tmp_path, untrained_judge):
+    run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path / "run", teacher, steps=2, precision="bf16")
+    trainer = Trainer(run)
+    guide = trainer.task.frozen[-1]
+    assert guide.autocast is torch.bfloat16
+    assert {p.dtype for p in guide.parameters()} == {torch.bfloat16}
+    before = [p.clone() for p in guide.parameters()]
+    logs = trainer.step(0)
+    assert 0 < logs["guidance"] < float("inf")
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
 
 
 def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):

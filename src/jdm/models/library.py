@@ -25,6 +25,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = {
     "nano-sd": ("nano-sd", None),
     "nano-controlnet": ("nano-sd", "nano-controlnet"),
+    "nano-controlnet-silhouette": ("nano-sd", "nano-controlnet-silhouette"),
+    "nano-controlnet-lowres": ("nano-sd", "nano-controlnet-lowres"),
     "nano-canny": ("nano-canny", None),
     "nano-diff-instruct": ("nano-diff-instruct", None),
     # Further controls of nano-canny's UNet.

@@ -62,6 +62,7 @@ NANO = Scale(
     name="nano", model="nano-sd", prefix="nano-",
     controls={"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"},
     shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet",
+             **{("controlnet", control): f"nano-controlnet-{control}" for control in ("silhouette", "lowres")},
              ("diff-instruct", ""): "nano-diff-instruct",
              **{("shared", control): f"nano-{control}" for control in ("soft-edge", "silhouette", "lowres")}},
     seconds=NANO_SECONDS)

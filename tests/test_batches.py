@@ -30,7 +30,7 @@ class Counted:
 @pytest.mark.parametrize("turns", [1, 2])
 def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahead(turns):
     reader = Counted()
-    batches = Batches(replace(PICTURES, images=reader), 8, seed=3)
+    batches = Batches(replace(PICTURES, images=reader, slow=True), 8, seed=3)
     for step in (5, 6):
         for _ in range(3):  # phases
             for turn in range(turns):
@@ -45,7 +45,7 @@ def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahea
 
 def test_the_next_step_is_read_before_it_is_asked_for():
     reader = Counted()
-    batches = Batches(replace(PICTURES, images=reader), 8, seed=3)
+    batches = Batches(replace(PICTURES, images=reader, slow=True), 8, seed=3)
     batches(0)
     batches._reader.shutdown()
     assert reader.read == [rows_at(40, 8, 3, step).tolist() for step in (0, 1)]
@@ -53,7 +53,7 @@ def test_the_next_step_is_read_before_it_is_asked_for():
 
 def test_a_picture_that_cannot_be_read_stops_its_own_step():
     wrong = int(rows_at(40, 8, 3, 1)[4])
-    batches = Batches(replace(PICTURES, images=Counted(wrong)), 8, seed=3)
+    batches = Batches(replace(PICTURES, images=Counted(wrong), slow=True), 8, seed=3)
     batches(0)
     with pytest.raises(UsageError, match="a picture is broken"):
         batches(1)
@@ -61,6 +61,6 @@ def test_a_picture_that_cannot_be_read_stops_its_own_step():
 
 def test_pictures_in_memory_are_not_read_ahead():
     reader = Counted()
-    batches = Batches(replace(PICTURES, images=reader, files=None), 8, seed=3)
+    batches = Batches(replace(PICTURES, images=reader), 8, seed=3)
     batches(0)
     assert len(reader.read) == 1

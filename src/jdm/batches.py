@@ -25,7 +25,7 @@ class Batches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         for old in [key for key in self._asked if key[0] not in (step, step + 1)]:
             self._asked.pop(old)[1].cancel()
-        if self.pictures.files is None:  # in memory, or not there at all: nothing to wait for
+        if not self.pictures.slow:
             rows = rows_at(len(self.pictures), self.batch, self.seed, step)
             return rows, self.pictures.batch(rows)
         rows, images = self._ask(step)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.pictures import SUFFIXES, decoded, each, load_picture
+from jdm.pictures import SUFFIXES, decoded, load_picture, read_all
 from jdm.shards import Shards
 from jdm.sharing import Share, share
 from jdm.size import Size, height_width, spelled
@@ -62,6 +62,7 @@ class Pictures:
         source: name for reports.
         files: indices [B] -> what these pictures are read from: a file each, or the files that hold them all.
         latents: their latents [N, C, h, w] in a space, where they are prepared (prepared.py).
+        slow: each is opened and decoded where it is asked for, so that a run reads ahead (batches.py).
     """
 
     images: Callable[[Tensor], Tensor]
@@ -72,6 +73,7 @@ class Pictures:
     source: str
     files: Callable[[Tensor], list[Path]] | None = None
     latents: Callable[[Space], Tensor] | None = None
+    slow: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -227,13 +229,14 @@ def _folder(folder: Path, split: str, size: Size) -> Pictures:
 
     table = Dataset.from_dict({"file": [str(p) for p in files]})
     return Pictures(
-        images=lambda rows: torch.stack(each(lambda file: load_picture(file, size), table[rows.tolist()]["file"])),
+        images=lambda rows: read_all(lambda file: load_picture(file, size), table[rows.tolist()]["file"]),
         captions=tuple(texts),
         labels=None,
         indices=torch.tensor(keep, dtype=torch.long),
         size=size,
         source=f"{folder.name}/{split}",
         files=lambda rows: [files[i] for i in rows.tolist()],
+        slow=True,
     )
 
 
@@ -282,6 +285,7 @@ def _shards(source: str, split: str, size: Size) -> Pictures:
         size=size,
         source=f"{source.rsplit('/', 1)[-1]}/{split}",
         files=lambda rows: shards.files(),
+        slow=True,
     )
 
 
@@ -307,13 +311,14 @@ def _hub(name: str, split: str, size: Size) -> Pictures:
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(
-        images=lambda rows: torch.stack(each(lambda p: decoded(p, size, name), whole[rows.tolist()][column])),
+        images=lambda rows: read_all(lambda p: decoded(p, size, name), whole[rows.tolist()][column]),
         captions=captions,
         labels=labels,
         indices=torch.arange(*bounds),
         size=size,
         source=f"{name}/{split}",
         files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
+        slow=True,
     )
 
 

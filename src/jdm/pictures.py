@@ -71,10 +71,14 @@ def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
     return _covering(_rgb(name, ImageOps.exif_transpose(image)), size)
 
 
-def each(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> list[Tensor]:
-    """`read` of every item, in order, several at once: decoding and resizing leave Python alone."""
+def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
+    """`read` of every item -> [N, 3, H, W], several at once: decoding and resizing leave Python alone.
+
+    NumPy puts them together: a thread that enters PyTorch's parallel loops gets OpenMP threads of its own, and then none
+    of them spins between loops any more, which halves the pace of training on a CPU.
+    """
     with ThreadPoolExecutor(max(1, min(at_once, len(items)))) as readers:
-        return list(readers.map(read, items))
+        return torch.from_numpy(np.stack([image.numpy() for image in readers.map(read, items)]))
 
 
 def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
@@ -127,7 +131,7 @@ def _covering(rgb: Image.Image, size: Size) -> Tensor:
     # A box, not a crop: the filter reads across its border, so this is resize-then-crop without the large
     # intermediate picture that a panorama would need.
     part = rgb.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
-    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(part).transpose(2, 0, 1)))
 
 
 def _check_size(path: str, image: Image.Image) -> None:

@@ -80,7 +80,7 @@ class Cache:
         """The split with its pictures mapped from disk, and its latents where they are prepared."""
         self._check(data, loaded)
         stored, place = self._arrays(self.manifest["pictures"]["part"], len(loaded))[0], places(loaded.indices)
-        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents)
+        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents, slow=False)
 
     def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
         """Prompt -> its states on the CPU, as `TextEncoder` remembers them."""

@@ -16,11 +16,10 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
-from jdm.pictures import SUFFIXES, each, read_picture
+from jdm.pictures import SUFFIXES, read_all, read_picture
 from jdm.size import Size
 
 READERS = 32  # requests at once: an object store answers slowly, but many
@@ -63,7 +62,7 @@ class Shards:
         """Indices [B] -> uint8 [B, 3, H, W]."""
         asked = self.table[rows.tolist()]
         places = list(zip(asked["shard"], asked["start"], asked["bytes"], asked["name"], strict=True))
-        return torch.stack(each(lambda place: self._image(place, size), places, READERS))
+        return read_all(lambda place: self._image(place, size), places, READERS)
 
     def files(self) -> list[Path]:
         """The shards themselves.

@@ -74,8 +74,8 @@ def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
 def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
     """`read` of every item -> [N, 3, H, W], several at once: decoding and resizing leave Python alone.
 
-    NumPy puts them together: a thread that enters PyTorch's parallel loops gets OpenMP threads of its own, and then none
-    of them spins between loops any more, which halves the pace of training on a CPU.
+    NumPy puts them together: a thread that enters PyTorch's parallel loops gets OpenMP threads of its own, and then
+    none of them spins between loops any more, which halves the pace of training on a CPU.
     """
     with ThreadPoolExecutor(max(1, min(at_once, len(items)))) as readers:
         return torch.from_numpy(np.stack([image.numpy() for image in readers.map(read, items)]))

@@ -19,9 +19,11 @@ from jdm.controls import Canny
 from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.evaluate import evaluate, noise_diversity
+from jdm.metrics.classifier import Classifier
 from jdm.metrics.extractors import ClassifierFeatures
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
+from jdm.models.library import ASSETS
 from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
 from jdm.questions import Questions, answers
 from jdm.recipes.nano import nano_canny
@@ -94,6 +96,21 @@ def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path):
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     assert frechet_distance(made.statistics, again.statistics) < 1e-4
     assert made.floor(30) > 0
+
+
+def test_a_reference_is_of_one_size_and_the_shipped_one_of_nano_sds(classifier, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    folder, extractor = str(save_pipeline(tiny.model(), tmp_path / "teacher")), ClassifierFeatures(classifier)
+    wide = load_pictures("fashion-mnist", "test[:40]", (32, 40))
+    a, b = (references(folder, [extractor], pictures, steps=2, samples=30)[extractor.name].statistics
+            for pictures in (PICTURES, wide))
+    assert (a.extra["size"], b.extra["size"]) == ("32 x 32", "32 x 40")
+    assert a.extra["sha256_of_samples"] != b.extra["sha256_of_samples"]
+    monkeypatch.setattr("jdm.reference._measured", lambda _, extractors, *more: dict.fromkeys(extractors, "measured"))
+    shipped = ClassifierFeatures(Classifier.load(ASSETS / "nano-classifier"))
+    whole, taller = (load_pictures("fashion-mnist", "test", size) for size in (32, 36))
+    assert references("nano-sd", [shipped], whole)[shipped.name].statistics.n == 5000
+    assert references("nano-sd", [shipped], taller) == {shipped: "measured"}
 
 
 def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, monkeypatch):

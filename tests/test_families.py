@@ -20,7 +20,13 @@ from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.models import nano
 from jdm.models.library import load_model
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, save_pipeline
+from jdm.models.stable_diffusion import (
+    Denoiser,
+    StableDiffusion,
+    new_controlnet,
+    one_step_scheduler,
+    save_pipeline,
+)
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded
@@ -184,11 +190,33 @@ def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(t
             torch.testing.assert_close(added["text_embeds"][i], quiet * pooled[0])
         ids = pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), torch.float32, text_encoder_projection_dim=12)
         assert torch.equal(added["time_ids"], ids.expand(3, -1))
-    for size, side in ((None, 32), (64, 64)):
-        assert model.text(size=size)(["a"])[1]["time_ids"].tolist() == [[side, side, 0, 0, side, side]]
+    for size, told in ((32, (32, 32)), ((64, 48), (64, 48))):
+        assert model.at(size).text()(["a"])[1]["time_ids"].tolist() == [[*told, 0, 0, *told]]
     for zeros in (True, False):
         loaded = load_model(str(save_pipeline(replace(model, zeros=zeros), tmp_path / str(zeros))))
         assert loaded.text()([""])[1]["text_embeds"].any() != zeros
+
+
+@pytest.mark.parametrize("name", ["nano-controlnet", "nano-posterior", "nano-text-guided", "nano-no-warm-up"])
+def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+    for part in model.modules().values():
+        part.eval().requires_grad_(False)
+    teacher = save_pipeline(model, tmp_path / "teacher")
+    card = {"kind": "one-step", "method": "diff-instruct", "control": None, "t_init": 625}
+    save_pipeline(model, tmp_path / "student", one_step_scheduler(nano.SCHEDULER, 625), card=card)
+    run = tiny.run(all_recipes()[name](), tmp_path / "run", teacher)
+    told, passed = [], Denoiser._denoised
+
+    def noted(self, x_t, index, text, control):
+        told.append(text[1]["time_ids"])
+        return passed(self, x_t, index, text, control)
+
+    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    Trainer(replace(run, data=replace(run.data, size=(28, 44)))).step(0)
+    assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
 def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):

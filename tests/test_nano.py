@@ -1,11 +1,17 @@
 """nano-sd's parts before any training."""
 
 import os
+import shutil
 import subprocess
 import sys
 
+import pytest
+from safetensors.torch import load_file, save_file
+
 from jdm.data import load_pictures
+from jdm.errors import UsageError
 from jdm.models import nano
+from jdm.models.library import ASSETS
 
 CODE = """
 from jdm.models import nano
@@ -20,6 +26,17 @@ def test_every_word_of_the_captions_is_one_token_and_any_text_still_works():
         assert len(tokens.tokenize(caption)) == len(caption.replace("t-shirt", "t - shirt").split())
         assert len(tokens(caption).input_ids) <= nano.TOKENS
     assert "".join(tokens.tokenize("Zebra!")) == "zebra</w>!</w>"
+
+
+def test_an_autoencoder_that_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+    shutil.copytree(ASSETS / "nano-sd" / "vae", tmp_path / "vae")
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    assert nano.load_vae(str(tmp_path / "vae")).training is False
+    del tensors["decoder.conv_out.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"no whole autoencoder .*1 weights of the \w+ are missing, decoder\.conv"):
+        nano.load_vae(str(tmp_path / "vae"))
 
 
 def test_two_processes_make_the_same_vocabulary():

@@ -150,7 +150,7 @@ def test_sdxl_keeps_its_states_its_pooled_ones_and_its_zeros(photos, tmp_path):
     wanted = losses(run)
     prepare(run, tmp_path / "cache")
     fast = cached(run, tmp_path / "cache", tmp_path / "quick")
-    encoder, other = (load_model(str(teacher)).text(one_by_one=True, size=32) for _ in range(2))
+    encoder, other = (load_model(str(teacher)).text(one_by_one=True) for _ in range(2))
     prepared.text(fast, encoder)
     encoder.encode = None  # type: ignore[assignment]
     (states, more), (plain, told) = encoder(["caption 7", ""]), other(["caption 7", ""])

@@ -18,7 +18,7 @@ from jdm.reference import references
 from jdm.reproduce import models
 from jdm.reproduce.cells import cells, place, selected, stored
 from jdm.reproduce.models import Given, Setting, Trained, settled, to_train
-from jdm.reproduce.scales import NANO
+from jdm.reproduce.scales import NANO, check
 from jdm.reproduce.sitting import listed, reproduce
 from jdm.reproduce.tables import TABLES
 
@@ -387,6 +387,18 @@ def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
     assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed0", "my-teacher", 0)
     assert NANO.on("nano-sd", "fashion-mnist") is NANO
     assert settled(Given(), other, "", 0).path == "my-teacher"
+
+
+def test_a_teacher_in_one_file_is_known_by_its_bytes(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    a.write_bytes(b"one")
+    b.write_bytes(b"one")
+    assert models.weights(str(a)) == models.weights(str(b))
+    b.write_bytes(b"two")
+    assert models.weights(str(a)) != models.weights(str(b))
+    check(NANO.on(str(a), None), {"canny"})
+    with pytest.raises(UsageError, match=r"missing are the weights of \S+c\.safetensors"):
+        check(NANO.on(str(tmp_path / "c.safetensors"), None), {"canny"})
 
 
 def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_path):

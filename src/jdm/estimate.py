@@ -251,7 +251,7 @@ class Rehearsal:
     def _guide(self, name: str, teacher: StableDiffusion, run: Run) -> Any:
         guide = self._model(name)
         self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
-        return guide.score(guide.text(one_by_one=True, size=self.run.data.size))
+        return guide.score(guide.text(one_by_one=True))
 
     def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
         with self.mode:

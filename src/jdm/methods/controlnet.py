@@ -35,7 +35,7 @@ class ControlNet:
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         latents = encoded(teacher.space, pictures)
         net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
-        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
+        text = prepared.text(run, teacher.text(one_by_one=True))
         score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
 
         batches = Batches(pictures, run.batch, run.seed)

@@ -79,7 +79,7 @@ class Networks:
             raise UsageError(f"a frozen UNet has no LoRA to train; leave out --student-rank {student_rank} or "
                              "--no-train-unet")
         teacher = load_model(run.model).at(run.data.size).to(run.device)
-        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
+        text = prepared.text(run, teacher.text(one_by_one=True))
         first = placed(_one_step(start, teacher, t_init).at(run.data.size).unet, run.device) if start else teacher.unet
         student, fake, adapters = Denoiser(first), Denoiser(teacher.unet), {}
         if not student_rank:

@@ -36,7 +36,7 @@ class PosteriorTraining:
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         latents = encoded(teacher.space, pictures)
         unet = copied(teacher.unet)
-        text = prepared.text(run, teacher.text(one_by_one=True, size=run.data.size))
+        text = prepared.text(run, teacher.text(one_by_one=True))
         low, high = self.t_range
         score = teacher.score(text, unet)
         posterior = Posterior(score, teacher.schedule, self.levels, low, high)

@@ -142,7 +142,7 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
     Raises:
         UsageError: its latents are not this teacher's: the autoencoders' configurations or encodings differ.
     """
-    guide = load_model(name).to(run.device)
+    guide = load_model(name).at(run.data.size).to(run.device)
     keys = ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor")
     for key in keys:
         ours, theirs = teacher.vae.config.get(key), guide.vae.config.get(key)
@@ -155,7 +155,7 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
     if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
-    return guide.score(prepared.text(run, guide.text(one_by_one=True, size=run.data.size)))
+    return guide.score(prepared.text(run, guide.text(one_by_one=True)))
 
 
 def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,

@@ -194,8 +194,8 @@ class StableDiffusion:
         unet.register_to_config(sample_size=sized(self.latent_shape(1, size)[2:]))
         return self if size == self.size else self.with_parts(unet=unet)
 
-    def text(self, one_by_one: bool = False, size: Size | None = None) -> TextEncoder:
-        """size: of the pictures, for families that are told it."""
+    def text(self, one_by_one: bool = False) -> TextEncoder:
+        """A family that tells its UNet the pictures' size tells it this model's."""
         return TextEncoder(self.text_encoder, self.tokenizer, one_by_one=one_by_one)
 
     def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:

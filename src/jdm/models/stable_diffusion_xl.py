@@ -11,7 +11,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from jdm.models.stable_diffusion import StableDiffusion, whole_network
 from jdm.models.text import TextEncoder, TwoTextEncoders
-from jdm.size import Size, height_width
+from jdm.size import height_width
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class StableDiffusionXL(StableDiffusion):
         assert self.text_encoder_2 is not None
         return super().modules() | {"text_encoder_2": self.text_encoder_2}
 
-    def text(self, one_by_one: bool = False, size: Size | None = None) -> TextEncoder:
+    def text(self, one_by_one: bool = False) -> TextEncoder:
         assert self.text_encoder_2 is not None
         assert self.tokenizer_2 is not None
         return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
-                               height_width(size or self.size), self.zeros, one_by_one=one_by_one)
+                               height_width(self.size), self.zeros, one_by_one=one_by_one)
 
     def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
         kind = diffusers.StableDiffusionXLPipeline if self.controlnet is None else \

@@ -20,9 +20,11 @@ from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.evaluate import evaluate, noise_diversity
 from jdm.metrics.classifier import Classifier
+from jdm.metrics.consistency import chance
 from jdm.metrics.extractors import ClassifierFeatures
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
+from jdm.metrics.spread import bootstrap
 from jdm.models.library import ASSETS
 from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
 from jdm.questions import Questions, answers
@@ -118,17 +120,17 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     torch.manual_seed(0)
     save_pipeline(tiny.model(), teacher)
     monkeypatch.setattr(evaluation, "references", lambda t, e, p: references(t, e, p.part("[:30]"), 2, samples=30))
-    row = evaluate(str(student), "canny", n=20, seed=5, teacher=str(teacher), quick=True)
-    questions = Questions.of(load_pictures("fashion-mnist", "test", 32), Canny(), 20, seed=5)
+    row = evaluate(str(student), "canny", n=60, seed=5, teacher=str(teacher), quick=True)
+    questions = Questions.of(load_pictures("fashion-mnist", "test", 32), Canny(), 60, seed=5)
     pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
     extractor, whole = ClassifierFeatures(classifier), load_pictures("fashion-mnist", "test", 32)
     (kept,) = references(str(teacher), [extractor], whole.part("[:30]"), 2, samples=30).values()
     own = Statistics.of(extractor.features(pictures), extractor.name)
-    assert (row["n"], row["nfe"], row["fd_extractor"]) == (20, 1, extractor.name)
+    assert (row["n"], row["nfe"], row["fd_extractor"]) == (60, 1, extractor.name)
     assert row["fd"] == pytest.approx(frechet_distance(own, kept.statistics))
-    assert row["fd_floor"] == pytest.approx(kept.floor(20))
+    assert row["fd_floor"] == pytest.approx(kept.floor(60))
     assert row["prompt_agreement"] == prompt_agreement(classifier, pictures, questions.labels)
     other = nano_judge()  # not the classifier of distances, and no reward
     said = other(unit(from_bytes(pictures)), questions.y)
@@ -136,6 +138,10 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     assert row["judge_accuracy"] == prompt_agreement(other.classifier, pictures, questions.labels)
     assert min(row["seconds_per_image"], row["seconds_per_image_batch1"]) > 0
     assert row["consistency_chance"] + row["consistency_blank"] > 0.15
+    alike = chance(questions.c, seen, prompts=questions.y)  # most prompts come once among 60 pictures
+    assert 1 < len(alike) < 60
+    assert row["consistency_same_prompt"] == pytest.approx(alike.mean().item())
+    assert row["consistency_same_prompt_spread"] == pytest.approx(bootstrap(alike)[1])
 
 
 def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier):

@@ -182,6 +182,20 @@ def test_chance_never_pairs_a_sample_with_itself(n):
         assert torch.equal(chance(c, seed=seed), chance(c, seed=seed))
 
 
+def test_chance_within_a_prompt_pairs_only_pictures_of_that_prompt():
+    # Maps of one level each: a pair's distance says who was paired.
+    levels = {"boot": (0.0, 0.01, 0.03), "bag": (0.5, 0.57), "coat": (0.9,)}
+    prompts = [prompt for prompt, own in levels.items() for _ in own]
+    c = torch.tensor([v for own in levels.values() for v in own])[:, None, None, None].expand(-1, 1, 4, 4)
+    for seed in range(5):
+        found = chance(c, seed=seed, prompts=prompts)
+        assert sorted(found.tolist()) == pytest.approx([0.01, 0.02, 0.03, 0.07, 0.07])
+        assert float(chance(c, seed=seed).max()) > 0.3
+    seen = c + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.2, 0.0])[:, None, None, None]
+    assert chance(c, seen, prompts=prompts)[-2:].tolist() == pytest.approx([0.07, 0.27])  # the picture's, in its place
+    assert len(chance(c, prompts=[str(k) for k in range(6)])) == 0
+
+
 def test_blank_and_round_trip_anchor_a_consistency():
     images = torch.rand(6, 3, 8, 8, generator=seeded())
     control = Brightness()

@@ -138,7 +138,16 @@ def test_the_rival_on_the_same_generator_wins_by_more_than_two_errors_or_nobody_
         assert answer["verdict"] == verdict
 
 
-def test_a_control_that_is_ignored_is_within_two_errors_of_chance():
+def test_a_control_that_is_ignored_scores_as_other_pictures_of_the_prompt():
+    for value, verdict in ((0.1628, "yes"), (0.1571, "no"), (0.2, "no")):  # the error of the difference is .00141
+        values = {"consistency": (value, 0.001), "consistency_chance": (0.2, None),
+                  "consistency_same_prompt": (0.16, 0.001)}
+        (answer,) = answers(table("table2", {"canny": "canny"}, implicit={"canny": cell(**values)}))
+        assert answer["verdict"] == verdict
+        assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.16) / 2**0.5 / 1e-3)
+
+
+def test_where_no_prompt_comes_twice_a_control_that_is_ignored_is_within_two_errors_of_chance():
     for value, verdict in ((0.2015, "yes"), (0.197, "no")):
         data = table("table2", {"canny": "canny"},
                      implicit={"canny": cell(consistency=(value, 0.001), consistency_chance=(0.2, None))})

@@ -14,7 +14,7 @@ from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.metrics.classifier import Classifier
-from jdm.metrics.consistency import Consistency
+from jdm.metrics.consistency import Consistency, chance
 from jdm.metrics.diversity import diversity
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0, Extractor
 from jdm.metrics.frechet import Statistics, frechet_distance
@@ -186,8 +186,13 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
     height, width = pictures.shape[-2:]
     anchors = Consistency.of(control, questions.c, seen, (height, width), torch.cat(trip))
     spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
-    return {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
-            "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
+    row = {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
+           "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
+    ignoring = chance(questions.c, seen, prompts=questions.y)
+    if len(ignoring) > 1:  # pictures with captions of their own have nobody to be compared with
+        row |= {"consistency_same_prompt": float(ignoring.mean()),
+                "consistency_same_prompt_spread": bootstrap(ignoring)[1]}
+    return row
 
 
 def validation_probe(networks: Networks, run: Run, control: Control | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class Consistency:
 
     Attributes:
         value: mean |h(x) - c|.
-        chance: the same pictures against other pictures' controls: what ignoring c scores.
+        chance: the same pictures against other pictures' controls.
         blank: a picture of one shade. On sparse controls this beats chance, so a value near it is no success.
         round_trip: the source picture through the VAE and back: as good as this model space can be.
     """
@@ -58,7 +59,7 @@ def consistency(c: Tensor, measured: Tensor) -> Tensor:
     return (measured.float() - c.float()).abs().flatten(1).mean(1)
 
 
-def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0) -> Tensor:
+def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Sequence[str] | None = None) -> Tensor:
     """Consistency with another sample's control: [N].
 
     The partner is the next sample on one cycle through all of them, in an order fixed by the seed: nobody
@@ -66,13 +67,19 @@ def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0) -> Tensor:
 
     Args:
         measured: h of the pictures; c itself where not given, a generator that obeys perfectly.
+        prompts: partners are of the same prompt, and a sample without one is left out: [M]. It is what a generator that
+            reads y and ignores c scores; less than chance, because a prompt tells much of its pictures' controls.
     """
     if len(c) < 2:
         raise UsageError(f"chance needs at least 2 samples to shuffle, got {len(c)}")
-    order = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed))
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(-1)
-    return consistency(c[partner.to(c.device)], c if measured is None else measured)
+    cycles: dict[str, list[int]] = {}
+    for row in torch.randperm(len(c), generator=torch.Generator().manual_seed(seed)).tolist():
+        cycles.setdefault(prompts[row] if prompts else "", []).append(row)
+    partner = {row: other for rows in cycles.values() if len(rows) > 1
+               for row, other in zip(rows, rows[1:] + rows[:1], strict=True)}
+    asked = sorted(partner)
+    seen = c if measured is None else measured
+    return consistency(c[[partner[row] for row in asked]], seen[asked])
 
 
 def blank(control: Control, c: Tensor, size: int | tuple[int, int], level: float = 0.0) -> Tensor:

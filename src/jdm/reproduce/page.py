@@ -11,10 +11,12 @@ NAMES = {"fd": "distance", "fd_floor": "floor", "fd_efflite0": "FD-EffLite0", "f
          "consistency": "consistency", "diversity": "diversity", "diversity_ratio": "x ControlNet's",
          "prompt_agreement": "prompt agreement", "judge": "judge, nats", "judge_accuracy": "judge's accuracy",
          "std": "std of pixels", "nfe": "NFE", "seconds_per_image": "ms / picture"}
-DIGITS = {"fd_efflite0": 1, "fd_floor_efflite0": 1, "consistency": 4, "consistency_chance": 3, "consistency_blank": 3,
-          "consistency_round_trip": 3, "prompt_agreement": 3, "judge": 3, "judge_accuracy": 3, "std": 3, "nfe": 0}
+DIGITS = {"fd_efflite0": 1, "fd_floor_efflite0": 1, "consistency": 4, "consistency_chance": 3,
+          "consistency_same_prompt": 4, "consistency_blank": 3, "consistency_round_trip": 3, "prompt_agreement": 3,
+          "judge": 3, "judge_accuracy": 3, "std": 3, "nfe": 0}
 DETAILS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "diversity", "diversity_ratio",
            "prompt_agreement", "nfe", "seconds_per_image")
+ANCHORS = ("consistency_chance", "consistency_same_prompt", "consistency_blank", "consistency_round_trip")
 NONE = "–"
 
 
@@ -120,13 +122,13 @@ def _details(data: dict[str, Any]) -> str:
         keys = [k for k in (*DETAILS, *(k for k in data["measures"] if k not in DETAILS))
                 if any(k in row["cells"].get(column, {"values": {}})["values"] for row in data["rows"])]
         anchored = "consistency" in keys
-        head = ["method", *(NAMES[k] for k in keys), *(["chance / blank / VAE round trip"] if anchored else []),
-                "guidance", "seeds"]
+        head = ["method", *(NAMES[k] for k in keys),
+                *(["chance / same prompt / blank / VAE round trip"] if anchored else []), "guidance", "seeds"]
         body = []
         for row in data["rows"]:
             cell = row["cells"].get(column)
             if cell and cell["records"]:
-                anchors = [pair(cell["values"], ("consistency_chance", "consistency_blank", "consistency_round_trip"))]
+                anchors = [pair(cell["values"], ANCHORS)]
                 body.append([_title(row), *(number(cell["values"], k) for k in keys), *(anchors if anchored else []),
                              _guidance(cell["records"][0]), f"{len(cell['records'])} of {cell['asked']}"])
         if body:
@@ -185,7 +187,8 @@ def _terms(data: dict[str, Any]) -> str:
         said.append(f"FD-EffLite0: the same on {measured[0]['fd_extractor_efflite0']}; it is not FID.")
     if any("consistency" in m for m in measured):
         said.append("Consistency: mean |h(x) - c|, lower obeys better; chance: the same pictures against other "
-                    "pictures' controls.")
+                    "pictures' controls; same prompt: against those of other pictures of that prompt, what reading the "
+                    "prompt and ignoring the control scores.")
     said.append("Diversity: mean pairwise feature distance over z at fixed prompt and control.")
     if "judge" in data["measures"]:
         said.append("Judge: mean log-probability that a classifier which nothing was trained on gives the prompted "

@@ -18,9 +18,9 @@ from jdm.reproduce.models import Setting
 from jdm.reproduce.tables import Table
 from jdm.reproduce.verdicts import answers, headline
 
-KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance", "consistency_blank",
-        "consistency_round_trip", "diversity", "prompt_agreement", "judge", "judge_accuracy", "std", "nfe",
-        "seconds_per_image", "seconds_per_image_batch1")
+KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance",
+        "consistency_same_prompt", "consistency_blank", "consistency_round_trip", "diversity", "prompt_agreement",
+        "judge", "judge_accuracy", "std", "nfe", "seconds_per_image", "seconds_per_image_batch1")
 BASELINE = "controlnet"  # of the diversity's ratio
 
 

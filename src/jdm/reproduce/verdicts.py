@@ -161,19 +161,20 @@ def _difference(data: dict[str, Any], a: str, b: str, columns: list[str]) -> tup
 
 
 def _ignored(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Implicit VSD against chance."""
+    """Implicit VSD against pictures of the same prompt, or where no prompt comes twice against any: chance."""
     columns = [c for c in data["columns"] if _values(data, "implicit", c)]
     if not columns:
         return None
-    away = {}
+    away, parts = {}, []
     for column in columns:
         values = _values(data, "implicit", column)
-        spread = values["consistency"]["spread"]
-        difference = values["consistency"]["mean"] - values["consistency_chance"]["mean"]
-        away[column] = difference / spread if spread else None
-    text = "; ".join(f"{c}: {_errors(away[c])} from chance" for c in columns)
+        blind = values.get("consistency_same_prompt", values["consistency_chance"])
+        away[column] = _apart(values["consistency"], {**blind, "spread": blind["spread"] or 0.0})
+        parts.append(f"{column}: {values['consistency']['mean']:.4f} against {blind['mean']:.4f} "
+                     f"({_errors(away[column])})")
     told = None if None in away.values() else all(abs(a) <= ERRORS for a in away.values())  # type: ignore[arg-type]
-    return _answer("Is implicit VSD's consistency within two errors of chance?", told, columns, text, errors=away)
+    return _answer("Is implicit VSD's consistency within two errors of what ignoring the control scores?", told,
+                   columns, "; ".join(parts), errors=away)
 
 
 def _better_posteriors(data: dict[str, Any]) -> dict[str, Any] | None:

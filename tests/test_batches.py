@@ -38,6 +38,7 @@ def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahea
                     rows, images = batches(step)
                     assert torch.equal(rows, rows_at(40, 8, 3, step))
                     assert torch.equal(images, PICTURES.batch(rows))
+    assert {step for step, _ in batches._asked} == {6, 7}  # what is done with is forgotten
     batches._reader.shutdown()
     wanted = torch.cat([rows_at(40, 8, 3, step) for step in (5, 6, 7)]).tolist()
     assert sorted(itertools.chain(*reader.read)) == sorted(wanted)

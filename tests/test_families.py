@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import jdm.evaluate
 import tiny
 from jdm import checkpoint
+from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.models import nano
@@ -30,6 +31,7 @@ from jdm.models.stable_diffusion import (
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded
+from jdm.reference import references
 from jdm.sampling import Sampler
 from jdm.space import unit
 from jdm.train import Trainer, train
@@ -216,6 +218,23 @@ def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path
 
     monkeypatch.setattr(Denoiser, "_denoised", noted)
     Trainer(replace(run, data=replace(run.data, size=(28, 44)))).step(0)
+    assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
+
+
+def test_sdxl_is_told_the_size_of_a_references_pictures(tmp_path, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
+    monkeypatch.setattr("jdm.reference._cache", lambda: tmp_path / "cache")
+    told, passed = [], Denoiser._denoised
+
+    def noted(self, x_t, index, text, control):
+        told.append(text[1]["time_ids"])
+        return passed(self, x_t, index, text, control)
+
+    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    pictures = load_pictures("fashion-mnist", "test[:4]", (28, 44))
+    references(str(teacher), jdm.evaluate.extractors("fashion-mnist", quick=True), pictures, steps=1, samples=4)
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 

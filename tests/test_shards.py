@@ -38,6 +38,8 @@ def shard(names, start=0):
             Image.fromarray(picture(i)).save(image, "PNG")
             said = (".txt", f"caption {i}\n") if i % 2 else (".json", json.dumps({"caption": f"caption {i}", "n": i}))
             parts = [(".orig.json", b"{}"), (".png", image.getvalue()), (said[0], said[1].encode())]
+            if i == 39:  # both: the text counts
+                parts.append((".json", b'{"caption": "another"}'))
             for suffix, data in parts[1:] if i else parts:
                 member = tarfile.TarInfo(f"{name}{suffix}")
                 member.size = len(data)
@@ -61,7 +63,7 @@ def place(request, tmp_path):
 def filled(place):
     """41 pictures in three shards, the second with a sample of which only the text came."""
     where, write = place
-    write("00000.tar", shard([f"a/{i:04d}" for i in range(20)]))
+    write("00000.tar", shard([*(f"a/{i:04d}" for i in range(19)), "b/0018"]))  # beside a/0018: a sample of its own
     write("00001.tar", shard([f"a/{i:04d}.v2" for i in range(20, 40)], 20))
     write("00002.tar", shard(["z"], 40))
     return where, write

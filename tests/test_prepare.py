@@ -128,6 +128,7 @@ def test_pictures_latents_and_states_are_those_that_loading_and_encoding_give(re
     wanted, whole = loaded.batch(rows), loaded.batch(torch.arange(26))
     monkeypatch.setattr("jdm.data.load_picture", None)
     assert torch.equal(read.batch(rows), wanted)
+    assert (loaded.slow, read.slow) == (True, False)  # nothing is left to decode
     assert wanted.unique().numel() > 200
     model = load_model(str(teacher))
     plain = model.space.encode(whole.float() / 127.5 - 1)

@@ -38,6 +38,8 @@ def shard(names, start=0):
             Image.fromarray(picture(i)).save(image, "PNG")
             said = (".txt", f"caption {i}\n") if i % 2 else (".json", json.dumps({"caption": f"caption {i}", "n": i}))
             parts = [(".orig.json", b"{}"), (".png", image.getvalue()), (said[0], said[1].encode())]
+            if i == 38:  # a picture's name goes up to its first dot
+                parts[1] = (".large.png", image.getvalue())
             if i == 39:  # both: the text counts
                 parts.append((".json", b'{"caption": "another"}'))
             for suffix, data in parts[1:] if i else parts:
@@ -102,9 +104,11 @@ def test_what_cannot_be_read_is_named(place):
     with pytest.raises(UsageError, match=r"no\.tar: (no shards could be listed|not a whole tar file).*FileNotFound"):
         load_pictures(f"{where}/no.tar", "train", 32)
     whole = shard(["a", "b", "c"])
-    write("cut.tar", whole[: whole.index(b"b.png") + 3000])
-    with pytest.raises(UsageError, match=r"cut\.tar: not a whole tar file .*; fetch it again"):
-        load_pictures(f"{where}/cut.tar", "train", 32)
+    for k, end in enumerate(("b.png", "c.png", "c.json")):
+        for length in (100, 513):  # inside its header, inside its data
+            write(f"cut{k}-{length}.tar", whole[: whole.index(end.encode()) + length])
+            with pytest.raises(UsageError, match=rf"cut{k}-{length}\.tar: not a whole tar file .*; fetch it again"):
+                load_pictures(f"{where}/cut{k}-{length}.tar", "train", 32)
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         member = tarfile.TarInfo("x/7.jpg")

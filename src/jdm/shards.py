@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -108,15 +108,18 @@ def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[s
     for index, shard, _ in shards:
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                size = store.size(shard)
-                for key, files in groupby((m for m in tar if m.isfile()), key=lambda m: _key(m.name)):
-                    members = list(files)
-                    if size is not None and any(m.offset_data + m.size > size for m in members):
-                        raise EOFError(f"it ends inside {members[-1].name}")
-                    if (found := _sample(tar, shard, key, members)) is not None:
+                for key, files in groupby(_files(tar, file), key=lambda m: _key(m.name)):
+                    if (found := _sample(tar, shard, key, list(files))) is not None:
                         yield {"shard": index, **found}
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
+
+
+def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    yield from (member for member in tar if member.isfile())
+    file.seek(tar.offset)
+    if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile takes it for the end
+        raise EOFError("it ends inside a header")
 
 
 def _key(name: str) -> str:

@@ -15,7 +15,7 @@ from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
 from jdm.recipes import all_recipes
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, ScoreModel
-from jdm.terms import cfg_augmentation
+from jdm.terms import cfg_augmentation, picture_by_picture
 from jdm.train import Trainer
 from worlds import Gaussian, Rows, cubature, tensor
 
@@ -166,14 +166,18 @@ def test_another_teachers_guidance_replaces_only_the_guidance():
     torch.testing.assert_close(ours - own, 2 * alpha * (theirs - before), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("on", ["posterior", "sample"])
-def test_a_reward_adds_its_gradient_through_the_posterior_or_on_the_sample(on):
+def test_a_reward_adds_its_gradient_for_its_own_prompt_through_the_posterior_or_on_the_sample(on, together):
     step, networks = rows(), networks_of()
     networks.posterior = lambda x_t, t, y: 0.5 * x_t
-    aim = tensor([1.0, -1.0, 0.5])
+    if not together:
+        networks.of_pictures = picture_by_picture
+    aim = meant(step.y) + tensor([1.0, -1.0, 0.5])
 
     def reward(images: Tensor, y) -> Tensor:
-        return -(images - aim).square().sum(1) / 2
+        assert len(images) == len(y)
+        return -(images - meant(y) - tensor([1.0, -1.0, 0.5])).square().sum(1) / 2
 
     method = TextToImage(weighting="constant", reward_weight=0.3, reward_clip=0.0, reward_on=on)
     plain, _ = method.direction(networks, None, None, step)

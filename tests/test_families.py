@@ -32,7 +32,7 @@ from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded
 from jdm.reference import references
-from jdm.sampling import Sampler
+from jdm.sampling import Sampler, generator
 from jdm.space import unit
 from jdm.train import Trainer, train
 
@@ -221,7 +221,7 @@ def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
-def test_sdxl_is_told_the_size_of_a_references_pictures(tmp_path, monkeypatch):
+def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
@@ -235,6 +235,7 @@ def test_sdxl_is_told_the_size_of_a_references_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Denoiser, "_denoised", noted)
     pictures = load_pictures("fashion-mnist", "test[:4]", (28, 44))
     references(str(teacher), jdm.evaluate.extractors("fashion-mnist", quick=True), pictures, steps=1, samples=4)
+    generator(str(teacher), steps=1)("a coat", torch.zeros(3, 28, 44, dtype=torch.uint8))
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 

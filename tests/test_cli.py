@@ -122,6 +122,8 @@ def test_pictures_that_are_not_square_train_and_are_drawn(teacher, photo, tmp_pa
         assert main([*asked, "--image", str(photo), *more, "--out", str(tmp_path / name)]) == 0
         for file in ("000.png", "control.png"):
             assert Image.open(tmp_path / name / file).size == wanted
+    assert main([*asked, "--control-map", str(tmp_path / "own" / "control.png"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "000.png").read_bytes() == (tmp_path / "own" / "000.png").read_bytes()
     capsys.readouterr()
     shown = ["--control-map", str(tmp_path / "tall" / "control.png"), "--out", str(tmp_path / "refused")]
     for more, message in ((shown, "must be 28 x 44 pixels (height x width), got 40 x 32"),

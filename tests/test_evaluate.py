@@ -71,6 +71,11 @@ def test_picture_i_is_the_same_in_any_batch():
     assert (one.int() - many.int()).abs().max() <= 1
 
 
+def test_pictures_have_the_height_and_width_of_the_ones_asked_about():
+    wide = Questions.of(load_pictures("fashion-mnist", "test[:4]", (32, 40)), None, 4, seed=0)
+    assert answers(sampler(), wide, None).shape == (4, 3, 32, 40)
+
+
 def test_guidance_counts_two_evaluations_a_step_and_one_step_counts_one():
     model = tiny.model()
     assert [Sampler(model, s, w).nfe for s, w in ((50, 2.0), (50, 1.0), (1, 2.0))] == [100, 50, 1]

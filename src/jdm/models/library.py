@@ -25,6 +25,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = {
     "nano-sd": ("nano-sd", None),
     "nano-controlnet": ("nano-sd", "nano-controlnet"),
+    "nano-controlnet-soft-edge": ("nano-sd", "nano-controlnet-soft-edge"),
     "nano-controlnet-silhouette": ("nano-sd", "nano-controlnet-silhouette"),
     "nano-controlnet-lowres": ("nano-sd", "nano-controlnet-lowres"),
     "nano-canny": ("nano-canny", None),

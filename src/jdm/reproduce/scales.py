@@ -62,9 +62,9 @@ NANO = Scale(
     name="nano", model="nano-sd", prefix="nano-",
     controls={"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"},
     shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet",
-             **{("controlnet", control): f"nano-controlnet-{control}" for control in ("silhouette", "lowres")},
              ("diff-instruct", ""): "nano-diff-instruct",
-             **{("shared", control): f"nano-{control}" for control in ("soft-edge", "silhouette", "lowres")}},
+             **{(recipe, control): f"{name}-{control}" for control in ("soft-edge", "silhouette", "lowres")
+                for recipe, name in (("controlnet", "nano-controlnet"), ("shared", "nano"))}},
     seconds=NANO_SECONDS)
 SD15 = Scale(
     name="sd15", model="stable-diffusion-v1-5/stable-diffusion-v1-5", prefix="sd15-",

@@ -150,6 +150,33 @@ def test_jdms_direction_reads_likelihood_and_fake_score_where_it_is_told(on, see
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
+class OwnSchedules(Rows):
+    """Of each stream one noise level: the middle of the range it asks for."""
+
+    def noised(self, stream, schedule, span):
+        t = schedule.t(schedule.index(torch.full_like(self.t, sum(span) / 2)))
+        return schedule.noised(self.x.detach(), t, self.eps), t, self.eps
+
+
+def test_each_term_has_a_schedule_of_its_own_where_noise_is_not_shared():
+    student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
+    step, networks = OwnSchedules(student(c, z), t, eps, c), jdm_networks(student)
+    method = JDM(weighting="constant", condition_clip=(0.0, 0.0), t_range=(0.3, 0.9), condition_range=(0.04, 0.2))
+
+    def direction(shared: bool) -> torch.Tensor:
+        return replace(method, shared_noise=shared).direction(networks, LIKELIHOOD, step)[0]
+
+    def parts(span: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        x_t, t, _ = step.noised("", SCHEDULE, span)
+        alpha, scores = SCHEDULE.alpha(t).double()[:, None], (WORLD.data.score(x_t, t), networks.fake(x_t, t, ()))
+        condition = WORLD.plug_in_gradient(c, x_t, t, WORLD.data.consistency_gain(t))
+        return alpha * (scores[0].score - scores[1].score), alpha * condition
+
+    (fidelity, together), (_, own) = parts(method.t_range), parts(method.condition_range)
+    torch.testing.assert_close(direction(True), fidelity + together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(direction(False), fidelity + own, atol=1e-4, rtol=1e-4)
+
+
 def moments(student: Student) -> tuple[torch.Tensor, torch.Tensor]:
     return WORLD.marginal(student).mean, WORLD.marginal(student).cov
 

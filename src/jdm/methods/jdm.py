@@ -58,7 +58,8 @@ class JDM:
         draws: samples of p(x | x_t) in Eq. 7's integral; 0 is the plug-in f(x_t) alone. Paper: one; in no paper: more.
         frozen_posterior: a posterior trained beforehand on real pictures, in place of the moving one; in no paper.
         fake_sees_control: s_fake(x_t | y, c) in the fidelity term: the exact joint KL, where the paper has its bound.
-        shared_noise: Paper: one x_t for both terms. False gives the condition term a t and noise of its own.
+        shared_noise: Paper: one x_t for both terms. False gives the condition term a t, from condition_range, and noise
+            of its own: two schedules, as Decoupled DMD has for its two terms.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
         fake_updates: per student step. rank: of the posterior's LoRA. levels: K of Eq. 8.
         student_rank, fake_rank: of a LoRA on the frozen UNet it starts as, which then serves real, fake and posterior
@@ -83,6 +84,7 @@ class JDM:
     frozen_posterior: str = ""
     fake_sees_control: bool = False
     shared_noise: bool = True
+    condition_range: tuple[float, float] = (0.02, 0.98)
     use_reference: bool = True
     fake_updates: int = 1
     rank: int = 16
@@ -133,7 +135,7 @@ class JDM:
             return clean_alignment(likelihood, step.x)
         x_t, t, estimate, weight = shared
         if not self.shared_noise:
-            x_t, t, _ = step.noised("condition", networks.schedule, self.t_range)
+            x_t, t, _ = step.noised("condition", networks.schedule, self.condition_range)
             with torch.no_grad():
                 estimate = networks.fake(x_t, t, step.y)
             weight = lambda_t(self.weighting, estimate, step.x.detach())

@@ -12,7 +12,7 @@ from jdm.cli import REPRODUCED, SCALES, main
 from jdm.recipes import entries
 from jdm.reproduce import scales
 from jdm.reproduce.figures import LABEL, sheet
-from jdm.reproduce.page import aligned, number
+from jdm.reproduce.page import ANCHORS, aligned, number, pair
 from jdm.reproduce.results import _average, _values
 from jdm.reproduce.tables import METHODS, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
 from jdm.reproduce.verdicts import answers, headline
@@ -166,6 +166,12 @@ def test_the_spread_is_over_seeds_where_there_are_several_and_else_the_bootstrap
     three = _values([{"fd": v, "fd_spread": 9.0} for v in (1.0, 2.0, 3.0)])
     assert three["fd"] == {"mean": 2.0, "spread": 1.0, "of": "3 seeds"}
     assert (number(one, "fd"), number(one, "diversity"), number(one, "judge")) == ("2.00 ± 0.50", "3.00", "–")
+
+
+def test_the_anchors_of_a_consistency_stand_in_one_order_with_the_spread_that_is_known():
+    found = _values([{"consistency_chance": 0.1985, "consistency_same_prompt": 0.17061, "consistency_blank": 0.128,
+                      "consistency_same_prompt_spread": 0.00063, "consistency_round_trip": 0.022}])
+    assert pair(found, ANCHORS) == "0.199 / 0.1706 ± 0.0006 / 0.128 / 0.022"
 
 
 def test_an_average_is_of_every_column_or_is_not_there():

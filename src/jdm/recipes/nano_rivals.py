@@ -21,6 +21,7 @@ from jdm.run import Optimiser, Run
 # One budget for every row of a table: samples and updates, not seconds.
 STEPS, BATCH = 1500, 32
 ADAPTER = Optimiser(lr=2e-3, betas=(0.9, 0.95))
+LOW = (0.02, 0.3)  # noise levels at which the posterior's one sample points the right way
 
 
 def _row(name: str, method: Any, **changes: Any) -> Run:
@@ -31,10 +32,9 @@ def _row(name: str, method: Any, **changes: Any) -> Run:
 def frozen(start: str, **changes: Any) -> JDM:
     """JDM that trains a ControlNet alone, on a UNet that draws well already, so that the control may weigh more.
 
-    Its condition term has low noise levels of its own, where the posterior's one sample points the right way: the best
-    of nine short runs on validation pictures (docs/log.md).
+    Levels, weight and bound are the best of nine short runs on validation pictures (docs/log.md).
     """
-    return jdm(start=start, train_unet=False, shared_noise=False, condition_range=(0.02, 0.3), condition_weight=4.0,
+    return jdm(start=start, train_unet=False, shared_noise=False, condition_range=LOW, condition_weight=4.0,
                condition_clip=(2.0, 2.0), **changes)
 
 
@@ -61,6 +61,11 @@ def nano_clean_likelihood() -> Run:
 def nano_fake_x0() -> Run:
     """Ablation: the fake score's own x0 as the posterior's sample, the paper's easy way."""
     return _row("nano-fake-x0", jdm(condition_on="fake"))
+
+
+def nano_low_t() -> Run:
+    """The condition term at low noise levels of its own: two schedules, as Decoupled DMD has."""
+    return _row("nano-low-t", jdm(shared_noise=False, condition_range=LOW))
 
 
 def nano_implicit() -> Run:

@@ -156,6 +156,7 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
     Row("nct-no-boundary", "NCT without boundary", _on_diff_instruct("nct-no-boundary"), published="nct-no-boundary"),
     Row("nct-no-dual", "NCT without primal-dual", _on_diff_instruct("nct-no-dual"), published="nct-no-dual"),
     Row("controlled-fake", "exact joint KL: a fake score that sees c", Trained("controlled-fake"), part="In no paper"),
+    Row("low-t", "the condition term at low noise levels of its own", Trained("low-t"), part="In no paper"),
     Row("draws", "four samples of p(x|x_t)", Trained("draws"), part="In no paper"),
     Row("frozen-posterior", "a frozen posterior of real pictures",
         Trained("frozen-posterior", needs=(("frozen_posterior", Trained("posterior", control="")),)),

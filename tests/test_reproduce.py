@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from jdm import evaluate as evaluation
-from jdm.errors import UsageError
+from jdm.errors import TerminatedError, UsageError
 from jdm.models.library import load_model
 from jdm.recipes import all_recipes
 from jdm.reference import references
@@ -55,9 +55,9 @@ def setting(scale, tmp_path):
 class Watch:
     """What trained: {run's name: the steps it took}. Stops at one of them, the first time."""
 
-    def __init__(self, stop=None):
+    def __init__(self, stop=None, error: type[BaseException] = KeyboardInterrupt):
         self.taken: dict[str, list[int]] = {}
-        self.stop = stop
+        self.stop, self.error = stop, error
 
     @contextmanager
     def __call__(self, run):
@@ -65,7 +65,7 @@ class Watch:
             self.taken.setdefault(run.out.name, []).append(done)
             if (run.out.name, done) == self.stop:
                 self.stop = None
-                raise KeyboardInterrupt
+                raise self.error
 
         yield step
 
@@ -245,10 +245,14 @@ def test_a_cell_knows_the_weights_it_was_measured_on(filled):
 # Going on
 
 
-def test_an_interrupted_sitting_goes_on_and_trains_nothing_twice(setting, tmp_path):
-    watch = Watch(stop=("nano-nct-canny-seed0", 1))
-    with pytest.raises(KeyboardInterrupt):
-        sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TerminatedError])
+def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setting, tmp_path):
+    watch = Watch(("nano-nct-canny-seed0", 1), error)
+    with pytest.raises(error):
+        sit(TABLE, setting, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
+    assert "nano-canny-canny-seed0" not in watch.taken
+    data, _ = sit(TABLE, setting, tmp_path / "page", run=False)
+    assert cell_of(data, "nct")["state"] == "not measured"  # it did not fail
     data, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
     assert failures == []
     assert watch.taken == {"nano-diff-instruct-seed0": [1, 2], "nano-nct-canny-seed0": [1, 2]}

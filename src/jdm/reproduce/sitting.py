@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, TerminatedError, UsageError
 from jdm.report import write
 from jdm.reproduce import scales
 from jdm.reproduce.cells import (
@@ -46,6 +46,7 @@ def reproduce(table: Table, setting: Setting, seeds: int = 1, patterns: str | No
 
     Raises:
         UsageError: nothing can start. RunError: the page cannot be written.
+        TerminatedError: SIGTERM came while a model trained; no further cell is begun.
     """
     found = opened(table, setting, seeds)
     command = command or f"jdm reproduce {table.name}"
@@ -127,6 +128,8 @@ def _filled(cell: Cell, setting: Setting, broken: dict[str, str], watch: Watch) 
         try:
             fill(cell, setting, watch)
             return ""
+        except TerminatedError:  # the sitting's end, not this cell's
+            raise
         except Exception as raised:  # one cell's failure is its own
             if debug:
                 raise

@@ -35,7 +35,7 @@ def frozen(start: str, **changes: Any) -> JDM:
     Levels, weight and bound are the best of nine short runs on validation pictures (docs/log.md).
     """
     return jdm(start=start, train_unet=False, shared_noise=False, condition_range=LOW, condition_weight=4.0,
-               condition_clip=(2.0, 2.0), **changes)
+               condition_clip=(2.0, 0.8), **changes)
 
 
 def nano_jdm() -> Run:

@@ -74,7 +74,7 @@ def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Se
         raise UsageError(f"chance needs at least 2 samples to shuffle, got {len(c)}")
     cycles: dict[str, list[int]] = {}
     for row in torch.randperm(len(c), generator=torch.Generator().manual_seed(seed)).tolist():
-        cycles.setdefault(prompts[row] if prompts else "", []).append(row)
+        cycles.setdefault(prompts[int(row)] if prompts else "", []).append(row)
     partner = {row: other for rows in cycles.values() if len(rows) > 1
                for row, other in zip(rows, rows[1:] + rows[:1], strict=True)}
     asked = sorted(partner)

@@ -190,6 +190,7 @@ def test_an_average_is_of_every_column_or_is_not_there():
 
 def test_a_table_is_aligned():
     assert aligned([("a", "bb"), ("ccc", 4)]) == "| a   | bb |\n|-----|----|\n| ccc | 4  |"
+    assert aligned([("p(c|x)", "b")]) == "| p(c\\|x) | b |\n|---------|---|"
 
 
 # Figures

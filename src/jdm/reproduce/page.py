@@ -212,7 +212,7 @@ def _label(name: str) -> str:
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table whose columns are as wide as their longest text: to read on a terminal too."""
-    text = [[str(value) for value in row] for row in rows]
+    text = [[str(value).replace("|", "\\|") for value in row] for row in rows]  # p(c|x) is one cell
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = ["| " + " | ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)) + " |" for row in text]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

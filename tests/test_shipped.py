@@ -53,9 +53,9 @@ def test_the_student_obeys_edges_and_prompts_in_one_step():
     assert prompt_agreement(judge(), pictures, questions.labels) > 0.90  # 0.948 over 5,000
 
 
-@pytest.mark.parametrize(("name", "bound"), [("soft-edge", 0.049), ("silhouette", 0.016), ("lowres", 0.045)])
+@pytest.mark.parametrize(("name", "bound"), [("soft-edge", 0.049), ("silhouette", 0.016), ("lowres", 0.042)])
 def test_one_frozen_student_obeys_each_further_control(name, bound):
-    """Over 5,000: .043, .013, .040. A blank picture has .22, .40, .21; shuffled controls .22, .25, .20."""
+    """Over 5,000: .043, .013, .037. A blank picture has .22, .40, .21; shuffled controls .22, .25, .20."""
     control, model = load_control(name), load_model(f"nano-{name}")
     questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), control, 200, seed=1)
     pictures = answers(Sampler(model), questions, control)

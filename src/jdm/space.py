@@ -34,7 +34,16 @@ class Space:
         if self.vae is None:
             return x
         with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype):
-            return precise(self.vae.decode(x / self.scale + self.shift).sample)  # type: ignore[operator]
+            latents = channels_last(x / self.scale + self.shift)
+            return precise(self.vae.decode(latents).sample).contiguous()  # type: ignore[operator]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x [B, C, H, W] as a CPU's convolutions take it soonest, a network's other tensors following; elsewhere as it is.
+
+    Only the layout in memory changes: weights stay as they are, and what a network returns is made contiguous again.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def unit(pixels: Tensor) -> Tensor:

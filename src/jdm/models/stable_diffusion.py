@@ -28,7 +28,7 @@ from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
 from jdm.size import Size, height_width, sized, spelled
-from jdm.space import Space
+from jdm.space import Space, channels_last
 
 ENCODER = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
 CARD = "jdm.json"  # what a stock pipeline ignores: method, control, steps, provenance
@@ -55,7 +55,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, index: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
         with switched_on(self.adapters), computing(x_t.device, self.autocast):
-            return self._denoised(x_t, index, text, control)
+            shown = None if control is None else channels_last(control)
+            return self._denoised(channels_last(x_t), index, text, shown).contiguous()
 
     def _denoised(self, x_t: Tensor, index: Tensor, text: Text, control: Tensor | None) -> Tensor:
         states, added = (text, None) if isinstance(text, Tensor) else text

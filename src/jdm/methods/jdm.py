@@ -58,6 +58,7 @@ class JDM:
         draws: samples of p(x | x_t) in Eq. 7's integral; 0 is the plug-in f(x_t) alone. Paper: one; in no paper: more.
         frozen_posterior: a posterior trained beforehand on real pictures, in place of the moving one; in no paper.
         fake_sees_control: s_fake(x_t | y, c) in the fidelity term: the exact joint KL, where the paper has its bound.
+            Its ControlNet learns as the student's does.
         shared_noise: Paper: one x_t for both terms. False gives the condition term a t, from condition_range, and noise
             of its own: two schedules, as Decoupled DMD has for its two terms.
         use_reference: compare with the picture c came from, where the control can; False trains from c alone.
@@ -99,7 +100,7 @@ class JDM:
     def task(self, run: Run) -> Task:
         control = loaded_control(self.control, run.data.size)
         networks = self._networks(run)
-        phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range)]
+        phases = [fake_phase(networks, self.fake, self.fake_updates, self.fake_range, controlnet=self.controlnet)]
         if "posterior" in networks.adapters:
             phases.append(posterior_phase(networks, self.posterior))
         phases.append(generator_phase(networks, partial(self.direction, networks, control), self.unet, self.controlnet))

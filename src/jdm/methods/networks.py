@@ -160,10 +160,15 @@ class Networks:
     @property
     def fake_parameters(self) -> list[nn.Parameter]:
         """What trains in the fake score, the posterior's LoRA apart."""
-        if "fake" not in self.adapters:
-            return base_parameters(self.fake.net)
-        controlnet = self.fake.net.controlnet
-        return [*self.adapters["fake"].parameters(), *([] if controlnet is None else controlnet.parameters())]
+        return [p for parameters, _ in self.fake_groups(Optimiser(lr=0.0)) for p in parameters]
+
+    def fake_groups(self, fake: Optimiser, controlnet: Optimiser | None = None) -> list:
+        """(parameters, optimiser) of what trains in the fake score; its ControlNet's own, where one is given."""
+        own = self.adapters["fake"].parameters() if "fake" in self.adapters else base_parameters(self.fake.net.unet)
+        sees = [] if self.fake.net.controlnet is None else list(self.fake.net.controlnet.parameters())
+        if not sees or controlnet is None:
+            return [([*own, *sees], fake)]
+        return [(list(own), fake), (sees, controlnet)]
 
     def student_groups(self, unet: Optimiser, controlnet: Optimiser | None = None) -> list:
         """(parameters, optimiser) of what trains in the student."""
@@ -266,10 +271,11 @@ def distillation(networks: Networks, run: Run, control: Control | None, phases: 
 
 
 def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],
-               every: int = 1, blind: bool = False) -> Phase:
+               every: int = 1, blind: bool = False, controlnet: Optimiser | None = None) -> Phase:
     """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6).
 
-    A fake score with a ControlNet sees c as well. blind: it does not see the prompt either.
+    A fake score with a ControlNet sees c as well; a new one's zero convolutions want a rate of their own, `controlnet`.
+    blind: it does not see the prompt either.
     """
     controlled = networks.fake.net.controlnet is not None
 
@@ -279,7 +285,7 @@ def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tup
         estimate = networks.fake(x_t, t, y, step.shown if controlled else None)
         return (estimate.eps - eps).square().mean(), {}
 
-    return Phase("fake", [(networks.fake_parameters, optimiser)], loss, repeats, every)
+    return Phase("fake", networks.fake_groups(optimiser, controlnet), loss, repeats, every)
 
 
 def posterior_phase(networks: Networks, optimiser: Optimiser) -> Phase:

@@ -48,6 +48,11 @@ def nano_shared() -> Run:
     return _row("nano-shared", frozen("nano-canny", control="soft-edge"))
 
 
+def nano_joint() -> Run:
+    """What phase 2 leaves out: the UNet of phase 1 trained on for the further control, together with its ControlNet."""
+    return _row("nano-joint", replace(frozen("nano-canny", control="soft-edge"), train_unet=True))
+
+
 def nano_no_warm_up() -> Run:
     """Ablation: a frozen Diff-Instruct UNet in place of phase 1."""
     return _row("nano-no-warm-up", frozen("nano-diff-instruct"))
@@ -116,16 +121,29 @@ def nano_posterior() -> Run:
     return _row("nano-posterior", PosteriorTraining(optimiser=rate), batch=64, probe_every=0)
 
 
+# What could make JDM better, each on the frozen Diff-Instruct UNet, as nano-no-warm-up and NCT are.
 def nano_controlled_fake() -> Run:
     """The exact joint KL: a fake score that sees c in the fidelity term."""
-    return _row("nano-controlled-fake", jdm(fake_sees_control=True))
+    return _row("nano-controlled-fake", frozen("nano-diff-instruct", fake_sees_control=True))
 
 
 def nano_draws() -> Run:
     """Four samples of p(x | x_t) in the condition term."""
-    return _row("nano-draws", jdm(draws=4))
+    return _row("nano-draws", frozen("nano-diff-instruct", draws=4))
 
 
 def nano_frozen_posterior() -> Run:
     """A frozen posterior of real pictures in the condition term."""
-    return _row("nano-frozen-posterior", jdm(frozen_posterior="runs/nano-posterior/model"))
+    return _row("nano-frozen-posterior",
+                frozen("nano-diff-instruct", frozen_posterior="runs/nano-posterior/model"))
+
+
+def nano_one_t() -> Run:
+    """One noise level for both terms, as Eq. 5 has it, in place of two schedules."""
+    method = replace(frozen("nano-diff-instruct"), shared_noise=True, condition_weight=1.0)
+    return _row("nano-one-t", method)
+
+
+def nano_unfrozen() -> Run:
+    """The Diff-Instruct UNet trained on, together with the ControlNet."""
+    return _row("nano-unfrozen", replace(frozen("nano-diff-instruct"), train_unet=True))

@@ -36,7 +36,7 @@ def gathered(table: Table, setting: Setting, found: Sequence[Cell], seeds: int, 
     for row in table.rows:
         own = {column: _cell(groups[row.key, column], setting) for column in columns(table, setting)
                if (row.key, column) in groups}
-        rows.append({"row": row.key, "title": row.title, "part": row.part, "steps": row.steps,
+        rows.append({"row": row.key, "title": row.title, "part": row.part, "beside": row.beside, "steps": row.steps,
                      "published": row.published, "cells": own})
     _compare(rows)
     for row in rows:

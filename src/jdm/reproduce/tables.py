@@ -25,7 +25,8 @@ class Row:
         spec: how its model is had. on: a spec of its own for some of the paper's columns.
         steps: 1, or of the multi-step sampler with `guidance`; VALIDATION chooses it.
         default: the paper's columns it is measured on unless a cell is asked for by name; None for all.
-        part: heading it stands under. published: key of its published numbers.
+        part: heading it stands under. beside: key of the row that it changes one thing of.
+        published: key of its published numbers.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Row:
     guidance: float | str | None = None
     default: tuple[str, ...] | None = None
     part: str = ""
+    beside: str = ""
     published: str = ""
 
 
@@ -74,7 +76,6 @@ DIFF_INSTRUCT = Trained("diff-instruct", control="")
 CONTROLNET = Trained("controlnet")
 PHASE_1 = Trained("canny", control="canny")
 PHASE_2 = Trained("shared", needs=(("start", PHASE_1),))
-FROZEN = Trained("no-warm-up", needs=(("start", DIFF_INSTRUCT),))
 WEAK = Trained("weak-teacher", control="", needs=(("vae", Given(part="vae")),))
 
 
@@ -82,14 +83,21 @@ def _on_diff_instruct(recipe: str) -> Trained:
     return Trained(recipe, needs=(("base", DIFF_INSTRUCT),))
 
 
+def _from_diff_instruct(recipe: str, *needs: tuple[str, Spec]) -> Trained:
+    return Trained(recipe, needs=(("start", DIFF_INSTRUCT), *needs))
+
+
 def _on_weak(recipe: str, *needs: tuple[str, Spec]) -> Trained:
     return Trained(recipe, control="", needs=(("model", WEAK), *needs))
 
 
+FROZEN = _from_diff_instruct("no-warm-up")
+NEW = {"part": "In no paper", "beside": "no-warm-up"}
 MANY = Row("controlnet", "ControlNet, 50 steps", CONTROLNET, steps=50, guidance=VALIDATION, published="controlnet")
 BOLTED = Row("di-controlnet", "DI + ControlNet", Composed(DIFF_INSTRUCT, CONTROLNET), published="di-controlnet")
 SHARED = Row("jdm", "JDM", PHASE_2, on={"canny": PHASE_1}, published="jdm")
-JOINT = Row("jdm-joint", "JDM, jointly trained", Trained("jdm"))
+JOINT = Row("jdm-joint", "JDM, its UNet trained on for each control", Trained("joint", needs=(("start", PHASE_1),)),
+            default=CONTROLS[1:])
 FROZEN_DI = Row("frozen-di", "JDM on a frozen Diff-Instruct UNet", FROZEN, published="jdm-dagger")
 RIVAL = Row("nct", "NCT", _on_diff_instruct("nct"), published="nct")
 TWO_STAGES = Row("controlled-teacher", "controlled teacher, then distilled",
@@ -155,12 +163,15 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
         published="nct-no-consistency"),
     Row("nct-no-boundary", "NCT without boundary", _on_diff_instruct("nct-no-boundary"), published="nct-no-boundary"),
     Row("nct-no-dual", "NCT without primal-dual", _on_diff_instruct("nct-no-dual"), published="nct-no-dual"),
-    Row("controlled-fake", "exact joint KL: a fake score that sees c", Trained("controlled-fake"), part="In no paper"),
-    Row("low-t", "the condition term at low noise levels of its own", Trained("low-t"), part="In no paper"),
-    Row("draws", "four samples of p(x|x_t)", Trained("draws"), part="In no paper"),
-    Row("frozen-posterior", "a frozen posterior of real pictures",
-        Trained("frozen-posterior", needs=(("frozen_posterior", Trained("posterior", control="")),)),
-        part="In no paper"),
+    Row("low-t", "the condition term at low noise levels of its own", Trained("low-t"), part="In no paper",
+        beside="jdm"),
+    Row("controlled-fake", "without warm-up, (a): a fake score that sees c, the exact joint KL",
+        _from_diff_instruct("controlled-fake"), **NEW),
+    Row("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws"), **NEW),
+    Row("frozen-posterior", "without warm-up, (c): a frozen posterior of real pictures",
+        _from_diff_instruct("frozen-posterior", ("frozen_posterior", Trained("posterior", control=""))), **NEW),
+    Row("one-t", "without warm-up, one noise level for both terms", _from_diff_instruct("one-t"), beside="no-warm-up"),
+    Row("unfrozen", "without warm-up, the UNet trained on", _from_diff_instruct("unfrozen"), beside="no-warm-up"),
 ), columns=("canny", "depth"), published=BASELINES)
 
 GUIDE = ("guide", Given())

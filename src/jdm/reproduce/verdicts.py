@@ -30,7 +30,7 @@ def headline(data: dict[str, Any]) -> str:
 
 def answers(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The questions of this table that its cells can answer: question, verdict, and the numbers it rests on."""
-    asked = {"table1": (_claim, _phase_2, _frozen, _rival), "table2": (_ignored, _better_posteriors),
+    asked = {"table1": (_claim, _phase_2, _frozen, _rival), "table2": (_ignored, _changed),
              "table3": (_guided, _hacked)}
     return [answer for question in asked.get(data["table"], ()) if (answer := question(data))]
 
@@ -177,23 +177,24 @@ def _ignored(data: dict[str, Any]) -> dict[str, Any] | None:
                    columns, "; ".join(parts), errors=away)
 
 
-def _better_posteriors(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Diversity of what is in no paper, beside the paper's JDM."""
-    rows = [r["row"] for r in data["rows"] if r["part"] and _both(data, r["row"], "jdm")]
+def _changed(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Each row that changes one thing of another, beside it: diversity, consistency and distance as ratios."""
+    rows = [(r["row"], r["beside"]) for r in data["rows"] if r.get("beside") and _both(data, r["row"], r["beside"])]
     if not rows:
         return None
     found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        columns = _both(data, row, "jdm")
-        found[row] = {}
-        for key in ("diversity", "consistency", "fd"):
-            own, base = over(data, row, columns, key), over(data, "jdm", columns, key)
-            if own and base and base["mean"]:
-                found[row][key] = own["mean"] / base["mean"]
-    text = "; ".join(f"{row}: " + ", ".join(f"{k} x {v:.2f}" for k, v in found[row].items()) for row in rows)
+    for row, base in rows:
+        columns = _both(data, row, base)
+        pairs = {k: (over(data, row, columns, k), over(data, base, columns, k))
+                 for k in ("diversity", "consistency", "fd")}
+        found[row] = {k: own["mean"] / other["mean"] for k, (own, other) in pairs.items()
+                      if own and other and other["mean"]}
+    text = "; ".join(f"{row} beside {base}: " + ", ".join(f"{k} x {v:.2f}" for k, v in found[row].items())
+                     for row, base in rows)
     more = any(v.get("diversity", 0) > 1 and v.get("consistency", 2) <= 1.02 for v in found.values())
-    return _answer("Does anything in no paper keep more diversity than JDM at equal consistency (within 2%)?", more,
-                   [c for c in data["columns"] if _both(data, rows[0], "jdm")], text, ratios=found)
+    return _answer("Does any change keep more diversity at equal consistency (within 2%)?", more,
+                   [c for c in data["columns"] if any(_both(data, row, base).count(c) for row, base in rows)], text,
+                   ratios=found)
 
 
 def _guided(data: dict[str, Any]) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jdm import checkpoint, distributed, pictures, report
+from jdm.best import FOLDER
 from jdm.cli import GPUS, _Parser, cost_flags, prepared_flags, refuse_unknown
 from jdm.controls import checked, load_control
 from jdm.errors import RunError, UsageError
@@ -56,6 +57,9 @@ def train(asked: argparse.Namespace) -> int:
             where = checkpoint.last(run.out) or "the start"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
     if distributed.first():
+        if run.best and (place := checkpoint.last(run.out / FOLDER)):
+            Console(stderr=True).print(f"the best by {run.best} is exported: {place.name} of "
+                                       f"{checkpoint.last(run.out).name}", highlight=False)
         print(folder)
     distributed.leave()
     return 0

@@ -224,6 +224,7 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
             row["consistency"] = (seen - questions.c).abs().mean().item()
         if questions.source == FASHION and questions.labels is not None:
             row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+            row |= _judged(pictures, questions, questions.labels)
         return row
 
     return probe

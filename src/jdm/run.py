@@ -129,6 +129,8 @@ class Run:
         decoder: folder or hub id of a tiny autoencoder of the same latents (AutoencoderTiny, such as TAESD) that
             decodes inside the likelihood or reward in place of the teacher's; empty for the teacher's own.
         save_every, log_every, probe_every: in steps.
+        best: of what the probe measures (judge, prompt_agreement, fd, consistency): the averages that were best by it
+            are exported; empty for the last ones. patience: probes without a better one that end the run; 0 for none.
     """
 
     method: Any
@@ -149,6 +151,8 @@ class Run:
     save_every: int = 500
     log_every: int = 20
     probe_every: int = 0
+    best: str = ""
+    patience: int = 0
 
 
 def described(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from jdm import checkpoint, distributed
+from jdm.best import Best
 from jdm.data import fingerprint, load_pictures
 from jdm.distributed import local
 from jdm.errors import RunError, TerminatedError, UsageError, in_short
@@ -53,6 +54,8 @@ class Trainer:
         if distributed.first():
             _record(run)
         self.log = _Log(run.out / "metrics.jsonl", self.start)
+        distributed.barrier()  # the log is cut back before anyone reads it
+        self.best = Best(run, self.log.path, bool(self.task.probe))
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -63,24 +66,28 @@ class Trainer:
         probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
         if probed and self.task.probe:
             with averaged(self.task.modules, self.averages) as modules:
-                logs |= {f"probe/{k}": v for k, v in self.task.probe(modules).items()}
+                measured = self.task.probe(modules)
+            self.best.note(done, measured, self.averages)
+            logs |= {f"probe/{k}": v for k, v in measured.items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
-        if done % run.save_every == 0 or done == run.steps:
+        if done % run.save_every == 0 or done == run.steps or self.best.ended:
             checkpoint.save(self.state, run.out, done)
         return logs
 
     def export(self) -> Path:
-        """The trained model, averaged, as a folder in the run's.
+        """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
 
-        Where networks are sharded the first process builds it from the last checkpoint, by itself.
+        Where networks are sharded the first process builds it from its checkpoint, by itself.
         """
-        folder = self.run.out / "model"
+        folder, best = self.run.out / "model", self.best.place
         if distributed.size() == 1:
+            if best:
+                checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
             with averaged(self.task.modules, self.averages) as modules:
                 self.task.export(folder, modules)
         elif distributed.first():
-            export_checkpoint(self.run, folder)
+            export_checkpoint(self.run, folder, best)
         distributed.barrier()
         return folder
 
@@ -131,7 +138,9 @@ class Trainer:
 
 
 def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path:
-    """Train to run.steps, resuming from the last checkpoint in run.out; returns the exported model's folder.
+    """Train to run.steps, or until run.patience is out, resuming from the last checkpoint in run.out.
+
+    Returns the exported model's folder.
 
     Args:
         progress: called after every step with its number and the latest numbers.
@@ -146,6 +155,8 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         step = trainer.start
         with distributed.Terminator() as terminator:
             for step in range(trainer.start, run.steps):
+                if trainer.best.ended:
+                    break
                 logs = trainer.step(step)
                 if progress and distributed.first():
                     progress(step + 1, logs)
@@ -165,9 +176,9 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
                        f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
 
 
-def export_checkpoint(run: Run, folder: Path) -> Path:
-    """The averaged model of a run's last checkpoint, built on the CPU, as a folder."""
-    place = checkpoint.last(run.out)
+def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path:
+    """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
+    place = place or checkpoint.last(run.out)
     assert place is not None
     task = run.method.task(replace(run, device="cpu"))
     averages = {name: task.modules[name].eval() for name in task.averaged}

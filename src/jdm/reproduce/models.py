@@ -31,7 +31,7 @@ NEEDS = "needs.json"  # in a run's folder: the weights it was trained from
 APART = ("out", "device", "save_every", "log_every", "probe_every", "checkpointing", "compile", "shard")
 # Fields that older runs were trained without, at the value that changes nothing: an old cell keeps its name.
 LATER = {"precision": "fp32", "decoder": "", "accumulate": 1, "controlnet_start": "", "student_rank": 0,
-         "fake_rank": 0, "states": "float32", "condition_range": [0.02, 0.98]}
+         "fake_rank": 0, "states": "float32", "condition_range": [0.02, 0.98], "best": "", "patience": 0}
 Watch = Callable[[Run], AbstractContextManager[Callable[[int, dict], None] | None]]
 
 

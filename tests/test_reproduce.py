@@ -17,7 +17,7 @@ from jdm.recipes import all_recipes
 from jdm.reference import references
 from jdm.reproduce import models
 from jdm.reproduce.cells import cells, place, selected, stored
-from jdm.reproduce.models import Given, Setting, Trained, settled, to_train
+from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
 from jdm.reproduce.scales import NANO, check
 from jdm.reproduce.sitting import listed, reproduce
 from jdm.reproduce.tables import TABLES
@@ -115,6 +115,16 @@ def other_weights(file: Path):
 
 
 # A table from end to end
+
+
+def test_the_course_of_a_run_is_its_probes_with_the_mean_reward_since_the_one_before(setting, tmp_path):
+    model = replace(Model("m", "m"), run=replace(all_recipes()["nano-text-reward"](), out=tmp_path))
+    rows = [{"step": 20, "reward": -3.0}, {"step": 40, "reward": -1.0, "probe/fd": 5.0, "probe/judge": -2.0},
+            {"step": 60, "reward": -0.5}, {"step": 80, "fidelity": 1.0, "probe/fd": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert course(model) == [{"step": 40, "reward": -2.0, "fd": 5.0, "judge": -2.0},
+                             {"step": 80, "reward": -0.5, "fd": 4.0}]
+    assert course(Model("given", "given")) == []
 
 
 def test_a_table_is_trained_and_measured_each_model_once(filled):

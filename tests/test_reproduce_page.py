@@ -12,7 +12,7 @@ from jdm.cli import REPRODUCED, SCALES, main
 from jdm.recipes import entries
 from jdm.reproduce import scales
 from jdm.reproduce.figures import LABEL, sheet
-from jdm.reproduce.page import ANCHORS, aligned, number, pair
+from jdm.reproduce.page import ANCHORS, _course, aligned, number, pair
 from jdm.reproduce.results import _average, _values
 from jdm.reproduce.tables import METHODS, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
 from jdm.reproduce.verdicts import answers, headline
@@ -154,6 +154,45 @@ def test_where_no_prompt_comes_twice_a_control_that_is_ignored_is_within_two_err
         (answer,) = answers(data)
         assert answer["verdict"] == verdict
         assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.2) / 1e-3)
+
+
+def test_a_change_stands_beside_the_row_it_changes():
+    for consistency, verdict in ((0.101, "yes"), (0.103, "no")):  # within 2% of .1
+        data = table("table2", {"canny": "canny"},
+                     no_warm_up={"canny": cell(consistency=(0.1, 0.001), diversity=(2.0, None), fd=(1.0, 0.1))},
+                     jdm={"canny": cell(consistency=(0.5, 0.001), diversity=(9.0, None), fd=(7.0, 0.1))},
+                     draws={"canny": cell(consistency=(consistency, 0.001), diversity=(3.0, None), fd=(2.0, 0.1))})
+        data["rows"][2]["beside"] = "no-warm-up"
+        (answer,) = answers(data)
+        assert answer["verdict"] == verdict
+        ratios = {"diversity": 1.5, "consistency": consistency / 0.1, "fd": 2.0}
+        assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
+
+
+COURSE = [{"step": step, "reward": reward, "judge": judge, "prompt_agreement": 0.9, "fd": fd}
+          for step, reward, judge, fd in ((100, -0.5, -0.6, 4.0), (200, -0.3, -0.4, 4.5), (300, -0.1, -0.9, 9.0))]
+
+
+def test_hacking_begins_where_the_judge_is_best_and_the_reward_still_rises():
+    for last, verdict in ((-0.1, "yes"), (-0.35, "no")):
+        course = [*COURSE[:2], {**COURSE[2], "reward": last}]
+        text = {**cell(judge=(-0.9, None), fd=(9.0, 0.1)), "records": [{"course": course}]}
+        (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
+        assert answer["verdict"] == ("yes" if last > -0.3 else "no") == verdict
+        found = answer["numbers"]["reward"]
+        assert (found["step"], found["of"]) == (200, 300)
+        assert found["judge"] == pytest.approx(-0.5)
+        assert found["fd"] == pytest.approx(4.5)
+
+
+def test_the_course_of_a_reward_is_printed_probe_by_probe_and_that_of_a_run_without_one_is_not():
+    record = {"seed": 0, "course": COURSE}
+    plain = {"seed": 0, "course": [{"step": 100, "fd": 3.0}]}
+    data = table("table3", {"text": "text"}, reward={"text": {"records": [record]}}, own={"text": {"records": [plain]}})
+    printed = _course(data)
+    assert "| reward | 300  | -0.10  | -0.900      | 0.900            | 9.00     |" in printed
+    assert "own" not in printed
+    assert _course(table("table3", {"text": "text"}, own={"text": {"records": [plain]}})) == ""
 
 
 # Numbers

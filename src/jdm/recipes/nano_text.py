@@ -17,7 +17,7 @@ WEAK = "runs/nano-weak-teacher/model"  # the teacher that needs a better one's g
 
 def _row(name: str, **changes: Any) -> Run:
     method = TextToImage(unet=STUDENT, fake=FAKE, posterior=FAKE, **changes)
-    return Run(method=method, out=Path("runs") / name, steps=STEPS, batch=BATCH, ema=0.999, probe_every=500)
+    return Run(method=method, out=Path("runs") / name, steps=STEPS, batch=BATCH, ema=0.999, probe_every=100)
 
 
 def nano_weak_teacher() -> Run:

@@ -23,7 +23,7 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.models.library import ASSETS, load_model
 from jdm.questions import Questions, answers
 from jdm.report import write
-from jdm.reproduce.models import Model, Setting, Watch, finished, make, plan, settled, stages, weights
+from jdm.reproduce.models import Model, Setting, Watch, course, finished, make, plan, settled, stages, weights
 from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 from jdm.sampling import Sampler
 
@@ -209,7 +209,7 @@ def fill(cell: Cell, setting: Setting, watch: Watch = lambda run: nullcontext())
     row = evaluation.evaluate(cell.model.path, cell.control, setting.n, ASKED, scale.source, scale.split,
                               cell.row.steps, guidance, scale.model, setting.quick)  # type: ignore[arg-type]
     record = {**identity(cell, setting), "weights": weights(cell.model.path), "seed": cell.seed, "measured": row,
-              "tuning": tuning, "training": stages(cell.model)}
+              "tuning": tuning, "training": stages(cell.model), "course": course(cell.model)}
     file = place(cell, setting)
     write(file, json.dumps(record, indent=1) + "\n")
     _failure(cell, setting).unlink(missing_ok=True)

@@ -301,10 +301,27 @@ def _stage(name: str, steps: int, batch: int, seconds: float | None) -> dict[str
 
 def seconds_per_step(out: Path) -> float | None:
     """The median in a run's log."""
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    seen = [float(row["seconds"]) for line in lines if "seconds" in (row := _parsed(line))]
+    seen = [float(row["seconds"]) for row in _logged(out) if "seconds" in row]
     return statistics.median(seen) if seen else None
+
+
+def _logged(out: Path) -> list[dict]:
+    file = out / "metrics.jsonl"
+    return [_parsed(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def course(model: Model) -> list[dict[str, float]]:
+    """What the run measured on validation pictures as it trained; its reward is the mean since the probe before."""
+    if model.run is None:
+        return []
+    found: list[dict[str, float]] = []
+    rewards: list[float] = []
+    for row in _logged(model.run.out):
+        rewards += [row["reward"]] if "reward" in row else []
+        if probe := {k.removeprefix("probe/"): v for k, v in row.items() if k.startswith("probe/")}:
+            found.append({"step": row["step"], **({"reward": statistics.fmean(rewards)} if rewards else {}), **probe})
+            rewards = []
+    return found
 
 
 def to_train(model: Model, setting: Setting) -> dict[str, tuple[Run, int, float | None]]:

@@ -33,7 +33,7 @@ def markdown(data: dict[str, Any]) -> str:
         lines = [f"- {a['question']} **{a['verdict']}**, over {', '.join(a['columns'])}: {a['text']}."
                  for a in data["answers"]]
         parts.append("## What it was asked\n\n" + "\n".join(lines))
-    parts += [_details(data), _training(data), _missing(data), _terms(data),
+    parts += [_details(data), _course(data), _training(data), _missing(data), _terms(data),
               f"Made by\n\n```sh\n{data['command']}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -157,6 +157,18 @@ def _training(data: dict[str, Any]) -> str:
     note = ("Minutes are the median seconds per step times steps; a model that ships has no log. A stage that several "
             "cells share was run once.")
     return f"## Training\n\n{note}\n\n{aligned([head, *body])}" if body else ""
+
+
+def _course(data: dict[str, Any]) -> str:
+    """What runs that climb a reward measured as they trained: where the judge turns and the reward does not."""
+    keys = ("reward", "judge", "prompt_agreement", "fd")
+    body = [[_title(row), int(at["step"]), *(NONE if k not in at else f"{at[k]:.{DIGITS.get(k, 2)}f}" for k in keys)]
+            for row, _, record in _records(data) if record["seed"] == 0
+            for at in record.get("course", []) if "reward" in at]
+    head = ["method", "step", "reward", *(NAMES[k] for k in keys[1:])]
+    note = ("On validation pictures, as it trained; the reward is of training batches. A run hacks its reward from "
+            "where the judge falls and the reward does not.")
+    return f"## The course of a reward\n\n{note}\n\n{aligned([head, *body])}" if body else ""
 
 
 def _missing(data: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ def headline(data: dict[str, Any]) -> str:
 def answers(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The questions of this table that its cells can answer: question, verdict, and the numbers it rests on."""
     asked = {"table1": (_claim, _phase_2, _frozen, _rival), "table2": (_ignored, _changed),
-             "table3": (_guided, _hacked)}
+             "table3": (_guided, _hacked, _turned), "fig6": (_hacked, _turned)}
     return [answer for question in asked.get(data["table"], ()) if (answer := question(data))]
 
 
@@ -219,3 +219,23 @@ def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:
     more = {k: noisy[k]["mean"] - clean[k]["mean"] for k in ("judge", "fd")}
     return _answer("Does the reward on the noisy posterior satisfy the judge better than on the clean sample?",
                    more["judge"] > 0, ["text"], f"judge {more['judge']:+.3f} nats, distance {more['fd']:+.2f}", **more)
+
+
+def _turned(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Where hacking begins: the probe after which the judge only lost while the reward rose."""
+    found = {}
+    for row in data["rows"]:
+        records = [r for cell in row["cells"].values() for r in cell.get("records", []) if isinstance(r, dict)]
+        course = next((r["course"] for r in records if any("judge" in at and "reward" in at
+                                                            for at in r.get("course", []))), None)
+        if course:
+            best, last = max(course, key=lambda at: at["judge"]), course[-1]
+            found[row["row"]] = {"step": best["step"], "of": last["step"], "judge": last["judge"] - best["judge"],
+                                 "reward": last["reward"] - best["reward"], "fd": last["fd"] - best["fd"]}
+    if not found:
+        return None
+    text = "; ".join(f"{row}: the judge is best at step {v['step']:.0f} of {v['of']:.0f}, from there to the end judge "
+                     f"{v['judge']:+.3f}, reward {v['reward']:+.3f}, distance {v['fd']:+.2f}"
+                     for row, v in found.items())
+    hacked = [row for row, v in found.items() if v["judge"] < 0 < v["reward"]]
+    return _answer("Does the reward still rise where the judge falls?", bool(hacked), ["text"], text, **found)

@@ -124,8 +124,8 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     teacher = tmp_path / "teacher"
     torch.manual_seed(0)
     save_pipeline(tiny.model(), teacher)
-    monkeypatch.setattr(evaluation, "references", lambda t, e, p: references(t, e, p.part("[:30]"), 2, samples=30))
-    row = evaluate(str(student), "canny", n=60, seed=5, teacher=str(teacher), quick=True)
+    monkeypatch.setattr(evaluation, "references", lambda t, e, p, **_: references(t, e, p.part("[:30]"), 2, samples=30))
+    row = evaluate(str(student), "canny", n=60, seed=5, teacher=str(teacher), quick=True, scored=["nano-judge"])
     questions = Questions.of(load_pictures("fashion-mnist", "test", 32), Canny(), 60, seed=5)
     pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
@@ -140,6 +140,7 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     other = nano_judge()  # not the classifier of distances, and no reward
     said = other(unit(from_bytes(pictures)), questions.y)
     assert row["judge"] == pytest.approx(said.mean().item(), abs=1e-5)
+    assert row["nano_judge"] == pytest.approx(row["judge"], abs=1e-5)
     assert row["judge_accuracy"] == prompt_agreement(other.classifier, pictures, questions.labels)
     assert min(row["seconds_per_image"], row["seconds_per_image_batch1"]) > 0
     assert row["consistency_chance"] + row["consistency_blank"] > 0.15

@@ -32,7 +32,7 @@ def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
     """Runs of two steps on the tiny teacher; eight pictures to ask about; references of 30 samples in two steps."""
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr(evaluation, "judge", tiny.judge)
-    patch.setattr(evaluation, "references", lambda t, e, p: references(t, e, p.part("[:30]"), 2, samples=30))
+    patch.setattr(evaluation, "references", lambda t, e, p, **_: references(t, e, p.part("[:30]"), 2, samples=30))
 
     def recipe(name: str):
         return tiny.run(all_recipes()[name](), folder / "unused", teacher)

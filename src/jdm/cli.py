@@ -209,6 +209,13 @@ def _evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
     evaluate.add_argument("--teacher", default="nano-sd", help="distances are taken to its uncontrolled samples")
     evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
+    evaluate.add_argument("--scores", help="clip, hpsv2, aesthetic, pick-score, image-reward (hpsv2:FOLDER where its "
+                          "weights are elsewhere), or my_rewards.py:brightness; separated by commas")
+    evaluate.add_argument("--prompts", help="a folder of JSON lists, one a style, or a file: text-to-image, scored "
+                          "alone; --n of each style")
+    evaluate.add_argument("--extractor", action="append", default=[], help="inception or inception:FILE: FID too; it "
+                          "needs pip install 'jdm[fid]'")
+    evaluate.add_argument("--device", default="cpu")
 
 
 def _export_flags(export: _Parser) -> None:

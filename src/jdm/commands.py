@@ -58,8 +58,9 @@ def train(asked: argparse.Namespace) -> int:
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
     if distributed.first():
         if run.best and (place := checkpoint.last(run.out / FOLDER)):
-            Console(stderr=True).print(f"the best by {run.best} is exported: {place.name} of "
-                                       f"{checkpoint.last(run.out).name}", highlight=False)
+            last = checkpoint.last(run.out) or place
+            Console(stderr=True).print(f"the best by {run.best} is exported: {place.name} of {last.name}",
+                                       highlight=False)
         print(folder)
     distributed.leave()
     return 0
@@ -251,12 +252,20 @@ def _beside(shown: Tensor | None, specs: list[str | None], asked: argparse.Names
 def evaluate(asked: argparse.Namespace) -> int:
     """`jdm evaluate`: prints a table and writes JSON."""
     from jdm.evaluate import evaluate as evaluated
+    from jdm.evaluate import evaluate_prompts
+    from jdm.metrics.scores import read_prompts
 
     file = Path(asked.json) if asked.json else None
     if file:
         _writable(file.parent)
-    row = evaluated(asked.model, asked.control, asked.n, asked.seed, asked.source, asked.split, asked.steps,
-                    asked.guidance, asked.teacher, asked.quick)
+    _device(asked.device)
+    scored = [name.strip() for name in (asked.scores or "").split(",") if name.strip()]
+    if asked.prompts:
+        row = evaluate_prompts(asked.model, read_prompts(asked.prompts), scored, asked.n, asked.seed, asked.steps,
+                               asked.guidance, asked.device)
+    else:
+        row = evaluated(asked.model, asked.control, asked.n, asked.seed, asked.source, asked.split, asked.steps,
+                        asked.guidance, asked.teacher, asked.quick, scored, asked.extractor, asked.device)
     if file:
         report.write(file, json.dumps(row, indent=1) + "\n")
     table = Table("measurement", "value", title=asked.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,11 @@ from jdm.metrics.classifier import Classifier
 from jdm.metrics.consistency import Consistency, chance
 from jdm.metrics.diversity import diversity
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0, Extractor
+from jdm.metrics.fid import Inception
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
+from jdm.metrics.scores import chosen as chosen_prompts
+from jdm.metrics.scores import scores
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.library import ASSETS, SHIPPED, load_model
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from jdm.methods.networks import Networks
 
 FASHION = "fashion-mnist"
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # beside those every evaluation has
 DIVERSITY_GROUPS, DIVERSITY_DRAWS = 64, 8
 PROBE_SAMPLES = 1000  # of the reference of a teacher that ships without one
 
@@ -61,6 +65,9 @@ def evaluate(
     guidance: float | None = None,
     teacher: str = "nano-sd",
     quick: bool = False,
+    scored: Sequence[str] = (),
+    also: Sequence[str] = (),
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """All measurements of a model on the first n pictures of a split.
 
@@ -69,13 +76,15 @@ def evaluate(
         steps, guidance: for multi-step models; 50 and the model card's, or 2, where not given.
         teacher: whose uncontrolled samples distances are taken to.
         quick: the first extractor alone, fewer draws for diversity, fewer timings.
+        scored: networks that score pictures for their prompts, as `metrics.scores`. also: further extractors, as
+            `extractors`.
 
     Returns:
         fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
         diversity, prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64
-        and 1, peak_memory_mb, n, and what was asked.
+        and 1, peak_memory_mb, n, a score by each of `scored`, and what was asked.
     """
-    loaded = load_model(model)
+    loaded = load_model(model).to(device)
     card = loaded.card or {}
     pictures = load_pictures(source, split, loaded.size)
     spec = control or card.get("control")
@@ -88,19 +97,56 @@ def evaluate(
     guidance = float(card.get("guidance", 2.0)) if guidance is None else guidance
     sampler = Sampler(loaded, steps, guidance)
     questions = Questions.of(pictures, asked, n, seed)
-    chosen = extractors(source, quick)
+    chosen = extractors(source, quick, also, device)
     whole = load_pictures(source, "test", loaded.size)
     row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, "steps": steps,
            "guidance": guidance if steps > 1 else None, "method": card.get("method")}
-    row |= measured(answers(sampler, questions, asked), questions, asked,
-                    references(teacher, chosen, whole), chosen, sampler, quick)
+    made = answers(sampler, questions, asked)
+    row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
+    row |= scores(scored, made, questions.y, device)
     return row | cost(sampler, questions, asked, repeats=1 if quick else 3)
 
 
-def extractors(source: str, quick: bool = False) -> list[Extractor]:
-    """What distances read, first the one that `fd` is on: the shipped classifier where it knows the data."""
+def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Sequence[str], n: int = 800, seed: int = 0,
+                     steps: int | None = None, guidance: float | None = None,
+                     device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Scores of a text-to-image model on the first n prompts of each style (`metrics.scores.read_prompts`).
+
+    Raises:
+        UsageError: the model wants a control, or nothing is to be scored.
+    """
+    loaded = load_model(model).to(device)
+    if loaded.controlnet is not None:
+        raise UsageError(f"{model} has a ControlNet, and prompts alone give it no control; evaluate it on pictures")
+    if not scored:
+        raise UsageError("prompts without pictures are only scored; name what by: --scores clip,hpsv2,aesthetic")
+    steps = steps or (1 if loaded.one_step else 50)
+    guidance = float((loaded.card or {}).get("guidance", 2.0)) if guidance is None else guidance
+    sampler = Sampler(loaded, steps, guidance)
+    asked, styles = chosen_prompts(prompts, n)
+    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
+    row = {"model": model, "seed": seed, "steps": steps, "guidance": guidance if steps > 1 else None, "n": len(asked),
+           "nfe": sampler.nfe}
+    return row | scores(scored, made, asked, device, styles)
+
+
+def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
+               device: str | torch.device = "cpu") -> list[Extractor]:
+    """What distances read, first the one that `fd` is on: the shipped classifier where it knows the data.
+
+    Args:
+        also: "inception", or "inception:FILE" of its weights: FID, first where the classifier does not know the data.
+    """
     known: list[Extractor] = [ClassifierFeatures(judge())] if source == FASHION else []
-    return known if known and quick else [*known, EffLite0()]
+    own = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _known(also))]
+    return [*known, *own] if (known or own) and quick else [*known, *own, EffLite0(device)]
+
+
+def _known(also: Sequence[str]) -> Sequence[str]:
+    for spec in also:
+        if spec.partition(":")[0] not in EXTRACTORS:
+            raise UsageError(f"there is no extractor {spec!r}; further ones are {', '.join(EXTRACTORS)}")
+    return also
 
 
 def measured(
@@ -210,7 +256,7 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
     def target() -> Statistics:
         whole = load_pictures(run.data.source, "test", run.data.size)
         samples = SAMPLES if run.model in SHIPPED else PROBE_SAMPLES
-        return references(run.model, [extractor], whole, samples=samples)[extractor.name].statistics
+        return references(run.model, [extractor], whole, samples=samples, device=run.device)[extractor.name].statistics
 
     def probe(_: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)

@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from jdm.data import Pictures
 from jdm.errors import UsageError
 from jdm.metrics.extractors import Extractor
@@ -48,7 +50,8 @@ class Reference:
 
 
 def references(teacher: str, extractors: list[Extractor], pictures: Pictures, steps: int = STEPS,
-               guidance: float = GUIDANCE, samples: int = SAMPLES) -> dict[str, Reference]:
+               guidance: float = GUIDANCE, samples: int = SAMPLES,
+               device: str | torch.device = "cpu") -> dict[str, Reference]:
     """One reference per extractor: shipped with nano-sd, remembered after the first time for other teachers."""
     found: dict[str, Reference] = {}
     recipe = {"teacher": teacher, "pictures": pictures.source, "size": spelled(pictures.size),
@@ -66,13 +69,13 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
                     break
     missing = [e for e in extractors if e.name not in found]
     if missing:
-        found |= _measured(teacher, missing, pictures, recipe, _cache() / key)
+        found |= _measured(teacher, missing, pictures, recipe, _cache() / key, device)
     return found
 
 
 def _measured(teacher: str, extractors: list[Extractor], pictures: Pictures, recipe: dict[str, str],
-              folder: Path) -> dict[str, Reference]:
-    model = load_model(teacher).with_parts(controlnet=None).at(pictures.size)
+              folder: Path, device: str | torch.device) -> dict[str, Reference]:
+    model = load_model(teacher).with_parts(controlnet=None).at(pictures.size).to(device)
     if model.one_step:
         raise UsageError(f"{teacher} is a one-step student; a reference needs its multi-step teacher")
     sampler = Sampler(model, int(recipe["steps"]), float(recipe["guidance"]))

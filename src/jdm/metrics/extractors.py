@@ -52,7 +52,7 @@ class EffLite0:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> [N, 1280], each in [0, 6], on the CPU."""
-        _check(images)
+        checked_images(images)
         return torch.cat([self._pooled(part) for part in images.split(self.batch)])
 
     def _pooled(self, images: Tensor) -> Tensor:
@@ -78,14 +78,15 @@ class ClassifierFeatures:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> [N, D] on the CPU; the classifier is in eval mode after this."""
-        _check(images)
+        checked_images(images)
         self.classifier.eval()
         device = next(self.classifier.parameters()).device
         parts = images.split(self.batch)
         return torch.cat([self.classifier.features(from_bytes(part.to(device))).cpu() for part in parts])
 
 
-def _check(images: Tensor) -> None:
+def checked_images(images: Tensor) -> None:
+    """UsageError unless pictures are uint8 [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise UsageError(f"images must be [N, 3, H, W] with N >= 1, got {list(images.shape)}")
     if images.dtype != torch.uint8:

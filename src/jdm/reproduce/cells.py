@@ -207,7 +207,7 @@ def fill(cell: Cell, setting: Setting, watch: Watch = lambda run: nullcontext())
         tuning = tuned(cell, setting)
         guidance = tuning["chosen"]
     row = evaluation.evaluate(cell.model.path, cell.control, setting.n, ASKED, scale.source, scale.split,
-                              cell.row.steps, guidance, scale.model, setting.quick)  # type: ignore[arg-type]
+                              cell.row.steps, guidance, scale.model, setting.quick, device=setting.device)  # type: ignore[arg-type]
     record = {**identity(cell, setting), "weights": weights(cell.model.path), "seed": cell.seed, "measured": row,
               "tuning": tuning, "training": stages(cell.model), "course": course(cell.model)}
     file = place(cell, setting)
@@ -231,12 +231,13 @@ def tuned(cell: Cell, setting: Setting) -> dict[str, Any]:
     file = setting.out / "cells" / f"guidance-{cell.model.name}-{_digest(whole)}.json"
     if record := _read(file):
         return record
-    model = load_model(cell.model.path)
+    model = load_model(cell.model.path).to(setting.device)
     pictures = load_pictures(scale.source, scale.validation, model.size)
     control = checked(load_control(cell.control), model.size) if cell.control else None
     questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED)
-    extractor = evaluation.extractors(scale.source, quick=True)[0]
-    target = evaluation.references(scale.model, [extractor], load_pictures(scale.source, "test", model.size))
+    extractor = evaluation.extractors(scale.source, quick=True, device=setting.device)[0]
+    target = evaluation.references(scale.model, [extractor], load_pictures(scale.source, "test", model.size),
+                                   device=setting.device)
 
     def distance(guidance: float) -> float:
         made = answers(Sampler(model, cell.row.steps, guidance), questions, control)

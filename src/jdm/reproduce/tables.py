@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from jdm.reproduce.models import Composed, Given, Spec, Trained
 
@@ -92,7 +93,7 @@ def _on_weak(recipe: str, *needs: tuple[str, Spec]) -> Trained:
 
 
 FROZEN = _from_diff_instruct("no-warm-up")
-NEW = {"part": "In no paper", "beside": "no-warm-up"}
+_new = partial(Row, part="In no paper", beside="no-warm-up")
 MANY = Row("controlnet", "ControlNet, 50 steps", CONTROLNET, steps=50, guidance=VALIDATION, published="controlnet")
 BOLTED = Row("di-controlnet", "DI + ControlNet", Composed(DIFF_INSTRUCT, CONTROLNET), published="di-controlnet")
 SHARED = Row("jdm", "JDM", PHASE_2, on={"canny": PHASE_1}, published="jdm")
@@ -165,11 +166,11 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
     Row("nct-no-dual", "NCT without primal-dual", _on_diff_instruct("nct-no-dual"), published="nct-no-dual"),
     Row("low-t", "the condition term at low noise levels of its own", Trained("low-t"), part="In no paper",
         beside="jdm"),
-    Row("controlled-fake", "without warm-up, (a): a fake score that sees c, the exact joint KL",
-        _from_diff_instruct("controlled-fake"), **NEW),
-    Row("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws"), **NEW),
-    Row("frozen-posterior", "without warm-up, (c): a frozen posterior of real pictures",
-        _from_diff_instruct("frozen-posterior", ("frozen_posterior", Trained("posterior", control=""))), **NEW),
+    _new("controlled-fake", "without warm-up, (a): a fake score that sees c, the exact joint KL",
+        _from_diff_instruct("controlled-fake")),
+    _new("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws")),
+    _new("frozen-posterior", "without warm-up, (c): a frozen posterior of real pictures",
+        _from_diff_instruct("frozen-posterior", ("frozen_posterior", Trained("posterior", control="")))),
     Row("one-t", "without warm-up, one noise level for both terms", _from_diff_instruct("one-t"), beside="no-warm-up"),
     Row("unfrozen", "without warm-up, the UNet trained on", _from_diff_instruct("unfrozen"), beside="no-warm-up"),
 ), columns=("canny", "depth"), published=BASELINES)

@@ -17,6 +17,7 @@ from jdm.user_code import check_gradient, imported, probe
 KNOWN = {
     "nano-reward": "jdm.rewards.classifier:nano_reward",
     "nano-judge": "jdm.rewards.classifier:nano_judge",
+    "clip": "jdm.rewards.clip_score:CLIPScore",
     "pick-score": "jdm.rewards.pick_score:PickScore",
     "hpsv2": "jdm.rewards.hpsv2:HPSv2",
     "aesthetic": "jdm.rewards.aesthetic:Aesthetic",

@@ -1,0 +1,85 @@
+"""Scores of pictures for their prompts as the papers print them: CLIP, HPSv2.1 by style, LAION aesthetic, others."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jdm.errors import UsageError
+from jdm.metrics.spread import bootstrap
+from jdm.rewards import load_reward, reward_name
+from jdm.space import from_bytes, unit
+
+PRINTED = {"clip": 100.0, "hpsv2": 100.0}  # tables print that many times the network's score
+BATCH = 32
+
+
+@torch.no_grad()
+def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], device: str | torch.device = "cpu",
+           styles: Sequence[str] = ()) -> dict[str, float]:
+    """Mean score of uint8 pictures [N, 3, H, W] for N prompts, by each of `specs`, as tables print it.
+
+    Args:
+        specs: as `load_reward`: clip, hpsv2, aesthetic, pick-score, image-reward, each with `:FOLDER` where its weights
+            are elsewhere, or a function of one's own. Loaded one after the other: the memory of one network.
+        styles: of each prompt, where they have some; a score is the mean of the styles' means then, as HPSv2's is.
+
+    Returns:
+        NAME, its bootstrap error NAME_spread, and NAME_STYLE for each style.
+    """
+    row: dict[str, float] = {}
+    for spec in specs:
+        reward = load_reward(spec, device)
+        name = reward_name(reward).replace("-", "_")
+        parts = torch.arange(len(pictures)).split(BATCH)
+        values = torch.cat([reward(unit(from_bytes(pictures[rows].to(device))), [prompts[int(i)] for i in rows]).cpu()
+                            for rows in parts]) * PRINTED.get(name, 1.0)
+        by_style = {style: values[[i for i, own in enumerate(styles) if own == style]]
+                    for style in dict.fromkeys(styles)}
+        row[name] = statistics.fmean(float(v.mean()) for v in (by_style or {"": values}).values())
+        row[f"{name}_spread"] = bootstrap(values)[1]
+        row |= {f"{name}_{style.replace('-', '_')}": float(v.mean()) for style, v in by_style.items()}
+    return row
+
+
+def read_prompts(place: str | Path) -> dict[str, list[str]]:
+    """Prompts by style, in the order they are written.
+
+    A folder of JSON lists is one style a file, as HPSv2's benchmark comes (anime, concept-art, paintings, photo); a
+    JSON list, or a text of one prompt a line, is one style named "".
+
+    Raises:
+        UsageError: there are none.
+    """
+    path = Path(place).expanduser()
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        raise UsageError(f"{place} holds no prompts; give a folder of JSON lists, one a style, such as HPSv2's "
+                         "benchmark, or a file: a JSON list, or a prompt a line")
+    found = {file.stem if path.is_dir() else "": _prompts(file) for file in files}
+    if empty := [str(file) for file, own in zip(files, found.values(), strict=True) if not own]:
+        raise UsageError(f"{empty[0]} holds no prompt")
+    return found
+
+
+def _prompts(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = json.loads(text) if file.suffix == ".json" else lines
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} could not be read as prompts ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise UsageError(f"{file} must be a list of strings, one a prompt")
+    return found
+
+
+def chosen(prompts: Mapping[str, list[str]], n: int) -> tuple[list[str], list[str]]:
+    """(prompts, the style of each): the first n of every style, or all of it where it has fewer."""
+    kept = [(prompt, style) for style, own in prompts.items() for prompt in own[:n]]
+    return [prompt for prompt, _ in kept], [style for _, style in kept] if set(prompts) != {""} else []

@@ -1,0 +1,142 @@
+"""Scores of pictures for their prompts: CLIP's, by style, of a text-to-image model; and FID where it cannot be had."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+import test_rewards_networks
+from jdm.cli import main
+from jdm.errors import UsageError
+from jdm.evaluate import evaluate_prompts, extractors
+from jdm.generator import starting_noise
+from jdm.metrics.fid import Inception
+from jdm.metrics.scores import chosen, read_prompts, scores
+from jdm.metrics.spread import bootstrap
+from jdm.models.library import load_model
+from jdm.rewards import checked_reward, load_reward
+from jdm.rewards.networks import clip_pixels
+from jdm.sampling import Sampler
+from jdm.space import from_bytes, unit
+
+clip = test_rewards_networks.clip  # a tiny CLIP's folder
+PROMPTS = ["a photo of a coat", "an ankle boot", "a bag", "a photo of a dress"]
+BRIGHT = """def brightness(images, prompts):
+    return images.mean((1, 2, 3)) + 0.01 * images.new_tensor([float(len(p)) for p in prompts])
+"""
+
+
+def pictures(n: int = 4) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def brightness(tmp_path) -> str:
+    (tmp_path / "mine.py").write_text(BRIGHT)
+    return f"{tmp_path / 'mine.py'}:brightness"
+
+
+def bright(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return unit(from_bytes(images)).mean((1, 2, 3)) + 0.01 * torch.tensor([float(len(p)) for p in prompts])
+
+
+# CLIP
+
+
+def test_clip_score_is_the_cosine_that_transformers_gives_and_a_reward_like_any_other(clip):
+    reward = load_reward(f"clip:{clip}")
+    images = unit(from_bytes(pictures(2)))
+    network = CLIPModel.from_pretrained(clip)
+    tokens = test_rewards_networks.TOKENS(PROMPTS[:2], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out = network(**tokens, pixel_values=clip_pixels(images, test_rewards_networks.SIDE))
+    cosine = out.logits_per_image.diagonal() / network.logit_scale.exp()
+    assert torch.allclose(reward(images, PROMPTS[:2]), cosine, atol=1e-6)
+    assert checked_reward(reward, 32, PROMPTS) is reward
+    assert reward.network == Path(clip).name
+
+
+def test_tables_print_a_hundred_clip_scores(clip):
+    row = scores([f"clip:{clip}"], pictures(), PROMPTS)
+    own = load_reward(f"clip:{clip}")(unit(from_bytes(pictures())), PROMPTS).detach()
+    assert row["clip"] == pytest.approx(100 * float(own.mean()), rel=1e-5)
+    assert row["clip_spread"] == pytest.approx(bootstrap(100 * own)[1], rel=1e-4)
+
+
+# Styles
+
+
+def test_a_score_over_styles_is_the_mean_of_their_means(brightness):
+    row = scores([brightness], pictures(), PROMPTS, styles=["photo", "anime", "photo", "photo"])
+    values = bright(pictures(), PROMPTS)
+    photo, anime = float(values[[0, 2, 3]].mean()), float(values[1])
+    assert row["brightness_photo"] == pytest.approx(photo)
+    assert row["brightness_anime"] == pytest.approx(anime)
+    assert row["brightness"] == pytest.approx((photo + anime) / 2)
+    assert "brightness_photo" not in scores([brightness], pictures(), PROMPTS)
+
+
+def test_the_first_prompts_of_every_style_are_asked(tmp_path):
+    (tmp_path / "anime.json").write_text(json.dumps(PROMPTS[:2]))
+    (tmp_path / "photo.json").write_text(json.dumps(PROMPTS[2:]))
+    assert read_prompts(tmp_path) == {"anime": PROMPTS[:2], "photo": PROMPTS[2:]}
+    assert chosen(read_prompts(tmp_path), 1) == ([PROMPTS[0], PROMPTS[2]], ["anime", "photo"])
+    (tmp_path / "lines.txt").write_text("a coat\n\n a bag \n")
+    assert chosen(read_prompts(tmp_path / "lines.txt"), 9) == (["a coat", "a bag"], [])
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("none", None, "holds no prompts; give a folder of JSON lists"),
+    ("broken.json", "[", "could not be read as prompts"),
+    ("other.json", '{"a": 1}', "must be a list of strings"),
+    ("empty.txt", "\n", "holds no prompt"),
+])
+def test_what_holds_no_prompts_is_refused(tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_prompts(tmp_path / name)
+
+
+# A model
+
+
+def test_a_text_to_image_model_is_scored_on_prompts_of_its_own(teacher, brightness, tmp_path, capsys):
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    model = load_model(str(teacher))
+    made = Sampler(model, 2, 1.5)(starting_noise(model.latent_shape(3, model.size), 7), PROMPTS[:3])
+    file = tmp_path / "row.json"
+    assert main(["evaluate", str(teacher), "--prompts", str(tmp_path / "prompts.json"), "--scores", brightness, "--n",
+                 "3", "--seed", "7", "--steps", "2", "--guidance", "1.5", "--json", str(file)]) == 0
+    row = json.loads(file.read_text())
+    assert row["brightness"] == pytest.approx(float(bright(made, PROMPTS[:3]).mean()))
+    assert (row["n"], row["nfe"], row["guidance"]) == (3, 4, 1.5)
+    assert "brightness spread" in capsys.readouterr().out
+
+
+def test_prompts_alone_need_a_score_and_a_model_without_a_control(teacher, student, brightness):
+    with pytest.raises(UsageError, match="--scores clip,hpsv2,aesthetic"):
+        evaluate_prompts(str(teacher), {"": PROMPTS}, [])
+    with pytest.raises(UsageError, match="prompts alone give it no control"):
+        evaluate_prompts(str(student), {"": PROMPTS}, [brightness])
+
+
+# FID
+
+
+def test_fid_says_what_it_needs_where_it_cannot_be_had(tmp_path):
+    try:
+        import torch_fidelity  # noqa: F401
+    except (ImportError, RuntimeError):
+        with pytest.raises(UsageError, match=r"FID needs torch-fidelity .*pip install 'jdm\[fid\]'"):
+            Inception()
+        return
+    with pytest.raises(UsageError, match="there is no such file of Inception's weights"):
+        Inception(str(tmp_path / "none.pth"))
+
+
+def test_an_extractor_nobody_knows_is_refused():
+    with pytest.raises(UsageError, match="no extractor 'resnet'; further ones are inception"):
+        extractors("my_pictures", also=["resnet"])

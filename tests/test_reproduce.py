@@ -401,7 +401,7 @@ def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
     trained = settled(phase_1, other, "lowres", 0)
     assert trained.run is not None
     assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed0", "my-teacher", 0)
-    assert NANO.on("nano-sd", "fashion-mnist") is NANO
+    assert NANO.on("nano-sd", "fashion-mnist") == NANO
     assert settled(Given(), other, "", 0).path == "my-teacher"
 
 

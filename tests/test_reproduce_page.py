@@ -41,11 +41,12 @@ def test_the_command_line_knows_the_tables_and_scales_there_are():
     assert tuple(scales.SCALES) == SCALES
 
 
-def test_every_recipe_of_the_nano_tables_exists_and_has_a_pace():
+def test_every_recipe_of_the_tables_exists_and_nano_knows_its_pace():
     for each in TABLES.values():
         for name in recipes(each):
             assert f"nano-{name}" in entries()
             assert scales.NANO.seconds[name] > 0
+            assert f"sd15-{name}" in entries() or name in scales.SD15.given
 
 
 def test_published_numbers_are_the_printed_ones():
@@ -320,7 +321,9 @@ def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch
     ("table1 --scale sd51", "there is no 'sd51'; did you mean sd15?"),
     ("table1 --cells canny/jdm-jont", "names no cell of this table; did you mean canny/jdm-joint?"),
     ("table1 --dryrun", "there is no flag --dryrun; did you mean --dry-run?"),
-    ("table1 --scale sd15", "missing are the recipes sd15-controlled-teacher, sd15-controlnet"),
+    ("table1 --scale sd15", "missing are the weights of stable-diffusion-v1-5/stable-diffusion-v1-5 (fetch them with"),
+    ("table3 --scale sd15", "diffusion-2-1-base`, or give a folder or a .safetensors file with --guide)"),
+    ("table3 --scale sd15", "(`hf download xswu/HPSv2 HPS_v2.1_compressed.pt`, or --scores hpsv2:FOLDER)"),
     ("table1 --model nowhere", "missing are the weights of nowhere"),
 ])
 def test_what_is_not_understood_or_not_there_is_named_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -242,8 +242,12 @@ def _reproduce_flags(reproduce: _Parser) -> None:
     reproduce.add_argument("--page", default="docs/results", help="folder for the page and its numbers")
     reproduce.add_argument("--scale", type=_among(SCALES), default="nano", help=", ".join(SCALES))
     reproduce.add_argument("--model", help="another teacher: a folder or hub id; then nothing that ships is used")
+    reproduce.add_argument("--guide", help="another better teacher for table3; of sd15 it is SD2.1")
     reproduce.add_argument("--source", help="other pictures, as in jdm train")
-    reproduce.add_argument("--device", default="cpu", help="of trainings")
+    reproduce.add_argument("--prompts", help="that text-to-image models are scored on, as in jdm evaluate; those of "
+                           "the pictures where not given")
+    reproduce.add_argument("--scores", help="as in jdm evaluate, in place of the scale's own")
+    reproduce.add_argument("--device", help="the scale's own where not given: cpu, of sd15 cuda")
     reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
     reproduce.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
                            help="print the cells, what is there and what the rest would cost")

@@ -259,7 +259,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     if file:
         _writable(file.parent)
     _device(asked.device)
-    scored = [name.strip() for name in (asked.scores or "").split(",") if name.strip()]
+    scored = _names(asked.scores or "")
     if asked.prompts:
         row = evaluate_prompts(asked.model, read_prompts(asked.prompts), scored, asked.n, asked.seed, asked.steps,
                                asked.guidance, asked.device)
@@ -315,13 +315,14 @@ def reproduce(asked: argparse.Namespace) -> int:
     from jdm.reproduce.tables import TABLES
 
     table = TABLES[asked.table]
-    scale = SCALES[asked.scale].on(asked.model, asked.source)
-    setting = Setting(scale, Path(asked.out), asked.n or table.n, asked.steps, asked.device, asked.quick)
+    scale = SCALES[asked.scale].on(asked.model, asked.source, asked.guide, tuple(_names(asked.scores or "")))
+    setting = Setting(scale, Path(asked.out), asked.n or table.n, asked.steps, asked.device or scale.device,
+                      asked.quick, asked.prompts or "")
     if asked.dry_run:
         print(sitting.listed(table, setting, asked.seeds, asked.cells))
         return 0
-    _device(asked.device)
     selected(sitting.opened(table, setting, asked.seeds), asked.cells)
+    _device(setting.device)
     for folder in (setting.out, Path(asked.page)):
         _writable(folder)
     said = Console(stderr=True)
@@ -341,10 +342,14 @@ def reproduce(asked: argparse.Namespace) -> int:
 
 def _again(asked: argparse.Namespace) -> str:
     """The command that was given, without its cells."""
-    given = {"scale": "nano", "model": None, "source": None, "seeds": 1, "n": None, "steps": None,
-             "out": "runs/reproduce", "page": "docs/results", "device": "cpu"}
+    given = {"scale": "nano", "model": None, "guide": None, "source": None, "seeds": 1, "n": None, "steps": None,
+             "out": "runs/reproduce", "page": "docs/results", "prompts": None, "scores": None, "device": None}
     flags = [f"--{k} {getattr(asked, k)}" for k, usual in given.items() if getattr(asked, k) != usual]
     return " ".join([f"jdm reproduce {asked.table}", *flags, *(["--quick"] if asked.quick else [])])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from jdm.data import fingerprint, load_pictures
 from jdm.errors import RunError, UsageError, in_short
 from jdm.metrics.classifier import Classifier
 from jdm.metrics.frechet import Statistics, frechet_distance
+from jdm.metrics.scores import read_prompts
 from jdm.models.library import ASSETS, load_model
 from jdm.questions import Questions, answers
 from jdm.report import write
@@ -113,7 +114,11 @@ def identity(cell: Cell, setting: Setting) -> dict[str, Any]:
              "pictures": _pictures(scale.source, scale.split, scale.model),
              "seed": ASKED, "control": _control(cell.control) if cell.control else None,
              "steps": cell.row.steps, "guidance": guidance, "teacher": weights(scale.model), "quick": setting.quick,
-             "extractors": _extractors(scale.source, setting.quick, evaluation.judge())}
+             "extractors": _extractors(scale.source, setting.quick, scale.extractors, evaluation.judge())}
+    if scale.scores:
+        asked["scores"] = list(scale.scores)
+    if setting.prompts and cell.control is None:
+        asked["prompts"] = _digest(read_prompts(setting.prompts))
     if cell.control is None:  # who judges prompts
         judge = ASSETS / "nano-judge"
         asked["judge"] = weights(str(judge)) if judge.is_dir() else None
@@ -132,8 +137,8 @@ def _pictures(source: str, split: str, model: str) -> str:
 
 
 @cache
-def _extractors(source: str, quick: bool, judge: Classifier) -> list[str]:
-    return [extractor.name for extractor in evaluation.extractors(source, quick)]
+def _extractors(source: str, quick: bool, also: tuple[str, ...], judge: Classifier) -> list[str]:
+    return [extractor.name for extractor in evaluation.extractors(source, quick, also)]
 
 
 def _digest(value: Any) -> str:
@@ -201,19 +206,26 @@ def fill(cell: Cell, setting: Setting, watch: Watch = lambda run: nullcontext())
     make(cell.model, watch)
     if record := stored(cell, setting):
         return record
-    scale = setting.scale
     guidance, tuning = cell.row.guidance, None
     if guidance == VALIDATION:
         tuning = tuned(cell, setting)
         guidance = tuning["chosen"]
-    row = evaluation.evaluate(cell.model.path, cell.control, setting.n, ASKED, scale.source, scale.split,
-                              cell.row.steps, guidance, scale.model, setting.quick, device=setting.device)  # type: ignore[arg-type]
+    row = _measured(cell, setting, guidance)  # type: ignore[arg-type]
     record = {**identity(cell, setting), "weights": weights(cell.model.path), "seed": cell.seed, "measured": row,
               "tuning": tuning, "training": stages(cell.model), "course": course(cell.model)}
     file = place(cell, setting)
     write(file, json.dumps(record, indent=1) + "\n")
     _failure(cell, setting).unlink(missing_ok=True)
     return {**json.loads(json.dumps(record)), "file": file.name}
+
+
+def _measured(cell: Cell, setting: Setting, guidance: float | None) -> dict[str, Any]:
+    scale, model, steps = setting.scale, cell.model.path, cell.row.steps
+    if setting.prompts and cell.control is None:
+        return evaluation.evaluate_prompts(model, read_prompts(setting.prompts), scale.scores, setting.n, ASKED, steps,
+                                           guidance, setting.device)
+    return evaluation.evaluate(model, cell.control, setting.n, ASKED, scale.source, scale.split, steps, guidance,
+                               scale.model, setting.quick, scale.scores, scale.extractors, setting.device)
 
 
 def note_failure(cell: Cell, setting: Setting, error: Exception) -> None:
@@ -235,7 +247,7 @@ def tuned(cell: Cell, setting: Setting) -> dict[str, Any]:
     pictures = load_pictures(scale.source, scale.validation, model.size)
     control = checked(load_control(cell.control), model.size) if cell.control else None
     questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED)
-    extractor = evaluation.extractors(scale.source, quick=True, device=setting.device)[0]
+    extractor = evaluation.extractors(scale.source, True, scale.extractors, setting.device)[0]
     target = evaluation.references(scale.model, [extractor], load_pictures(scale.source, "test", model.size),
                                    device=setting.device)
 

@@ -37,7 +37,8 @@ def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Ima
         shown = next(r for r in data["rows"] if r["row"] == cell.row.key)["cells"][cell.column]
         if record := stored(cell, setting):
             guidance = record["measured"]["guidance"]
-            sampler = Sampler(load_model(cell.model.path), cell.row.steps, 1.0 if guidance is None else guidance)
+            made_by = load_model(cell.model.path).to(setting.device)
+            sampler = Sampler(made_by, cell.row.steps, 1.0 if guidance is None else guidance)
             numbers = ", ".join(f"{NAMES[k]} {number(shown['values'], k)}" for k in data["measures"]
                                 if k in shown["values"])
             rows.append((f"{cell.row.title}\n{numbers}", answers(sampler, questions, control)))

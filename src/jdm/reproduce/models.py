@@ -37,10 +37,15 @@ Watch = Callable[[Run], AbstractContextManager[Callable[[int, dict], None] | Non
 
 @dataclass(frozen=True)
 class Given:
-    """A model as it is, by name or folder; the scale's teacher where not named. part: a sub-folder, such as vae."""
+    """A model as it is, by name or folder; the scale's teacher where not named.
+
+    Attributes:
+        part: a sub-folder, such as vae. guide: the scale's better teacher, whose guidance is lent.
+    """
 
     name: str = ""
     part: str = ""
+    guide: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Setting:
     Attributes:
         n: pictures per cell. steps: of every training, the recipes' own where not given.
         quick: measurements as in `jdm evaluate --quick`.
+        prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
+            scale's pictures where empty.
     """
 
     scale: Scale
@@ -86,6 +93,7 @@ class Setting:
     steps: int | None = None
     device: str = "cpu"
     quick: bool = False
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,10 @@ def settled(spec: Spec, setting: Setting, control: str, seed: int) -> Model:
     """The model of a column's control ("" where it has none) and a seed."""
     scale = setting.scale
     if isinstance(spec, Given):
-        name = spec.name or scale.model
+        name = spec.name or (scale.guide if spec.guide else "") or scale.model
         return Model(name, str(_folders(name)[0] / spec.part) if spec.part else name)
+    if isinstance(spec, Trained) and spec.recipe in scale.given:
+        return Model(scale.given[spec.recipe], scale.given[spec.recipe])
     if isinstance(spec, Composed):
         parts = {k: settled(getattr(spec, k), setting, control, seed) for k in ("unet", "controlnet")}
         name = "+".join(part.name for part in parts.values())

@@ -10,6 +10,8 @@ from jdm.reproduce.tables import TABLES, TEXT_HEAD, TEXT_PUBLISHED
 NAMES = {"fd": "distance", "fd_floor": "floor", "fd_efflite0": "FD-EffLite0", "fd_floor_efflite0": "its floor",
          "consistency": "consistency", "diversity": "diversity", "diversity_ratio": "x ControlNet's",
          "prompt_agreement": "prompt agreement", "judge": "judge, nats", "judge_accuracy": "judge's accuracy",
+         "hpsv2": "HPSv2.1 average", "hpsv2_anime": "animation", "hpsv2_concept_art": "concept art",
+         "hpsv2_paintings": "painting", "hpsv2_photo": "photo", "aesthetic": "aesthetic", "clip": "CLIP",
          "std": "std of pixels", "nfe": "NFE", "seconds_per_image": "ms / picture"}
 DIGITS = {"fd_efflite0": 1, "fd_floor_efflite0": 1, "consistency": 4, "consistency_chance": 3,
           "consistency_same_prompt": 4, "consistency_blank": 3, "consistency_round_trip": 3, "prompt_agreement": 3,
@@ -193,15 +195,20 @@ def _terms(data: dict[str, Any]) -> str:
     measured = [r["measured"] for *_, r in _records(data)]
     if not measured:
         return ""
-    said = [f"Distance: Frechet distance to uncontrolled samples of the teacher on the features of "
-            f"{measured[0]['fd_extractor']}; floor: the distance of as many further samples of the teacher."]
+    said = []
+    if "fd" in measured[0]:
+        fid = ", which makes it FID" if measured[0]["fd_extractor"].startswith("inception") else ""
+        said.append(f"Distance: Frechet distance to uncontrolled samples of the teacher on the features of "
+                    f"{measured[0]['fd_extractor']}{fid}; floor: the distance of as many further samples of the "
+                    "teacher.")
     if "fd_efflite0" in measured[0]:
         said.append(f"FD-EffLite0: the same on {measured[0]['fd_extractor_efflite0']}; it is not FID.")
     if any("consistency" in m for m in measured):
         said.append("Consistency: mean |h(x) - c|, lower obeys better; chance: the same pictures against other "
                     "pictures' controls; same prompt: against those of other pictures of that prompt, what reading the "
                     "prompt and ignoring the control scores.")
-    said.append("Diversity: mean pairwise feature distance over z at fixed prompt and control.")
+    if "diversity" in measured[0]:
+        said.append("Diversity: mean pairwise feature distance over z at fixed prompt and control.")
     if "judge" in data["measures"]:
         said.append("Judge: mean log-probability that a classifier which nothing was trained on gives the prompted "
                     "class.")

@@ -20,7 +20,8 @@ from jdm.reproduce.verdicts import answers, headline
 
 KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance",
         "consistency_same_prompt", "consistency_blank", "consistency_round_trip", "diversity", "prompt_agreement",
-        "judge", "judge_accuracy", "std", "nfe", "seconds_per_image", "seconds_per_image_batch1")
+        "judge", "judge_accuracy", "hpsv2_anime", "hpsv2_concept_art", "hpsv2_paintings", "hpsv2_photo", "hpsv2",
+        "aesthetic", "clip", "std", "nfe", "seconds_per_image", "seconds_per_image_batch1")
 BASELINE = "controlnet"  # of the diversity's ratio
 
 
@@ -46,7 +47,7 @@ def gathered(table: Table, setting: Setting, found: Sequence[Cell], seeds: int, 
             "processor": platform.machine(), "scale": setting.scale.name, "teacher": setting.scale.model,
             "source": setting.scale.source, "split": setting.scale.split, "n": setting.n, "seeds": seeds,
             "file": _file(table, setting), "columns": columns(table, setting),
-            "measures": list(table.measures), "command": command, "rows": rows}
+            "measures": list(setting.scale.measures.get(table.name, table.measures)), "command": command, "rows": rows}
     return data | {"headline": headline(data), "answers": answers(data)}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from jdm.errors import UsageError
 from jdm.models.library import SHIPPED
-from jdm.recipes import entries, find
+from jdm.recipes import entries, find, sd15
+from jdm.rewards.base import KNOWN
 from jdm.run import Run
 
 # Per step at the recipe's batch, on two CPU cores: what `--dry-run` reckons with until a run has its own log.
@@ -35,7 +38,10 @@ class Scale:
         source, split, validation: the pictures that are asked about, once, and those that choices are made on.
         seconds: per training step of a recipe, for estimates; a recipe that is not there has none.
         recipe: full name -> its run.
-        lacks: measurements of its own that no code takes yet.
+        given: recipe without prefix -> a model that is taken as it is in its place.
+        guide: a better teacher than `model`, for guidance; `model` itself where empty.
+        scores, extractors: as `evaluate`'s `scored` and `also`. measures: of a table, where they are not its own.
+        device: of trainings and measurements, where none is asked for.
     """
 
     name: str
@@ -48,15 +54,23 @@ class Scale:
     validation: str = "validation"
     seconds: Mapping[str, float] = field(default_factory=dict)
     recipe: Callable[[str], Run] = lambda name: find(name)()
-    lacks: tuple[str, ...] = ()
+    given: Mapping[str, str] = field(default_factory=dict)
+    guide: str = ""
+    scores: tuple[str, ...] = ()
+    extractors: tuple[str, ...] = ()
+    measures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    device: str = "cpu"
 
-    def on(self, model: str | None, source: str | None) -> Scale:
+    def on(self, model: str | None = None, source: str | None = None, guide: str | None = None,
+           scores: tuple[str, ...] = ()) -> Scale:
         """The same tables on another teacher or other pictures: nothing that ships was made from those."""
+        scale = replace(self, guide=guide or self.guide, scores=scores or self.scores)
         changed = [v for v, own in ((model, self.model), (source, self.source)) if v and v != own]
         if not changed:
-            return self
-        name = "-".join([self.name, *(Path(v).name for v in changed)])
-        return replace(self, name=name, model=model or self.model, source=source or self.source, shipped={})
+            return scale
+        given = {recipe: model if model and v == self.model else v for recipe, v in self.given.items()}
+        return replace(scale, name="-".join([self.name, *(Path(v).name for v in changed)]), model=model or self.model,
+                       source=source or self.source, shipped={}, given=given)
 
 
 NANO = Scale(
@@ -68,9 +82,14 @@ NANO = Scale(
                 for recipe, name in (("controlnet", "nano-controlnet"), ("shared", "nano"))}},
     seconds=NANO_SECONDS)
 SD15 = Scale(
-    name="sd15", model="stable-diffusion-v1-5/stable-diffusion-v1-5", prefix="sd15-",
+    name="sd15", model=sd15.SD15, prefix="sd15-",
     controls={"canny": "canny", "HED": "hed", "depth": "depth", "8x SR": "lowres8"}, source="",
-    lacks=("Inception FID", "CLIP", "HPSv2.1", "LAION aesthetic"))
+    given={"weak-teacher": sd15.SD15}, guide=sd15.SD21, scores=("clip", "hpsv2", "aesthetic"),
+    extractors=("inception",),
+    measures={"table3": (*(f"hpsv2_{style}" for style in ("anime", "concept_art", "paintings", "photo")), "hpsv2",
+                         "aesthetic", "clip"),
+              "fig6": ("hpsv2", "aesthetic", "clip")},
+    device="cuda")
 SCALES = {scale.name: scale for scale in (NANO, SD15)}
 
 
@@ -81,27 +100,45 @@ def check(scale: Scale, recipes: set[str]) -> None:
         recipes: those a table needs, without prefix.
     """
     known, missing = entries(), []
-    names = sorted(scale.prefix + name for name in recipes if scale.prefix + name not in known)
+    names = sorted(scale.prefix + name for name in recipes - scale.given.keys() if scale.prefix + name not in known)
     if names:
         missing.append(f"the recipes {', '.join(names)}")
-    if not _has_weights(scale.model):
-        missing.append(f"the weights of {scale.model} (fetch them with `hf download {scale.model}`, or give a folder "
-                       "or a .safetensors file with --model)")
+    text = "weak-teacher" in recipes  # the table that a guide is lent to
+    for model in [scale.model, *([scale.guide] if text and scale.guide else [])]:
+        if not _has_weights(model):
+            flag = "--model" if model == scale.model else "--guide"
+            missing.append(f"the weights of {model} (fetch them with `hf download {model}`, or give a folder or a "
+                           f".safetensors file with {flag})")
     if not scale.source:
         missing.append("pictures (give a folder or a hub dataset with --source)")
-    if scale.lacks:
-        missing.append(f"the measurements {', '.join(scale.lacks)}")
+    missing += [f"{spec}'s weights (`{command}`, or --scores {spec}:FOLDER)" for spec in scale.scores
+                if (command := _to_fetch(spec))]
+    if scale.extractors and find_spec("torch_fidelity") is None:
+        missing.append("torch-fidelity (pip install 'jdm[fid]')")
     if missing:
         raise UsageError(f"--scale {scale.name} cannot run yet; missing are {'; '.join(missing)}; --scale nano has "
                          "everything it needs")
 
 
 def _has_weights(model: str) -> bool:
-    if model in SHIPPED or Path(model).exists():
-        return True
+    return model in SHIPPED or Path(model).exists() or _fetched(model, "model_index.json")
+
+
+def _to_fetch(spec: str) -> str:
+    """The command that fetches a published score's weights; empty where they are there, or named by the user."""
+    if spec not in KNOWN:
+        return ""
+    module = importlib.import_module(KNOWN[spec].partition(":")[0])
+    place, files = getattr(module, "WEIGHTS", ""), getattr(module, "FILES", ())
+    if not place or _fetched(place, files[0] if files else "config.json"):
+        return ""
+    return " ".join(["hf download", place, *files[:1]])
+
+
+def _fetched(place: str, file: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
+        return isinstance(try_to_load_from_cache(place, file), str)
     except ValueError:  # no hub id either
         return False

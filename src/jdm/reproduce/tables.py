@@ -175,13 +175,13 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
     Row("unfrozen", "without warm-up, the UNet trained on", _from_diff_instruct("unfrozen"), beside="no-warm-up"),
 ), columns=("canny", "depth"), published=BASELINES)
 
-GUIDE = ("guide", Given())
+GUIDE = ("guide", Given(guide=True))
 REWARD = Row("reward", "JDM + HFL (Eq. 9, on the noisy posterior)", _on_weak("text-reward"))
 REWARD_CLEAN = Row("reward-clean", "HFL on the clean sample", _on_weak("text-reward-clean"))
 OWN = Row("own", "its own guidance, no reward", _on_weak("text-own"))
 TABLE_3 = Table("table3", "text-to-image", (
     Row("weak", "base: the weak teacher, 25 steps", WEAK, steps=25, guidance=2.0),
-    Row("base", "base: the full teacher, 25 steps", Given(), steps=25, guidance=2.0),
+    Row("base", "base: the full teacher, 25 steps", Given(guide=True), steps=25, guidance=2.0),
     Row("di", "Diff-Instruct", _on_weak("text-di")),
     Row("dmd", "DMD-like (DMD's normaliser)", _on_weak("text-dmd")),
     OWN, REWARD, REWARD_CLEAN,

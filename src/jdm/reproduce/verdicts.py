@@ -16,7 +16,8 @@ def headline(data: dict[str, Any]) -> str:
     if list(data["columns"]) == ["text"]:
         students = {**data, "rows": [row for row in data["rows"] if row["steps"] == 1]}
         said = [f"best {name} {who}" for name, key, largest in (
-            ("prompt agreement", "prompt_agreement", True), ("judge", "judge", True), ("distance", "fd", False))
+            ("prompt agreement", "prompt_agreement", True), ("judge", "judge", True), ("HPSv2.1", "hpsv2", True),
+            ("CLIP", "clip", True), ("distance", "fd", False))
             if (who := _winner(students, ["text"], key, largest))]
         return "of one-step students " + ", ".join(said) if said else "nothing measured yet"
     shared = _shared_columns(data)
@@ -203,12 +204,13 @@ def _guided(data: dict[str, Any]) -> dict[str, Any] | None:
     if not rows:
         return None
     own = _values(data, "own", "text")
-    more = {row: {k: _values(data, row, "text")[k]["mean"] - own[k]["mean"] for k in ("prompt_agreement", "fd")}
-            for row in rows}
-    text = "; ".join(f"{row}: agreement {m['prompt_agreement']:+.3f}, distance {m['fd']:+.2f}"
+    agrees = "prompt_agreement" if "prompt_agreement" in own else "clip"  # what knows the prompts
+    keys = [(k, name) for k, name in ((agrees, "agreement"), ("hpsv2", "HPSv2.1"), ("fd", "distance")) if k in own]
+    more = {row: {k: _values(data, row, "text")[k]["mean"] - own[k]["mean"] for k, _ in keys} for row in rows}
+    text = "; ".join(f"{row}: " + ", ".join(f"{name} {m[k]:+.{2 if k == 'fd' else 3}f}" for k, name in keys)
                      for row, m in more.items())
     return _answer("Does a better teacher's guidance agree better with prompts than the weak teacher's own?",
-                   any(m["prompt_agreement"] > 0 for m in more.values()), ["text"], text, **more)
+                   any(m.get(agrees, 0.0) > 0 for m in more.values()), ["text"], text, **more)
 
 
 def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:

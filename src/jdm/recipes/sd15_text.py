@@ -1,0 +1,49 @@
+"""Text-to-image students of SD1.5: the rows of the paper's table 3 that can be trained; none has been."""
+
+from __future__ import annotations
+
+from jdm.recipes.sd15 import SD21, _run, _text
+from jdm.recipes.sd15_rivals import _score_distilled
+from jdm.run import Run
+
+REWARD = "image-reward"
+
+
+def sd15_text_dmd() -> Run:
+    """The DMD-like row: guided real score, DMD's normaliser."""
+    return _run("sd15-text-dmd", _score_distilled())
+
+
+def sd15_text_di() -> Run:
+    """The Diff-Instruct row: the same without DMD's normaliser."""
+    return _run("sd15-text-di", _score_distilled(weighting="x0"))
+
+
+def sd15_text_own() -> Run:
+    """SD1.5 distilled with its own guidance."""
+    return _run("sd15-text-own", _text())
+
+
+def sd15_text_guided() -> Run:
+    """SD1.5 distilled with SD2.1's guidance; fidelity on the prompt."""
+    return _run("sd15-text-guided", _text(guide=SD21))
+
+
+def sd15_text_guided_blind() -> Run:
+    """The same with fidelity blind to the prompt, Eq. 5 to the letter; sd15-cfg21 itself."""
+    return _run("sd15-text-guided-blind", _text(guide=SD21, fidelity="blind"))
+
+
+def sd15_text_reward() -> Run:
+    """Human-feedback learning on the noisy posterior (Eq. 9); sd15-hfl itself."""
+    return _run("sd15-text-reward", _text(reward=REWARD))
+
+
+def sd15_text_reward_clean() -> Run:
+    """The same reward on the clean sample."""
+    return _run("sd15-text-reward-clean", _text(reward=REWARD, reward_on="sample"))
+
+
+def sd15_text_both() -> Run:
+    """SD2.1's guidance and the reward together."""
+    return _run("sd15-text-both", _text(guide=SD21, reward=REWARD))

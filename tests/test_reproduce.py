@@ -147,6 +147,29 @@ def test_what_is_there_is_only_read(filled, tmp_path):
     assert kept == {f: f.stat().st_mtime_ns for f in (filled.setting.out / "cells").iterdir()}
 
 
+def test_cells_of_a_known_page_are_taken_and_their_models_are_not_trained(filled, tmp_path):
+    (page,) = filled.page.glob("*.json")
+    elsewhere = replace(filled.setting, out=tmp_path / "out", known=(str(page),))
+    watch = Watch()
+    data, failures = sit(TABLE, elsewhere, tmp_path / "page", FILLED, watch=watch)
+    assert (failures, watch.taken) == ([], {})
+    for name in FILLED.split(","):
+        column, row = name.split("/")
+        (ours,), (theirs,) = (cell_of(d, row, column)["records"] for d in (data, filled.data))
+        assert ours == {**theirs, "taken_from": page.name}
+    assert f"are taken from {page.name}." in written(tmp_path / "page")
+    (other,) = selected(cells(TABLE, replace(elsewhere, n=N - 1)), "canny/nct")  # other pictures: another cell
+    assert stored(other, replace(elsewhere, n=N - 1)) is None
+
+
+def test_a_page_that_is_none_is_refused(setting, tmp_path):
+    (tmp_path / "page.json").write_text("[]")
+    known = replace(setting, known=(str(tmp_path / "page.json"),))
+    (cell,) = selected(cells(TABLE, known), "canny/nct")
+    with pytest.raises(UsageError, match=r"page.json is not the .json of a page"):
+        stored(cell, known)
+
+
 def test_every_number_of_the_page_is_in_its_json_and_in_the_cells_files(filled):
     data, page = json.loads(written(filled.page, "json")), written(filled.page)
     assert data == json.loads(json.dumps(filled.data))

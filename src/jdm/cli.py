@@ -248,6 +248,8 @@ def _reproduce_flags(reproduce: _Parser) -> None:
                            "the pictures where not given")
     reproduce.add_argument("--scores", help="as in jdm evaluate, in place of the scale's own")
     reproduce.add_argument("--device", help="the scale's own where not given: cpu, of sd15 cuda")
+    reproduce.add_argument("--known", action="append", default=[], metavar="PAGE.json", help="take the cells of a page "
+                           "that were made by the same recipes, pictures and measurements")
     reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
     reproduce.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
                            help="print the cells, what is there and what the rest would cost")

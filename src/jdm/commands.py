@@ -317,7 +317,7 @@ def reproduce(asked: argparse.Namespace) -> int:
     table = TABLES[asked.table]
     scale = SCALES[asked.scale].on(asked.model, asked.source, asked.guide, tuple(_names(asked.scores or "")))
     setting = Setting(scale, Path(asked.out), asked.n or table.n, asked.steps, asked.device or scale.device,
-                      asked.quick, asked.prompts or "")
+                      asked.quick, asked.prompts or "", tuple(asked.known))
     if asked.dry_run:
         print(sitting.listed(table, setting, asked.seeds, asked.cells))
         return 0

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,40 @@ def _failure(cell: Cell, setting: Setting) -> Path:
 
 
 def stored(cell: Cell, setting: Setting) -> dict[str, Any] | None:
-    """The cell's record, if it was measured."""
-    if not finished(cell.model):
+    """The cell's record, if it was measured: here, or on a page that is known."""
+    own = _read(place(cell, setting)) if finished(cell.model) else None
+    return own or _known(cell, setting)
+
+
+def _known(cell: Cell, setting: Setting) -> dict[str, Any] | None:
+    """A page's record of this recipe, teacher, pictures and measurements: its file's name is a digest of them.
+
+    A recipe whose result ships may have been measured on the run itself, before it shipped.
+    """
+    if not setting.known:
         return None
-    return _read(place(cell, setting))
+    ships, spec = setting.scale.shipped, cell.row.on.get(cell.published, cell.row.spec)
+    before = [{}, *({k: v for k, v in ships.items() if k != key} for key in ships)]
+    models = [settled(spec, replace(setting, scale=replace(setting.scale, shipped=s)), cell.control or "", cell.seed)
+              for s in before]
+    wanted = [(_stem(own, setting), identity(own, setting))
+              for own in (cell, *(replace(cell, model=model) for model in models if model != cell.model))]
+    for page in setting.known:
+        for record in _records_of(page):
+            names = [f"{stem}-{_digest({**whole, 'weights': record['weights']})}.json" for stem, whole in wanted]
+            if record["file"] in names and record["seed"] == cell.seed:
+                return {**record, "taken_from": Path(page).name}
+    return None
+
+
+@cache
+def _records_of(page: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(Path(page).read_text(encoding="utf-8"))["rows"]
+        return [record for row in rows for found in row["cells"].values() for record in found["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{page} is not the .json of a page ({in_short(error)}); give --known one that jdm reproduce "
+                         "wrote") from None
 
 
 def failed(cell: Cell, setting: Setting) -> str | None:
@@ -203,9 +233,9 @@ def fill(cell: Cell, setting: Setting, watch: Watch = lambda run: nullcontext())
     Raises:
         UsageError, RunError: it cannot be filled; `note_failure` writes that down.
     """
-    make(cell.model, watch)
     if record := stored(cell, setting):
         return record
+    make(cell.model, watch)
     guidance, tuning = cell.row.guidance, None
     if guidance == VALIDATION:
         tuning = tuned(cell, setting)

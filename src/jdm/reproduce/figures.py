@@ -14,7 +14,7 @@ from jdm.models.library import load_model
 from jdm.pictures import grid
 from jdm.questions import Questions, answers
 from jdm.reproduce.cells import ASKED, Cell, stored
-from jdm.reproduce.models import Setting
+from jdm.reproduce.models import Setting, finished
 from jdm.reproduce.page import NAMES, number
 from jdm.sampling import Sampler
 from jdm.space import to_bytes
@@ -35,7 +35,8 @@ def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Ima
         rows.append((f"their control: {first.control}", to_bytes(control.image(questions.c) * 2 - 1)))
     for cell in (c for c in found if c.seed == 0):
         shown = next(r for r in data["rows"] if r["row"] == cell.row.key)["cells"][cell.column]
-        if record := stored(cell, setting):
+        record = stored(cell, setting)
+        if record and finished(cell.model):  # a known page has numbers and no model
             guidance = record["measured"]["guidance"]
             made_by = load_model(cell.model.path).to(setting.device)
             sampler = Sampler(made_by, cell.row.steps, 1.0 if guidance is None else guidance)

@@ -85,6 +85,7 @@ class Setting:
         quick: measurements as in `jdm evaluate --quick`.
         prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
             scale's pictures where empty.
+        known: pages' .json files whose cells are taken where they would be measured again on equal terms.
     """
 
     scale: Scale
@@ -94,6 +95,7 @@ class Setting:
     device: str = "cpu"
     quick: bool = False
     prompts: str = ""
+    known: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,11 @@ def _about(data: dict[str, Any]) -> str:
         f"{data['seeds']} training seeds; ± is the deviation over seeds, of a model that is given the bootstrap over " \
         "pictures"
     timed = f"; timed with {', '.join(map(str, threads))} CPU threads" if threads else ""
+    taken = sorted({r["taken_from"] for *_, r in _records(data) if "taken_from" in r})
+    known = f" Cells that were measured on equal terms before are taken from {', '.join(taken)}." if taken else ""
     return (f"{data['date']}, jdm {data['version']}{commit}, torch {data['torch']}, {data['processor']}{timed}. Scale "
             f"{data['scale']}: teacher {data['teacher']}, the first {data['n']:,} pictures of {data['source']}, split "
-            f"{data['split']}; {seeds}. In each cell: {' / '.join(NAMES[k] for k in data['measures'])}.")
+            f"{data['split']}; {seeds}. In each cell: {' / '.join(NAMES[k] for k in data['measures'])}.{known}")
 
 
 def _details(data: dict[str, Any]) -> str:

@@ -67,7 +67,9 @@ def _cell(group: list[Cell], setting: Setting) -> dict[str, Any]:
             reasons.append(reason)
         elif record := stored(cell, setting):
             kept = ("seed", "file", "weights", "measured", "tuning", "training")
-            records.append({k: record[k] for k in kept} | {"course": record.get("course", [])})
+            more = {"course": record.get("course", [])}
+            more |= {"taken_from": record["taken_from"]} if "taken_from" in record else {}
+            records.append({k: record[k] for k in kept} | more)
     state = "measured" if records else "failed" if reasons else "not measured" if group[0].default else "left out"
     return {"cell": group[0].name, "state": state, "reasons": reasons, "asked": len(group), "records": records,
             "values": _values([r["measured"] for r in records])}

@@ -1,6 +1,7 @@
 """The best averages of a run by its probe, and when it ends early."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,28 @@ def test_a_resumed_run_knows_which_probe_was_the_best(judged, teacher, tmp_path)
     train(asked)
     assert list(judged) == [3, 4, 5]
     assert same(exported(asked.out / "model"), best)
+
+
+def test_a_resumed_run_forgets_the_best_of_steps_it_takes_another_way(judged, teacher, tmp_path, monkeypatch):
+    asked = run(tmp_path / "out", teacher, best="judge")
+    with pytest.raises(KeyboardInterrupt):
+        train(asked, lambda done, _: done < 6 or interrupt())
+    assert [p.name for p in checkpoint.all_checkpoints(asked.out / "best")] == ["step-0000002", "step-0000006"]
+    shutil.rmtree(checkpoint.last(asked.out))  # as if step 6 had not been saved
+    monkeypatch.setitem(JUDGED, 6, -9.0)
+    best = judged[2]
+    train(asked)
+    assert [p.name for p in checkpoint.all_checkpoints(asked.out / "best")] == ["step-0000002"]
+    assert same(exported(asked.out / "model"), best)
+
+
+def test_a_run_whose_best_is_lost_begins_to_look_for_it_anew(judged, teacher, tmp_path):
+    asked = run(tmp_path / "out", teacher, steps=5, best="judge")
+    with pytest.raises(KeyboardInterrupt):
+        train(asked, lambda done, _: done < 2 or interrupt())
+    shutil.rmtree(asked.out / "best")
+    train(asked)
+    assert same(exported(asked.out / "model"), judged[4])  # the best after step 2
 
 
 def interrupt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Best:
             row = json.loads(line)
             if f"probe/{run.best}" in row:
                 self.seen.append((int(row["step"]), float(row[f"probe/{run.best}"])))
+        self._forget()
 
     @property
     def ended(self) -> bool:
@@ -54,7 +56,8 @@ class Best:
     @property
     def place(self) -> Path | None:
         """The checkpoint of the best averages."""
-        return checkpoint.last(self.run.out / FOLDER) if self.run.best else None
+        found = {_step(place): place for place in checkpoint.all_checkpoints(self.run.out / FOLDER)}
+        return found.get(self.seen[self._best][0]) if self.seen else None
 
     def note(self, step: int, measured: Mapping[str, Any], averages: Mapping[str, dict[str, Tensor]]) -> None:
         """Keep these averages if no probe was better.
@@ -72,8 +75,22 @@ class Best:
         if self._best == len(self.seen) - 1:
             checkpoint.save(checkpoint.State({}, {}, averages, {}), self.run.out / FOLDER, step)
 
+    def _forget(self) -> None:
+        """What steps left that the resumed run has not taken; and all that was seen, where the best of it is gone."""
+        taken = {step for step, _ in self.seen}
+        for place in checkpoint.all_checkpoints(self.run.out / FOLDER):
+            if _step(place) not in taken and distributed.first():
+                shutil.rmtree(place)
+        distributed.barrier()
+        if self.place is None:
+            self.seen = []
+
     @property
     def _best(self) -> int:
         """The first of the best."""
         values = [BETTER[self.run.best] * value for _, value in self.seen]
         return max(range(len(values)), key=values.__getitem__)
+
+
+def _step(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))

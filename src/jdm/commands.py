@@ -57,9 +57,8 @@ def train(asked: argparse.Namespace) -> int:
             where = checkpoint.last(run.out) or "the start"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
     if distributed.first():
-        if run.best and (place := checkpoint.last(run.out / FOLDER)):
-            last = checkpoint.last(run.out) or place
-            Console(stderr=True).print(f"the best by {run.best} is exported: {place.name} of {last.name}",
+        if run.best and (kept := checkpoint.last(run.out / FOLDER)) and (last := checkpoint.last(run.out)):
+            Console(stderr=True).print(f"the best by {run.best} is exported: {kept.name} of {last.name}",
                                        highlight=False)
         print(folder)
     distributed.leave()

@@ -170,8 +170,8 @@ def _course(data: dict[str, Any]) -> str:
             for row, _, record in _records(data) if record["seed"] == 0
             for at in record.get("course", []) if "reward" in at]
     head = ["method", "step", "reward", *(NAMES[k] for k in keys[1:])]
-    note = ("On validation pictures, as it trained; the reward is of training batches. A run hacks its reward from "
-            "where the judge falls and the reward does not.")
+    note = ("On validation pictures, as it trained; the reward is of training batches, the distance to the run's own "
+            "teacher. A run hacks its reward from where the judge falls and the reward does not.")
     return f"## The course of a reward\n\n{note}\n\n{aligned([head, *body])}" if body else ""
 
 

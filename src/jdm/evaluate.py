@@ -25,7 +25,7 @@ from jdm.metrics.scores import scores
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.library import ASSETS, SHIPPED, load_model
-from jdm.questions import Questions, answers
+from jdm.questions import Questions, answers, controls_of
 from jdm.reference import SAMPLES, Reference, references
 from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.run import Run
@@ -96,7 +96,7 @@ def evaluate(
     steps = steps or (1 if loaded.one_step else 50)
     guidance = float(card.get("guidance", 2.0)) if guidance is None else guidance
     sampler = Sampler(loaded, steps, guidance)
-    questions = Questions.of(pictures, asked, n, seed)
+    questions = Questions.of(pictures, asked, n, seed, device)
     chosen = extractors(source, quick, also, device)
     whole = load_pictures(source, "test", loaded.size)
     row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, "steps": steps,
@@ -139,7 +139,9 @@ def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
     """
     known: list[Extractor] = [ClassifierFeatures(judge())] if source == FASHION else []
     own = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _known(also))]
-    return [*known, *own] if (known or own) and quick else [*known, *own, EffLite0(device)]
+    if quick and (known or own):
+        return [*known, *own]
+    return [*known, *own, EffLite0(device, batch=4 if torch.device(device).type == "cpu" else 256)]
 
 
 def _known(also: Sequence[str]) -> Sequence[str]:
@@ -223,14 +225,13 @@ def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str,
 @torch.no_grad()
 def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
     assert questions.c is not None
-    seen = torch.cat([control.h(part) for part in unit(from_bytes(pictures)).split(250)])
     device = next(sampler.net.parameters()).device
-    space, trip = sampler.model.space, []
-    for part in questions.images.split(250):
-        back = to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu()
-        trip.append(control.h(unit(from_bytes(back))))
-    height, width = pictures.shape[-2:]
-    anchors = Consistency.of(control, questions.c, seen, (height, width), torch.cat(trip))
+    seen = controls_of(control, unit(from_bytes(pictures)), device)
+    space, height, width = sampler.model.space, *pictures.shape[-2:]
+    back = [to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu()
+            for part in questions.images.split(max(1, 250 * 32 * 32 // (height * width)))]
+    trip = controls_of(control, unit(from_bytes(torch.cat(back))), device)
+    anchors = Consistency.of(control, questions.c, seen, (height, width), trip)
     spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
     row = {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
            "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
@@ -259,14 +260,14 @@ def validation_probe(networks: Networks, run: Run, control: Control | None,
         return references(run.model, [extractor], whole, samples=samples, device=run.device)[extractor.name].statistics
 
     def probe(_: dict[str, nn.Module]) -> dict[str, float]:
-        questions = Questions.of(held_out, control, min(n, len(held_out)), seed=0)
+        questions = Questions.of(held_out, control, min(n, len(held_out)), 0, run.device)
         sampler = Sampler(networks.teacher)
         sampler.generator = networks.generator
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}
         if control is not None and questions.c is not None:
-            seen = torch.cat([control.h(part) for part in unit(from_bytes(pictures)).split(250)])
+            seen = controls_of(control, unit(from_bytes(pictures)), run.device)
             row["consistency"] = (seen - questions.c).abs().mean().item()
         if questions.source == FASHION and questions.labels is not None:
             row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)

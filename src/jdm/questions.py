@@ -15,6 +15,8 @@ from jdm.sampling import Sampler
 from jdm.size import size_of
 from jdm.space import from_bytes, unit
 
+AT_ONCE = 4_000_000  # pixels that a control measures at once: what a network makes of 16 pictures of 512 px fits a GPU
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -35,14 +37,15 @@ class Questions:
     source: str
 
     @classmethod
-    def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int) -> Questions:
-        """The first n pictures of a split."""
+    def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int,
+           device: str | torch.device = "cpu") -> Questions:
+        """The first n pictures of a split; their control is measured on `device`."""
         if not 2 <= n <= len(pictures):
             raise UsageError(f"n must be in 2..{len(pictures)} ({pictures.source}), got {n}")
         rows = torch.arange(n)
         uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed))
         images = unit(from_bytes(pictures.batch(rows)))
-        c = None if control is None else torch.cat([control.h(part) for part in images.split(250)])
+        c = None if control is None else controls_of(control, images, device)
         return cls(images, pictures.prompts(rows, uniform), c, pictures.label(rows), seed,
                    pictures.source.rsplit("/", 1)[0])
 
@@ -53,6 +56,14 @@ class Questions:
         """The first n of them."""
         c, labels = (None if v is None else v[:n] for v in (self.c, self.labels))
         return Questions(self.images[:n], self.y[:n], c, labels, self.seed, self.source)
+
+
+@torch.no_grad()
+def controls_of(control: Control, images: Tensor, device: str | torch.device = "cpu") -> Tensor:
+    """h of images [N, 3, H, W] in [0, 1] -> [N, k, H, W] on the CPU, in parts of AT_ONCE pixels."""
+    height, width = images.shape[-2:]
+    parts = images.split(max(1, AT_ONCE // (height * width)))
+    return torch.cat([control.h(part.to(device)).cpu() for part in parts])
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jdm.errors import UsageError, in_short
 from jdm.metrics.extractors import checked_images
+from jdm.rewards.networks import read_weights
 
 
 class Inception:
@@ -33,6 +34,8 @@ class Inception:
                              "pip install 'jdm[fid]'") from error
         if weights and not Path(weights).is_file():
             raise UsageError(f"{weights}: there is no such file of Inception's weights; leave it out to fetch them")
+        if weights:
+            read_weights("FID", Path(weights))  # torch-fidelity unpickles anything; this, tensors alone
         own = f"-{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]}" if weights else ""
         self.name, self.batch, self.device = f"inception-2048{own}", batch, torch.device(device)
         try:

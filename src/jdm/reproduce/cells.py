@@ -276,7 +276,7 @@ def tuned(cell: Cell, setting: Setting) -> dict[str, Any]:
     model = load_model(cell.model.path).to(setting.device)
     pictures = load_pictures(scale.source, scale.validation, model.size)
     control = checked(load_control(cell.control), model.size) if cell.control else None
-    questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED)
+    questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED, setting.device)
     extractor = evaluation.extractors(scale.source, True, scale.extractors, setting.device)[0]
     target = evaluation.references(scale.model, [extractor], load_pictures(scale.source, "test", model.size),
                                    device=setting.device)

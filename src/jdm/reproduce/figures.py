@@ -29,7 +29,7 @@ def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Ima
     model = load_model(setting.scale.model)
     control = checked(load_control(first.control), model.size) if first.control else None
     pictures = load_pictures(setting.scale.source, setting.scale.split, model.size)
-    questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED)
+    questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED, setting.device)
     rows: list[tuple[str, Tensor | None]] = [("real pictures", to_bytes(questions.images * 2 - 1))]
     if control is not None and questions.c is not None:
         rows.append((f"their control: {first.control}", to_bytes(control.image(questions.c) * 2 - 1)))

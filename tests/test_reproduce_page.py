@@ -192,7 +192,7 @@ def test_the_course_of_a_reward_is_printed_probe_by_probe_and_that_of_a_run_with
     data = table("table3", {"text": "text"}, reward={"text": {"records": [record]}}, own={"text": {"records": [plain]}})
     printed = _course(data)
     assert "| reward | 300  | -0.10  | -0.900      | 0.900            | 9.00     |" in printed
-    assert "own" not in printed
+    assert "| own" not in printed
     assert _course(table("table3", {"text": "text"}, own={"text": {"records": [plain]}})) == ""
 
 

@@ -81,7 +81,7 @@ def test_known_names_load_alone_and_with_the_place_of_their_weights(tmp_path):
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("nano-rewrd", "no reward 'nano-rewrd'; did you mean 'nano-reward'"),
-    ("zzz", "the known ones are nano-reward, nano-judge, pick-score, hpsv2, aesthetic, image-reward"),
+    ("zzz", "the known ones are nano-reward, nano-judge, clip, pick-score, hpsv2, aesthetic, image-reward"),
     ("hpsv3:weights.pt", "no reward 'hpsv3'; did you mean hpsv2:weights.pt"),
     ("nano-reward:", r"there is no reward 'nano-reward:'.*my_rewards\.py:brightness"),
     ("nano-reward:{folder}", r"holds no config\.json"),

@@ -44,7 +44,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 # What a recipe leaves where it is: a gradient that is exactly 0, a rate of 0.
-STILL = {"nano-nct-no-consistency": "controlnet.", "nano-nct-no-dual": "multiplier."}
+STILL = {f"{family}-nct-{name}": part for family in ("nano", "sd15")
+         for name, part in (("no-consistency", "controlnet."), ("no-dual", "multiplier."))}
 
 
 @pytest.mark.parametrize("name", sorted(entries()))

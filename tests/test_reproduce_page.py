@@ -12,9 +12,10 @@ from jdm.cli import REPRODUCED, SCALES, main
 from jdm.recipes import entries
 from jdm.reproduce import scales
 from jdm.reproduce.figures import LABEL, sheet
+from jdm.reproduce.models import Setting, settled
 from jdm.reproduce.page import ANCHORS, _course, aligned, number, pair
 from jdm.reproduce.results import _average, _values
-from jdm.reproduce.tables import METHODS, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
+from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
 from jdm.reproduce.verdicts import answers, headline
 
 
@@ -46,7 +47,30 @@ def test_every_recipe_of_the_tables_exists_and_nano_knows_its_pace():
         for name in recipes(each):
             assert f"nano-{name}" in entries()
             assert scales.NANO.seconds[name] > 0
-            assert f"sd15-{name}" in entries() or name in scales.SD15.given
+            assert scales.SD15.full_name(name) in entries() or name in scales.SD15.given
+
+
+@pytest.mark.parametrize("scale", scales.SCALES.values(), ids=scales.SCALES)
+def test_a_row_beside_another_changes_one_field_of_its_method_and_nothing_of_its_run(scale):
+    rows = {row.key: row for row in TABLES["table2"].rows}
+    changed = {}
+    for row in (r for r in rows.values() if r.beside):
+        models = [settled(r.spec, Setting(scale), "canny", 0) for r in (row, rows[row.beside])]
+        one, other = (m.run for m in models)
+        assert one == replace(other, method=one.method, out=one.out)
+        fields = {k for k in vars(one.method) if getattr(one.method, k) != getattr(other.method, k)}
+        (changed[row.key],) = fields
+    assert changed == {"low-t": "condition_range", "controlled-fake": "fake_sees_control", "draws": "draws",
+                       "frozen-posterior": "frozen_posterior", "one-t": "shared_noise", "unfrozen": "train_unet"}
+
+
+def test_joint_training_is_phase_2_with_its_unet_trained_on_from_the_same_start():
+    for scale in scales.SCALES.values():
+        phase_2, joint = (settled(row.spec, Setting(replace(scale, shipped={})), "lowres", 0)
+                          for row in (SHARED, JOINT))
+        assert joint.run.method == replace(phase_2.run.method, train_unet=True)
+        assert joint.needs["start"] == phase_2.needs["start"]
+        assert (joint.run.steps, joint.run.batch) == (phase_2.run.steps, phase_2.run.batch)
 
 
 def test_published_numbers_are_the_printed_ones():

@@ -8,7 +8,7 @@ import pytest
 import test_reproduce
 from jdm.recipes import all_recipes, entries
 from jdm.reproduce import scales
-from jdm.reproduce.models import Setting, settled
+from jdm.reproduce.models import Setting, Trained, settled
 from jdm.reproduce.page import markdown
 from jdm.reproduce.sitting import reproduce
 from jdm.reproduce.tables import TABLES, WEAK, Given
@@ -95,3 +95,11 @@ def test_every_recipe_of_that_scale_trains_sd15_as_sd15_canny_is_trained(name):
     run, own = all_recipes()[name](), all_recipes()["sd15-canny"]()
     assert run == replace(own, method=run.method, out=run.out)
     assert run.out.name == name
+
+
+def test_no_two_recipes_of_that_scale_train_the_same():
+    methods = [(name, all_recipes()[name]().method) for name in entries() if name.startswith("sd15-")]
+    assert [(a, b) for k, (a, one) in enumerate(methods) for b, other in methods[:k] if one == other] == []
+    for row, name in (("jdm", "canny"), ("text-reward", "hfl"), ("text-guided-blind", "cfg21")):
+        model = settled(Trained(row, control=""), Setting(scales.SD15), "", 0)
+        assert (model.name, model.run.method) == (f"sd15-{name}-seed0", all_recipes()[f"sd15-{name}"]().method)

@@ -29,13 +29,15 @@ def _row(name: str, method: Any, **changes: Any) -> Run:
                    **changes)
 
 
-def frozen(start: str, **changes: Any) -> JDM:
-    """JDM that trains a ControlNet alone, on a UNet that draws well already, so that the control may weigh more.
+# A ControlNet alone, on a UNet that draws well already, so that the control may weigh more: levels, weight and bound
+# are the best of nine short runs on validation pictures (docs/log.md).
+FROZEN: dict[str, Any] = {"train_unet": False, "shared_noise": False, "condition_range": LOW, "condition_weight": 4.0,
+                          "condition_clip": (2.0, 0.8)}
 
-    Levels, weight and bound are the best of nine short runs on validation pictures (docs/log.md).
-    """
-    return jdm(start=start, train_unet=False, shared_noise=False, condition_range=LOW, condition_weight=4.0,
-               condition_clip=(2.0, 0.8), **changes)
+
+def frozen(start: str, **changes: Any) -> JDM:
+    """JDM on the frozen UNet of `start`."""
+    return jdm(**{"start": start, **FROZEN, **changes})
 
 
 def nano_jdm() -> Run:
@@ -50,7 +52,7 @@ def nano_shared() -> Run:
 
 def nano_joint() -> Run:
     """What phase 2 leaves out: the UNet of phase 1 trained on for the further control, together with its ControlNet."""
-    return _row("nano-joint", replace(frozen("nano-canny", control="soft-edge"), train_unet=True))
+    return _row("nano-joint", frozen("nano-canny", control="soft-edge", train_unet=True))
 
 
 def nano_no_warm_up() -> Run:
@@ -140,10 +142,9 @@ def nano_frozen_posterior() -> Run:
 
 def nano_one_t() -> Run:
     """One noise level for both terms, as Eq. 5 has it, in place of two schedules."""
-    method = replace(frozen("nano-diff-instruct"), shared_noise=True, condition_weight=1.0)
-    return _row("nano-one-t", method)
+    return _row("nano-one-t", frozen("nano-diff-instruct", shared_noise=True))
 
 
 def nano_unfrozen() -> Run:
     """The Diff-Instruct UNet trained on, together with the ControlNet."""
-    return _row("nano-unfrozen", replace(frozen("nano-diff-instruct"), train_unet=True))
+    return _row("nano-unfrozen", frozen("nano-diff-instruct", train_unet=True))

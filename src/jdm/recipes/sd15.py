@@ -11,6 +11,7 @@ from typing import Any
 
 from jdm.methods.jdm import JDM
 from jdm.methods.text_to_image import TextToImage
+from jdm.recipes.nano_rivals import FROZEN
 from jdm.run import Data, Optimiser, Run
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -44,6 +45,12 @@ def _jdm(**changes: Any) -> JDM:
     return replace(method, **changes)
 
 
+def _frozen(start: str, **changes: Any) -> JDM:
+    """JDM on the frozen UNet of `start`."""
+    # Paper: no setting of phase 2 is printed; here: the condition term as chosen on nano-sd's validation pictures.
+    return _jdm(**{"start": start, **FROZEN, **changes})
+
+
 def sd15_canny() -> Run:
     """The one-step canny student of SD1.5: Joint Distribution Matching."""
     return _run("sd15-canny", _jdm())
@@ -75,7 +82,7 @@ def sd15_sr() -> Run:
 
 def sd15_shared() -> Run:
     """Phase 2 of the shared generator: a depth ControlNet on sd15-canny's frozen UNet (Sec. 3.2.1)."""
-    return _run("sd15-shared", _jdm(control="depth", start="runs/sd15-canny/model", train_unet=False))
+    return _run("sd15-shared", _frozen("runs/sd15-canny/model", control="depth"))
 
 
 def _text(**changes: Any) -> TextToImage:

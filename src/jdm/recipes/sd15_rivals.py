@@ -1,5 +1,7 @@
 """Baselines, ablations and rivals of sd15-canny, with its rates and budget: what `jdm reproduce --scale sd15` trains.
 
+Rows that sd15.py has a recipe of already are its own (`reproduce/scales.py`).
+
 Every recipe takes another control by `--method.control`. Nothing here has been trained; settings that were chosen on
 nano-sd's validation pictures say so.
 """
@@ -13,11 +15,10 @@ from jdm.methods.controlled_teacher import ControlledTeacher
 from jdm.methods.controlnet import ControlNet
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.dsm_controlnet import DSMControlNet
-from jdm.methods.jdm import JDM
 from jdm.methods.nct import NCT
 from jdm.methods.posterior_training import PosteriorTraining
 from jdm.recipes.nano_rivals import LOW
-from jdm.recipes.sd15 import CONTROL, FAKE, FAKE_RANK, GUIDANCE, STUDENT, T_INIT, _jdm, _run
+from jdm.recipes.sd15 import CONTROL, FAKE, FAKE_RANK, GUIDANCE, STUDENT, T_INIT, _frozen, _jdm, _run
 from jdm.run import Run
 
 ONE_STEP = "runs/sd15-diff-instruct/model"  # the frozen generator of NCT, DSM and the row without warm-up
@@ -29,12 +30,6 @@ def _score_distilled(**changes: Any) -> DiffInstruct:
     return replace(method, **changes)
 
 
-def _frozen(start: str, **changes: Any) -> JDM:
-    """JDM that trains a ControlNet alone; levels, weight and bound of its condition term as nano-sd's."""
-    return _jdm(**{"start": start, "train_unet": False, "shared_noise": False, "condition_range": LOW,
-                   "condition_weight": 4.0, "condition_clip": (2.0, 0.8)} | changes)
-
-
 def sd15_controlnet() -> Run:
     """The multi-step ControlNet of SD1.5: the yardstick."""
     return _run("sd15-controlnet", ControlNet(optimiser=CONTROL))
@@ -43,11 +38,6 @@ def sd15_controlnet() -> Run:
 def sd15_diff_instruct() -> Run:
     """The one-step SD1.5 without control: Diff-Instruct."""
     return _run("sd15-diff-instruct", _score_distilled())
-
-
-def sd15_jdm() -> Run:
-    """JDM at the tables' budget: what its ablations are compared with; sd15-canny itself."""
-    return _run("sd15-jdm", _jdm())
 
 
 def sd15_joint() -> Run:
@@ -149,7 +139,7 @@ def sd15_frozen_posterior() -> Run:
 
 def sd15_one_t() -> Run:
     """One noise level for both terms, as Eq. 5 has it, in place of two schedules."""
-    return _run("sd15-one-t", _frozen(ONE_STEP, shared_noise=True, condition_weight=1.0))
+    return _run("sd15-one-t", _frozen(ONE_STEP, shared_noise=True))
 
 
 def sd15_unfrozen() -> Run:

@@ -9,11 +9,6 @@ from jdm.run import Run
 REWARD = "image-reward"
 
 
-def sd15_text_dmd() -> Run:
-    """The DMD-like row: guided real score, DMD's normaliser."""
-    return _run("sd15-text-dmd", _score_distilled())
-
-
 def sd15_text_di() -> Run:
     """The Diff-Instruct row: the same without DMD's normaliser."""
     return _run("sd15-text-di", _score_distilled(weighting="x0"))
@@ -27,16 +22,6 @@ def sd15_text_own() -> Run:
 def sd15_text_guided() -> Run:
     """SD1.5 distilled with SD2.1's guidance; fidelity on the prompt."""
     return _run("sd15-text-guided", _text(guide=SD21))
-
-
-def sd15_text_guided_blind() -> Run:
-    """The same with fidelity blind to the prompt, Eq. 5 to the letter; sd15-cfg21 itself."""
-    return _run("sd15-text-guided-blind", _text(guide=SD21, fidelity="blind"))
-
-
-def sd15_text_reward() -> Run:
-    """Human-feedback learning on the noisy posterior (Eq. 9); sd15-hfl itself."""
-    return _run("sd15-text-reward", _text(reward=REWARD))
 
 
 def sd15_text_reward_clean() -> Run:

@@ -135,7 +135,7 @@ def settled(spec: Spec, setting: Setting, control: str, seed: int) -> Model:
     control = control if spec.control == COLUMN else spec.control
     specs: dict[str, Spec] = {"model": Given(), **dict(spec.needs)}
     needs = {k: settled(need, setting, control, seed) for k, need in specs.items()}
-    words = (scale.prefix + spec.recipe, control, f"seed{seed}", f"{setting.steps}steps" if setting.steps else "")
+    words = (scale.full_name(spec.recipe), control, f"seed{seed}", f"{setting.steps}steps" if setting.steps else "")
     name = "-".join(word for word in words if word)
     ships = scale.shipped.get((spec.recipe, control)) if seed == 0 else None
     if ships and not (setting.out / name / "run.json").is_file():  # a run of one's own comes first
@@ -146,9 +146,9 @@ def settled(spec: Spec, setting: Setting, control: str, seed: int) -> Model:
 
 def _run(spec: Trained, setting: Setting, control: str, seed: int, needs: dict[str, Model], name: str) -> Run:
     scale = setting.scale
-    run = scale.recipe(scale.prefix + spec.recipe)
+    run = scale.recipe(scale.full_name(spec.recipe))
     if spec.like:
-        model = scale.recipe(scale.prefix + spec.like)
+        model = scale.recipe(scale.full_name(spec.like))
         run = replace(run, steps=model.steps, batch=model.batch, ema=model.ema)
     changes = {k: need.path for k, need in needs.items() if k != "model"} | ({"control": control} if control else {})
     return replace(run, method=replace(run.method, **changes), model=needs["model"].path, seed=seed,

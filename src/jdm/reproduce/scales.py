@@ -38,7 +38,8 @@ class Scale:
         source, split, validation: the pictures that are asked about, once, and those that choices are made on.
         seconds: per training step of a recipe, for estimates; a recipe that is not there has none.
         recipe: full name -> its run.
-        given: recipe without prefix -> a model that is taken as it is in its place.
+        given: recipe without prefix -> a model that is taken as it is in its place. same: recipe -> another that is the
+            same here, so that it is trained once.
         guide: a better teacher than `model`, for guidance; `model` itself where empty.
         scores, extractors: as `evaluate`'s `scored` and `also`. measures: of a table, where they are not its own.
         device: of trainings and measurements, where none is asked for.
@@ -55,11 +56,16 @@ class Scale:
     seconds: Mapping[str, float] = field(default_factory=dict)
     recipe: Callable[[str], Run] = lambda name: find(name)()
     given: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
     guide: str = ""
     scores: tuple[str, ...] = ()
     extractors: tuple[str, ...] = ()
     measures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
+
+    def full_name(self, recipe: str) -> str:
+        """A recipe's name with the prefix, under which it is trained here."""
+        return self.prefix + self.same.get(recipe, recipe)
 
     def on(self, model: str | None = None, source: str | None = None, guide: str | None = None,
            scores: tuple[str, ...] = ()) -> Scale:
@@ -84,8 +90,9 @@ NANO = Scale(
 SD15 = Scale(
     name="sd15", model=sd15.SD15, prefix="sd15-",
     controls={"canny": "canny", "HED": "hed", "depth": "depth", "8x SR": "lowres8"}, source="",
-    given={"weak-teacher": sd15.SD15}, guide=sd15.SD21, scores=("clip", "hpsv2", "aesthetic"),
-    extractors=("inception",),
+    given={"weak-teacher": sd15.SD15},
+    same={"jdm": "canny", "text-dmd": "diff-instruct", "text-reward": "hfl", "text-guided-blind": "cfg21"},
+    guide=sd15.SD21, scores=("clip", "hpsv2", "aesthetic"), extractors=("inception",),
     measures={"table3": (*(f"hpsv2_{style}" for style in ("anime", "concept_art", "paintings", "photo")), "hpsv2",
                          "aesthetic", "clip"),
               "fig6": ("hpsv2", "aesthetic", "clip")},
@@ -100,7 +107,8 @@ def check(scale: Scale, recipes: set[str]) -> None:
         recipes: those a table needs, without prefix.
     """
     known, missing = entries(), []
-    names = sorted(scale.prefix + name for name in recipes - scale.given.keys() if scale.prefix + name not in known)
+    wanted = {scale.full_name(name) for name in recipes - scale.given.keys()}
+    names = sorted(wanted - known.keys())
     if names:
         missing.append(f"the recipes {', '.join(names)}")
     text = "weak-teacher" in recipes  # the table that a guide is lent to

@@ -165,7 +165,7 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
     Row("nct-no-boundary", "NCT without boundary", _on_diff_instruct("nct-no-boundary"), published="nct-no-boundary"),
     Row("nct-no-dual", "NCT without primal-dual", _on_diff_instruct("nct-no-dual"), published="nct-no-dual"),
     Row("low-t", "the condition term at low noise levels of its own", Trained("low-t"), part="In no paper",
-        beside="jdm"),
+        beside="own-t"),
     _new("controlled-fake", "without warm-up, (a): a fake score that sees c, the exact joint KL",
         _from_diff_instruct("controlled-fake")),
     _new("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws")),

@@ -25,7 +25,8 @@ from jdm.metrics.scores import scores
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.library import ASSETS, SHIPPED, load_model
-from jdm.questions import Questions, answers, controls_of
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.questions import Questions, answers, controls_of, in_parts
 from jdm.reference import SAMPLES, Reference, references
 from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.run import Run
@@ -93,14 +94,12 @@ def evaluate(
     asked = checked(load_control(spec), loaded.size) if spec else None
     if loaded.controlnet is not None and asked is None:
         raise UsageError(f"{model} has a ControlNet; say which control with --control")
-    steps = steps or (1 if loaded.one_step else 50)
-    guidance = float(card.get("guidance", 2.0)) if guidance is None else guidance
-    sampler = Sampler(loaded, steps, guidance)
+    sampler = sampler_of(loaded, steps, guidance)
     questions = Questions.of(pictures, asked, n, seed, device)
     chosen = extractors(source, quick, also, device)
     whole = load_pictures(source, "test", loaded.size)
-    row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, "steps": steps,
-           "guidance": guidance if steps > 1 else None, "method": card.get("method")}
+    row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, **_run_as(sampler),
+           "method": card.get("method")}
     made = answers(sampler, questions, asked)
     row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
     row |= scores(scored, made, questions.y, device)
@@ -120,14 +119,21 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
         raise UsageError(f"{model} has a ControlNet, and prompts alone give it no control; evaluate it on pictures")
     if not scored:
         raise UsageError("prompts without pictures are only scored; name what by: --scores clip,hpsv2,aesthetic")
-    steps = steps or (1 if loaded.one_step else 50)
-    guidance = float((loaded.card or {}).get("guidance", 2.0)) if guidance is None else guidance
-    sampler = Sampler(loaded, steps, guidance)
+    sampler = sampler_of(loaded, steps, guidance)
     asked, styles = chosen_prompts(prompts, n)
     made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
-    row = {"model": model, "seed": seed, "steps": steps, "guidance": guidance if steps > 1 else None, "n": len(asked),
-           "nfe": sampler.nfe}
+    row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles)
+
+
+def sampler_of(model: StableDiffusion, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """One step of a one-step student, 50 of others; the guidance of the model's card, or 2, where not given."""
+    own = float((model.card or {}).get("guidance", 2.0))
+    return Sampler(model, steps or (1 if model.one_step else 50), own if guidance is None else guidance)
+
+
+def _run_as(sampler: Sampler) -> dict[str, Any]:
+    return {"steps": sampler.steps, "guidance": sampler.guidance if sampler.steps > 1 else None}
 
 
 def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
@@ -227,11 +233,10 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
     assert questions.c is not None
     device = next(sampler.net.parameters()).device
     seen = controls_of(control, unit(from_bytes(pictures)), device)
-    space, height, width = sampler.model.space, *pictures.shape[-2:]
-    back = [to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu()
-            for part in questions.images.split(max(1, 250 * 32 * 32 // (height * width)))]
+    space = sampler.model.space
+    back = [to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu() for part in in_parts(questions.images)]
     trip = controls_of(control, unit(from_bytes(torch.cat(back))), device)
-    anchors = Consistency.of(control, questions.c, seen, (height, width), trip)
+    anchors = Consistency.of(control, questions.c, seen, size_of(pictures), trip)
     spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
     row = {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
            "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}

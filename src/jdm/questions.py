@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from jdm.sampling import Sampler
 from jdm.size import size_of
 from jdm.space import from_bytes, unit
 
-AT_ONCE = 4_000_000  # pixels that a control measures at once: what a network makes of 16 pictures of 512 px fits a GPU
+AT_ONCE = 250 * 32 * 32  # pixels that a network outside training sees at once: a picture of 512 px, or many small ones
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,14 @@ class Questions:
 
 @torch.no_grad()
 def controls_of(control: Control, images: Tensor, device: str | torch.device = "cpu") -> Tensor:
-    """h of images [N, 3, H, W] in [0, 1] -> [N, k, H, W] on the CPU, in parts of AT_ONCE pixels."""
+    """h of images [N, 3, H, W] in [0, 1] -> [N, k, H, W] on the CPU, in parts."""
+    return torch.cat([control.h(part.to(device)).cpu() for part in in_parts(images)])
+
+
+def in_parts(images: Tensor) -> Sequence[Tensor]:
+    """[N, 3, H, W] in parts of at most AT_ONCE pixels, or of one picture."""
     height, width = images.shape[-2:]
-    parts = images.split(max(1, AT_ONCE // (height * width)))
-    return torch.cat([control.h(part.to(device)).cpu() for part in parts])
+    return images.split(max(1, AT_ONCE // (height * width)))
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:

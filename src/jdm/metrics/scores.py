@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ BATCH = 32
 
 @torch.no_grad()
 def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], device: str | torch.device = "cpu",
-           styles: Sequence[str] = ()) -> dict[str, float]:
+           styles: Sequence[str] = ()) -> dict[str, Any]:
     """Mean score of uint8 pictures [N, 3, H, W] for N prompts, by each of `specs`, as tables print it.
 
     Args:
@@ -30,9 +31,10 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
         styles: of each prompt, where they have some; a score is the mean of the styles' means then, as HPSv2's is.
 
     Returns:
-        NAME, its bootstrap error NAME_spread, and NAME_STYLE for each style.
+        NAME, its bootstrap error NAME_spread, NAME_STYLE for each style, and NAME_network where the score is one of
+        several networks', such as CLIP's.
     """
-    row: dict[str, float] = {}
+    row: dict[str, Any] = {}
     for spec in specs:
         reward = load_reward(spec, device)
         name = reward_name(reward).replace("-", "_")
@@ -44,6 +46,7 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
         row[name] = statistics.fmean(float(v.mean()) for v in (by_style or {"": values}).values())
         row[f"{name}_spread"] = bootstrap(values)[1]
         row |= {f"{name}_{style.replace('-', '_')}": float(v.mean()) for style, v in by_style.items()}
+        row |= {f"{name}_network": network} if (network := getattr(reward, "network", None)) else {}
     return row
 
 

@@ -23,8 +23,8 @@ PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels
 
 
 def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Image.Image:
-    """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where it is not
-    measured."""
+    """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where there is no
+    model to draw with."""
     first = found[0]
     model = load_model(setting.scale.model)
     control = checked(load_control(first.control), model.size) if first.control else None
@@ -35,16 +35,16 @@ def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Ima
         rows.append((f"their control: {first.control}", to_bytes(control.image(questions.c) * 2 - 1)))
     for cell in (c for c in found if c.seed == 0):
         shown = next(r for r in data["rows"] if r["row"] == cell.row.key)["cells"][cell.column]
-        record = stored(cell, setting)
-        if record and finished(cell.model):  # a known page has numbers and no model
-            guidance = record["measured"]["guidance"]
-            made_by = load_model(cell.model.path).to(setting.device)
-            sampler = Sampler(made_by, cell.row.steps, 1.0 if guidance is None else guidance)
-            numbers = ", ".join(f"{NAMES[k]} {number(shown['values'], k)}" for k in data["measures"]
-                                if k in shown["values"])
-            rows.append((f"{cell.row.title}\n{numbers}", answers(sampler, questions, control)))
-        else:
-            rows.append((f"{cell.row.title}\n{shown['state']}", None))
+        values, record = shown["values"], stored(cell, setting)
+        numbers = ", ".join(f"{NAMES[k]} {number(values, k)}" for k in data["measures"] if k in values)
+        label = f"{cell.row.title}\n{numbers or shown['state']}"
+        if not record or not finished(cell.model):  # a known page has numbers and no model
+            rows.append((label, None))
+            continue
+        guidance = record["measured"]["guidance"]
+        drawn_by = load_model(cell.model.path).to(setting.device)
+        sampler = Sampler(drawn_by, cell.row.steps, 1.0 if guidance is None else guidance)
+        rows.append((label, answers(sampler, questions, control)))
     return sheet(rows)
 
 

@@ -214,6 +214,8 @@ def _terms(data: dict[str, Any]) -> str:
     if "judge" in data["measures"]:
         said.append("Judge: mean log-probability that a classifier which nothing was trained on gives the prompted "
                     "class.")
+    if "clip" in measured[0]:
+        said.append(f"CLIP: 100 times the cosine of picture and prompt by {measured[0]['clip_network']}.")
     published = TABLES[data["table"]].published
     if published:
         said.append("Published numbers are FID and mean |h(x) - c| of SD1.5 on other pictures and with the paper's own "

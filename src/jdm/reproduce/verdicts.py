@@ -224,12 +224,11 @@ def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _turned(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Where hacking begins: the probe after which the judge only lost while the reward rose."""
+    """Where hacking begins: what became of judge and reward from the judge's best probe to the run's end."""
     found = {}
     for row in data["rows"]:
-        records = [r for cell in row["cells"].values() for r in cell.get("records", []) if isinstance(r, dict)]
-        course = next((r["course"] for r in records if any("judge" in at and "reward" in at
-                                                            for at in r.get("course", []))), None)
+        records = [r for cell in row["cells"].values() for r in cell["records"] if r["seed"] == 0]
+        course = [at for r in records for at in r.get("course", []) if at.keys() >= {"judge", "reward", "fd"}]
         if course:
             best, last = max(course, key=lambda at: at["judge"]), course[-1]
             found[row["row"]] = {"step": best["step"], "of": last["step"], "judge": last["judge"] - best["judge"],

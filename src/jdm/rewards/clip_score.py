@@ -14,7 +14,7 @@ WEIGHTS = "openai/clip-vit-large-patch14"
 
 
 class CLIPScore(nn.Module):
-    """r = cos(image, prompt): about .15 to .35; tables print 100 times that and name the network.
+    """r = cos(image, prompt): about .15 to .35; tables print 100 times that.
 
     Args:
         weights: a transformers CLIP, by hub id or folder.
@@ -27,7 +27,7 @@ class CLIPScore(nn.Module):
 
         super().__init__()
         self.name = "clip"
-        self.network = Path(weights).name
+        self.network = Path(weights).name  # scores of two CLIPs do not compare
         self.clip = pretrained(self.name, CLIPModel, weights, dtype=dtype)
         self.tokenizer = pretrained(self.name, AutoTokenizer, tokenizer or weights)
 

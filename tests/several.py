@@ -33,7 +33,7 @@ STEPS, SAVED = 10, 8
 ALL = [
     (1, ["gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
     (2, ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "trained:1:replicated",
-         "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
+         "judged:2:judged", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
     (4, ["gradients:2:full", "trained:4:sharded-over-four", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
 ]
@@ -112,6 +112,23 @@ def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
     keep(out, name, {f"{n}.{k}": v for n, average in trainer.averages.items() for k, v in average.items()})
 
 
+def judged(out: Path, teacher: Path, shard: int, name: str) -> None:
+    """Ended by its judge. By the first process alone step 1 was the best, by their mean step 2."""
+    seen = [(-1.0, -4.0), (-2.0, -2.0), (-9.0, -9.0), (0.0, 0.0)]
+    run = replace(run_of(out / name, teacher, shard), save_every=100, probe_every=1, best="judge", patience=1)
+    step = Trainer.step
+
+    def watched(trainer: Trainer, number: int) -> dict:
+        trainer.task.probe = lambda modules: {"judge": seen[number][distributed.rank()]}
+        logs = step(trainer, number)
+        keep(out, f"{name}-{number + 1}", {f"{n}.{k}": v for n, a in trainer.averages.items() for k, v in a.items()})
+        return logs
+
+    Trainer.step = watched
+    jdm.train.train(run)
+    Trainer.step = step
+
+
 def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
     """A run that something else will end."""
     run = replace(run_of(out / name, teacher, shard), steps=100_000, save_every=2, log_every=1)
@@ -140,7 +157,7 @@ def in_double() -> None:
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:
-    kinds = {"trained": trained, "exported": exported, "endless": endless}
+    kinds = {"trained": trained, "exported": exported, "judged": judged, "endless": endless}
     for action in actions:
         kind, shard, *more = action.split(":")
         if kind == "gradients":

@@ -327,3 +327,31 @@ def test_a_field_added_since_counts_in_a_cells_name_only_where_it_changes_someth
     assert not names & LATER.keys()
     assert essence(replace(run, **{field: value}), {}) == before | {field: value}
     assert essence(replace(run, checkpointing=True, shard=2), {}) == before
+
+
+# Layout
+
+
+def test_a_cpus_networks_see_channels_last_tensors_and_give_contiguous_ones(teacher):
+    model = load_model(str(teacher.parent / "controlled"))
+    net, seen = Denoiser(model.unet, model.controlnet), {}
+
+    def watch(module, inputs):
+        seen.setdefault(names[module], inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    names = {model.unet.conv_in: "unet", model.controlnet.conv_in: "controlnet", model.vae.decoder.conv_in: "decoder",
+             model.controlnet.controlnet_cond_embedding.conv_in: "control"}
+    for part in names:
+        part.register_forward_pre_hook(watch)
+    x, shown = torch.randn(2, 8, 8, 8), torch.rand(2, 3, 32, 32)
+    text = model.text()(["a coat", ""])
+    with torch.no_grad():
+        made, pixels = net(x, torch.tensor([3, 700]), text, shown), model.space.decode(x)
+        plain = net._denoised(x, torch.tensor([3, 700]), text, shown)
+        decoded = model.vae.decode(x / model.space.scale + model.space.shift).sample
+    assert seen == {"unet": True, "controlnet": True, "control": True, "decoder": True}
+    assert made.is_contiguous()
+    assert pixels.is_contiguous()
+    assert torch.allclose(made, plain, atol=1e-5)  # other orders of float32 sums
+    assert torch.allclose(pixels, decoded, atol=1e-5)
+    assert all(p.is_contiguous() for part in model.modules().values() for p in part.parameters())

@@ -109,6 +109,17 @@ def test_sharded_networks_train_probe_and_export_as_a_plain_folder(done):
     assert all(0 < row["probe/consistency"] < 1 for row in rows)
 
 
+def test_processes_agree_on_the_best_probe_export_it_and_end_together(done):
+    exported, best, last = load_model(str(done / "judged" / "model")), kept(done, "judged-2"), kept(done, "judged-3")
+    parts = {"unet": exported.unet, "controlnet": exported.controlnet}
+    found = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+    assert found.keys() == best.keys()
+    assert all(torch.equal(found[k], best[k]) for k in best)
+    assert not all(torch.equal(last[k], best[k]) for k in best)
+    assert not (done / "judged-4.pt").exists()
+    assert checkpoint.last(done / "judged").name == "step-0000003"
+
+
 def started(tmp_path: Path, teacher: Path, n: int) -> tuple[subprocess.Popen, dict[int, int]]:
     """A run of n processes that has saved a checkpoint, and its processes by rank."""
     process = subprocess.Popen(command(n, tmp_path, teacher, f"endless:{n}:run"), stdout=subprocess.PIPE,

@@ -27,8 +27,8 @@ from jdm.metrics.prompts import prompt_agreement
 from jdm.metrics.spread import bootstrap
 from jdm.models.library import ASSETS
 from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
-from jdm.questions import Questions, answers
-from jdm.recipes.nano import nano_canny
+from jdm.questions import Questions, answers, controls_of, in_parts
+from jdm.recipes.nano import nano_canny, nano_diff_instruct
 from jdm.reference import Reference, references
 from jdm.rewards.classifier import nano_judge
 from jdm.run import Data
@@ -148,6 +148,59 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     assert 1 < len(alike) < 60
     assert row["consistency_same_prompt"] == pytest.approx(alike.mean().item())
     assert row["consistency_same_prompt_spread"] == pytest.approx(bootstrap(alike)[1])
+
+
+def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, classifier, monkeypatch):
+    device, on = "cpu:0", {}  # a name that nothing has by default
+
+    class StopError(Exception):
+        pass
+
+    def spy(name, at, function):
+        def called(*args, **named):
+            on[name] = named.get("device", args[at] if len(args) > at else None)
+            return function(*args, **named)
+        return called
+
+    def target(teacher, extractors, pictures, **_):
+        (extractor,) = extractors
+        features = extractor.features(PICTURES.batch(torch.arange(40)))
+        return {extractor.name: Reference(Statistics.of(features, extractor.name, {"floors": '{"250": 1.0}'}))}
+
+    def scored(specs, pictures, prompts, place="cpu", styles=()):
+        on["scores"] = place
+        raise StopError
+
+    monkeypatch.setattr(StableDiffusion, "to", spy("model", 1, StableDiffusion.to))
+    monkeypatch.setattr(evaluation, "extractors", spy("extractors", 3, lambda *_: [ClassifierFeatures(classifier)]))
+    monkeypatch.setattr(evaluation, "controls_of", spy("controls", 2, evaluation.controls_of))
+    monkeypatch.setattr("jdm.questions.controls_of", spy("questions", 2, evaluation.controls_of))
+    monkeypatch.setattr(evaluation, "references", spy("references", 6, target))
+    monkeypatch.setattr(evaluation, "scores", scored)
+    with pytest.raises(StopError):
+        evaluate(str(student), "canny", n=4, quick=True, scored=["clip"], device=device)
+    assert on.pop("controls") == torch.device("cpu")  # named, where the model's weights are
+    assert on == dict.fromkeys(("model", "extractors", "questions", "references", "scores"), device)
+
+
+def test_pictures_are_measured_in_parts_of_equal_pixels_and_as_if_at_once():
+    assert [len(part) for part in in_parts(torch.zeros(301, 1, 32, 32))] == [250, 51]
+    assert [len(part) for part in in_parts(torch.zeros(3, 1, 512, 512))] == [1, 1, 1]
+    images = unit(from_bytes(PICTURES.batch(torch.arange(20))))
+    assert torch.equal(controls_of(Canny(), images), Canny().h(images))
+
+
+def test_a_run_on_the_packaged_pictures_is_judged_as_it_trains(teacher, classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "PROBE_SAMPLES", 8)
+    run = tiny.run(nano_diff_instruct(), tmp_path, teacher, steps=1, probe_every=1)
+    model = StableDiffusion.load(str(train(run)))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    held_out = load_pictures(run.data.source, run.data.validation, 32)
+    questions = Questions.of(held_out, None, min(500, len(held_out)), 0)
+    pictures, other = answers(Sampler(model), questions, None), nano_judge()
+    said = other(unit(from_bytes(pictures)), questions.y).mean().item()
+    assert row["probe/judge"] == pytest.approx(said, abs=1e-3)
+    assert row["probe/judge_accuracy"] == prompt_agreement(other.classifier, pictures, questions.labels)
 
 
 def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier):

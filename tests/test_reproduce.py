@@ -15,9 +15,10 @@ from jdm.errors import TerminatedError, UsageError
 from jdm.models.library import load_model
 from jdm.recipes import all_recipes
 from jdm.reference import references
-from jdm.reproduce import models
+from jdm.reproduce import figures, models
 from jdm.reproduce.cells import cells, place, selected, stored
 from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
+from jdm.reproduce.page import number
 from jdm.reproduce.scales import NANO, check
 from jdm.reproduce.sitting import listed, reproduce
 from jdm.reproduce.tables import TABLES
@@ -160,6 +161,19 @@ def test_cells_of_a_known_page_are_taken_and_their_models_are_not_trained(filled
     assert f"are taken from {page.name}." in written(tmp_path / "page")
     (other,) = selected(cells(TABLE, replace(elsewhere, n=N - 1)), "canny/nct")  # other pictures: another cell
     assert stored(other, replace(elsewhere, n=N - 1)) is None
+
+
+def test_a_figures_row_has_its_numbers_where_a_page_knows_them_and_pictures_where_its_model_is(filled, monkeypatch):
+    (page,) = filled.page.glob("*.json")
+    monkeypatch.setattr(figures, "sheet", lambda rows: rows)
+    elsewhere = replace(filled.setting, out=filled.setting.out / "elsewhere", known=(str(page),))
+    for setting, there in ((filled.setting, True), (elsewhere, False)):
+        rows = dict(figures.figure(selected(cells(TABLE, setting), "canny/nct,canny/jdm-joint"), setting, filled.data))
+        (nct,) = (label for label in rows if label.startswith("NCT\n"))
+        values = cell_of(filled.data, "nct")["values"]
+        assert nct == f"NCT\ndistance {number(values, 'fd')}, consistency {number(values, 'consistency')}"
+        assert (rows[nct] is not None) == there
+        assert rows["JDM, its UNet trained on for each control\nleft out"] is None
 
 
 def test_a_page_that_is_none_is_refused(setting, tmp_path):

@@ -13,7 +13,7 @@ from jdm.recipes import entries
 from jdm.reproduce import scales
 from jdm.reproduce.figures import LABEL, sheet
 from jdm.reproduce.models import Setting, settled
-from jdm.reproduce.page import ANCHORS, _course, aligned, number, pair
+from jdm.reproduce.page import ANCHORS, _course, _terms, aligned, number, pair
 from jdm.reproduce.results import _average, _values
 from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
 from jdm.reproduce.verdicts import answers, headline
@@ -26,7 +26,8 @@ def tiny_scale(teacher, tmp_path, monkeypatch):
 
 def cell(**values):
     """Values of a cell: key=(mean, spread)."""
-    return {"values": {k: {"mean": m, "spread": s, "of": None} for k, (m, s) in values.items()}, "records": [0]}
+    return {"values": {k: {"mean": m, "spread": s, "of": None} for k, (m, s) in values.items()},
+            "records": [{"seed": 0}]}
 
 
 def table(name, columns, **rows):
@@ -201,13 +202,58 @@ COURSE = [{"step": step, "reward": reward, "judge": judge, "prompt_agreement": 0
 def test_hacking_begins_where_the_judge_is_best_and_the_reward_still_rises():
     for last, verdict in ((-0.1, "yes"), (-0.35, "no")):
         course = [*COURSE[:2], {**COURSE[2], "reward": last}]
-        text = {**cell(judge=(-0.9, None), fd=(9.0, 0.1)), "records": [{"course": course}]}
+        text = {**cell(judge=(-0.9, None), fd=(9.0, 0.1)), "records": [{"seed": 0, "course": course}]}
         (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
         assert answer["verdict"] == ("yes" if last > -0.3 else "no") == verdict
         found = answer["numbers"]["reward"]
         assert (found["step"], found["of"]) == (200, 300)
         assert found["judge"] == pytest.approx(-0.5)
         assert found["fd"] == pytest.approx(4.5)
+        assert found["reward"] == pytest.approx(last + 0.3)
+
+
+def test_a_probe_before_any_reward_was_logged_says_nothing_of_hacking():
+    course = [{"step": 10, "judge": 0.0, "fd": 1.0}, *COURSE]
+    text = {**cell(judge=(-0.9, None)), "records": [{"seed": 0, "course": course}]}
+    (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
+    assert answer["numbers"]["reward"]["step"] == 200
+
+
+def test_clean_and_noisy_rewards_are_compared_by_the_judge_in_the_table_and_the_figure():
+    for noisy, verdict in ((-0.5, "yes"), (-0.7, "no")):
+        for name in ("table3", "fig6"):
+            data = table(name, {"text": "text"}, reward={"text": cell(judge=(noisy, None), fd=(5.0, 0.1))},
+                         reward_clean={"text": cell(judge=(-0.6, None), fd=(7.0, 0.1))})
+            (answer,) = answers(data)
+            assert (answer["verdict"], answer["numbers"]["fd"]) == (verdict, -2.0)
+
+
+@pytest.mark.parametrize("key", ["prompt_agreement", "clip"])
+def test_a_guides_agreement_is_the_classifiers_or_clips_and_the_best_of_them_is_said_first(key):
+    for value, verdict in ((33.0, "yes"), (31.0, "no")):
+        own = {"text": cell(**{key: (32.0, None), "hpsv2": (25.0, None)})}
+        guided = {"text": cell(**{key: (value, None), "hpsv2": (26.0, None)})}
+        data = table("table3", {"text": "text"}, own=own, guided=guided)
+        for row in data["rows"]:
+            row["steps"] = 1
+        (answer,) = answers(data)
+        assert answer["verdict"] == verdict
+        assert answer["numbers"]["guided"] == {key: value - 32, "hpsv2": 1.0}
+        name, best = {"prompt_agreement": "prompt agreement", "clip": "CLIP"}[key], "guided" if value > 32 else "own"
+        assert f"best {name} {best} ({max(value, 32):.3f})" in headline(data)
+        assert "best HPSv2.1 guided (26.000)" in headline(data)
+
+
+def test_a_page_says_when_its_distance_is_fid_and_by_which_clip_it_was_scored():
+    def terms(**measured):
+        cells = {"text": {"records": [{"seed": 0, "measured": measured}]}}
+        return _terms({**table("table3", {"text": "text"}, own=cells), "measures": []})
+
+    said = terms(fd=1.0, fd_extractor="inception-2048", clip=30.0, clip_network="clip-vit-large-patch14")
+    assert "on the features of inception-2048, which makes it FID;" in said
+    assert "cosine of picture and prompt by clip-vit-large-patch14." in said
+    assert "which makes it FID" not in terms(fd=1.0, fd_extractor="nano-classifier-45a9efd8")
+    assert terms(hpsv2=25.0) == ""
 
 
 def test_the_course_of_a_reward_is_printed_probe_by_probe_and_that_of_a_run_without_one_is_not():
@@ -345,6 +391,7 @@ def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch
     ("table1 --scale sd51", "there is no 'sd51'; did you mean sd15?"),
     ("table1 --cells canny/jdm-jont", "names no cell of this table; did you mean canny/jdm-joint?"),
     ("table1 --dryrun", "there is no flag --dryrun; did you mean --dry-run?"),
+    ("table1 --scale sd15", "torch-fidelity (pip install 'jdm[fid]')"),
     ("table1 --scale sd15", "missing are the weights of stable-diffusion-v1-5/stable-diffusion-v1-5 (fetch them with"),
     ("table3 --scale sd15", "diffusion-2-1-base`, or give a folder or a .safetensors file with --guide)"),
     ("table3 --scale sd15", "(`hf download xswu/HPSv2 HPS_v2.1_compressed.pt`, or --scores hpsv2:FOLDER)"),

@@ -221,6 +221,21 @@ def test_a_frozen_posterior_answers_with_its_own_network_and_has_no_adapter(teac
     assert not networks.adapters
 
 
+def test_a_fake_scores_new_controlnet_learns_at_a_controlnets_rate_and_a_trained_one_at_the_fakes(teacher, tmp_path):
+    def groups(name):
+        run = tiny.run(RECIPES[name](), tmp_path, teacher)
+        (phase,) = [p for p in run.method.task(run).phases if p.name == "fake"]
+        return run.method, [(len(parameters), optimiser) for parameters, optimiser in phase.groups]
+
+    method, ((unet, one),) = groups("nano-no-warm-up")
+    assert one == method.fake
+    method, ((same, one), (controlnet, other)) = groups("nano-controlled-fake")
+    assert (same, one, other) == (unet, method.fake, method.controlnet)
+    assert controlnet > 20
+    method, ((both, one),) = groups("nano-controlled-teacher")
+    assert (both, one) == (unet + controlnet, method.fake)
+
+
 # --- what cannot be started ---
 
 

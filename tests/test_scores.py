@@ -1,6 +1,8 @@
 """Scores of pictures for their prompts: CLIP's, by style, of a text-to-image model; and FID where it cannot be had."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,6 @@ def test_clip_score_is_the_cosine_that_transformers_gives_and_a_reward_like_any_
     cosine = out.logits_per_image.diagonal() / network.logit_scale.exp()
     assert torch.allclose(reward(images, PROMPTS[:2]), cosine, atol=1e-6)
     assert checked_reward(reward, 32, PROMPTS) is reward
-    assert reward.network == Path(clip).name
 
 
 def test_tables_print_a_hundred_clip_scores(clip):
@@ -63,6 +64,7 @@ def test_tables_print_a_hundred_clip_scores(clip):
     own = load_reward(f"clip:{clip}")(unit(from_bytes(pictures())), PROMPTS).detach()
     assert row["clip"] == pytest.approx(100 * float(own.mean()), rel=1e-5)
     assert row["clip_spread"] == pytest.approx(bootstrap(100 * own)[1], rel=1e-4)
+    assert row["clip_network"] == clip.name
 
 
 # Styles
@@ -135,6 +137,72 @@ def test_fid_says_what_it_needs_where_it_cannot_be_had(tmp_path):
         return
     with pytest.raises(UsageError, match="there is no such file of Inception's weights"):
         Inception(str(tmp_path / "none.pth"))
+
+
+class TorchFidelity:
+    """What torch-fidelity's Inception takes and gives: (features,) of uint8 pictures, on their device."""
+
+    def __init__(self, name, features, feature_extractor_weights_path=None):
+        self.given, self.batches = (name, features, feature_extractor_weights_path), []
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def eval(self):
+        return self
+
+    def __call__(self, images):
+        assert images.dtype == torch.uint8
+        self.batches.append(len(images))
+        return (images.double().flatten(1)[:, :5],)
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = TorchFidelity  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_fids_features_are_torch_fidelitys_in_batches_under_the_name_of_their_weights(torch_fidelity, tmp_path):
+    file = tmp_path / "inception.pth"
+    torch.save({"weight": torch.ones(2)}, file)
+    images = pictures(5)
+    one = Inception(str(file), "cpu", batch=2)
+    found = one.features(images)
+    assert torch.equal(found, images.flatten(1)[:, :5].float())
+    assert found.dtype == torch.float32
+    assert one._net.batches == [2, 2, 1]
+    assert one._net.given == ("inception-v3-compat", ["2048"], str(file))
+    torch.save({"weight": torch.zeros(2)}, file)
+    assert len({Inception().name, one.name, Inception(str(file)).name}) == 3
+    assert Inception().name == "inception-2048"
+    assert Inception()._net.given[2] is None
+    with pytest.raises(UsageError, match="images must be uint8"):
+        one.features(images.float())
+
+
+def test_a_pickle_is_no_file_of_inceptions_weights(torch_fidelity, tmp_path):
+    file = tmp_path / "inception.pth"
+    torch.save({"weight": Path("anything")}, file)
+    with pytest.raises(UsageError, match=r"FID: .*inception\.pth is not a file of weights"):
+        Inception(str(file))
+
+
+def test_distances_read_the_packaged_pictures_classifier_first_then_fid_then_efflite0(torch_fidelity, monkeypatch):
+    def names(*asked, **named):
+        return [extractor.name.split("-")[0] for extractor in extractors(*asked, **named)]
+
+    assert names("my_pictures", also=["inception"]) == ["inception", "efflite0"]
+    assert names("my_pictures", quick=True, also=["inception"]) == ["inception"]
+    assert names("my_pictures", quick=True) == ["efflite0"]
+    assert names("fashion-mnist", also=["inception"]) == ["nano", "inception", "efflite0"]
+    assert names("fashion-mnist", quick=True, also=["inception"]) == ["nano", "inception"]
+    assert names("fashion-mnist", quick=True) == ["nano"]
+    (fid,) = extractors("my_pictures", True, ["inception"], "cpu:0")
+    assert fid._net.device == torch.device("cpu:0")  # type: ignore[attr-defined]
 
 
 def test_an_extractor_nobody_knows_is_refused():

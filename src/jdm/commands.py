@@ -343,7 +343,7 @@ def _again(asked: argparse.Namespace) -> str:
     """The command that was given, without its cells."""
     given = {"scale": "nano", "model": None, "guide": None, "source": None, "seeds": 1, "n": None, "steps": None,
              "out": "runs/reproduce", "page": "docs/results", "prompts": None, "scores": None, "device": None}
-    flags = [f"--{k} {getattr(asked, k)}" for k, usual in given.items() if getattr(asked, k) != usual]
+    flags = [f"--{k} {shlex.quote(str(getattr(asked, k)))}" for k, usual in given.items() if getattr(asked, k) != usual]
     return " ".join([f"jdm reproduce {asked.table}", *flags, *(["--quick"] if asked.quick else [])])
 
 

@@ -394,6 +394,17 @@ def test_a_model_trained_from_other_weights_than_are_there_now_is_refused(filled
     assert "canny/nct failed: " in written(tmp_path)
 
 
+def test_a_model_that_does_not_say_from_which_weights_it_was_trained_is_refused(filled, tmp_path):
+    note = filled.setting.out / "nano-nct-canny-seed0" / "needs.json"
+    said = note.read_text()
+    note.unlink()
+    try:
+        _, failures = sit(TABLE, filled.setting, tmp_path, "canny/nct")
+    finally:
+        note.write_text(said)
+    assert "nano-nct-canny-seed0 does not say from which weights it was trained" in failures[0]
+
+
 # Before anything runs
 
 

@@ -186,6 +186,9 @@ def _holds_this_run(model: Model) -> bool:
                          f"{wanted.get(other[0])}); move it away, or choose another --out")
     before, now = read_json(run.out / NEEDS), {k: weights(m.path) for k, m in model.needs.items() if finished(m)}
     changed = sorted(k for k in now if before.get(k) != now[k])
+    if changed and not before:
+        raise UsageError(f"{run.out} does not say from which weights it was trained ({NEEDS}: jdm reproduce writes it "
+                         "before it trains); move it away to train it again, or choose another --out")
     if changed:
         raise UsageError(f"{run.out} was trained from another {changed[0]} than {model.needs[changed[0]].path} is "
                          "now; move it away to train it again, or choose another --out")

@@ -12,15 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 from jdm.cli import main
 from jdm.counting import FORMULAS
-from jdm.estimate import estimate
+from jdm.estimate import Rehearsal, estimate
 from jdm.gpus import GPUS
 from jdm.models import known_configs, nano
-from jdm.models.stable_diffusion import save_pipeline
+from jdm.models.library import load_model
+from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes
 from jdm.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 RECIPES = all_recipes()
+ROW = 16 * 96 * 4  # bytes of a prompt's states
 CPU_ATTENTION = {op: FORMULAS[op].__wrapped__ for op in (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
                                              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)}
 
@@ -119,3 +122,32 @@ def test_a_flag_or_gpu_that_is_not_there_is_refused(capsys):
     assert "did you mean h100?" in capsys.readouterr().err
     assert main(["estimate", "nano-canny", "--bach", "2"]) == 2
     assert "did you mean --batch?" in capsys.readouterr().err
+
+
+# Prompts remembered on the device
+
+
+def test_remembered_prompts_are_bounded_in_bytes_and_the_oldest_are_forgotten(teacher):
+    model: StableDiffusion = load_model(str(teacher))
+    bounded = TextEncoder(model.text_encoder, model.tokenizer, capacity=3 * ROW, one_by_one=True)
+    free = model.text(one_by_one=True)
+    seen = []
+    bounded.encode = lambda prompts: seen.extend(prompts) or free.encode(prompts)  # type: ignore[method-assign]
+    for asked in (["a", "b", "c"], ["d", "a"], ["b", "d"], ["a", "c"], ["e", "f", "g", "h", "e"]):
+        assert torch.equal(bounded(asked), free(asked))  # type: ignore[arg-type]
+        assert bounded._held == ROW * len(bounded._memory) <= 3 * ROW
+    assert seen == [*"abcdaefgh"]
+    assert list(bounded._memory) == ["f", "g", "h"]
+    bounded.forget()
+    assert bounded._held == 0
+
+
+def test_the_estimate_counts_no_more_than_is_remembered(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("jdm.estimate.REMEMBERED", 5 * ROW)
+    run = tiny.run(all_recipes()["nano-canny"](), tmp_path / "run", teacher, steps=2)
+    found = []
+    for batch in (1, 4):
+        rehearsal = Rehearsal(replace(run, batch=batch))
+        rehearsal.models["teacher"] = load_model(str(teacher))
+        found.append(rehearsal._prompts())
+    assert found == [2 * ROW, 5 * ROW]

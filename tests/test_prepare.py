@@ -18,10 +18,9 @@ from jdm import prepared
 from jdm.cli import main
 from jdm.data import load_pictures
 from jdm.errors import RunError, UsageError
-from jdm.estimate import Rehearsal
 from jdm.methods.denoising import encoded
 from jdm.models.library import load_model
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded
@@ -33,7 +32,6 @@ from test_families import made
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 RECIPES, SLOW = all_recipes(), pytest.mark.slow
-ROW = 16 * 96 * 4  # bytes of a prompt's states
 
 
 def small(name: str, out: Path, teacher: Path, **changes) -> Run:
@@ -376,32 +374,3 @@ def test_the_command_prints_its_parts_and_the_command_that_uses_them(teacher, tm
     assert main(["train", "nano-posterior", *flags, "--data.prepared", folder, "--out", str(tmp_path / "run")]) == 0
     assert main(["train", "nano-posterior", *flags, "--data.prepared", str(tmp_path)]) == 2
     assert "holds no finished preparation" in capsys.readouterr().err
-
-
-# Prompts remembered on the device
-
-
-def test_remembered_prompts_are_bounded_in_bytes_and_the_oldest_are_forgotten(teacher):
-    model: StableDiffusion = load_model(str(teacher))
-    bounded = TextEncoder(model.text_encoder, model.tokenizer, capacity=3 * ROW, one_by_one=True)
-    free = model.text(one_by_one=True)
-    seen = []
-    bounded.encode = lambda prompts: seen.extend(prompts) or free.encode(prompts)  # type: ignore[method-assign]
-    for asked in (["a", "b", "c"], ["d", "a"], ["b", "d"], ["a", "c"], ["e", "f", "g", "h", "e"]):
-        assert torch.equal(bounded(asked), free(asked))  # type: ignore[arg-type]
-        assert bounded._held == ROW * len(bounded._memory) <= 3 * ROW
-    assert seen == [*"abcdaefgh"]
-    assert list(bounded._memory) == ["f", "g", "h"]
-    bounded.forget()
-    assert bounded._held == 0
-
-
-def test_the_estimate_counts_no_more_than_is_remembered(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("jdm.estimate.REMEMBERED", 5 * ROW)
-    run = small("nano-canny", tmp_path / "run", teacher)
-    found = []
-    for batch in (1, 4):
-        rehearsal = Rehearsal(replace(run, batch=batch))
-        rehearsal.models["teacher"] = load_model(str(teacher))
-        found.append(rehearsal._prompts())
-    assert found == [2 * ROW, 5 * ROW]

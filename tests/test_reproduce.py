@@ -1,7 +1,6 @@
 """`jdm reproduce` on the tiny model: what is filled, kept, resumed, and said where it failed."""
 
 import json
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,36 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
 from jdm import evaluate as evaluation
-from jdm.errors import TerminatedError, UsageError
+from jdm.errors import UsageError
 from jdm.models.library import load_model
-from jdm.recipes import all_recipes
-from jdm.reference import references
-from jdm.reproduce import figures, models
+from jdm.reproduce import figures
 from jdm.reproduce.cells import cells, place, selected, stored
-from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
+from jdm.reproduce.models import Setting
 from jdm.reproduce.page import number
-from jdm.reproduce.scales import NANO, check
-from jdm.reproduce.sitting import listed, reproduce
-from jdm.reproduce.tables import TABLES
+from jdm.reproduce.sitting import listed
+from reproducing import TABLE, N, Watch, cell_of, sit, tiny_scale, written
 
-N = 8
-# Table 1 with a sampler of two steps, and what of it is filled once for all tests that only read.
-TABLE = replace(TABLES["table1"], rows=tuple(replace(row, steps=min(row.steps, 2)) for row in TABLES["table1"].rows))
+# What of table 1 is filled once for all tests that only read.
 FILLED = "canny/jdm,canny/nct,canny/frozen-di,canny/di-controlnet,canny/controlnet,lowres/jdm"
-
-
-def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
-    """Runs of two steps on the tiny teacher; eight pictures to ask about; references of 30 samples in two steps."""
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setattr(evaluation, "judge", tiny.judge)
-    patch.setattr(evaluation, "references", lambda t, e, p, **_: references(t, e, p.part("[:30]"), 2, samples=30))
-
-    def recipe(name: str):
-        return tiny.run(all_recipes()[name](), folder / "unused", teacher)
-
-    return replace(NANO, model=str(teacher), shipped={}, split=f"test[:{N}]", validation="test[64:72]", recipe=recipe)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +32,6 @@ def scale(teacher, tmp_path_factory):
 def setting(scale, tmp_path):
     """With nothing in it yet."""
     return Setting(scale, tmp_path / "out", N, quick=True)
-
-
-class Watch:
-    """What trained: {run's name: the steps it took}. Stops at one of them, the first time."""
-
-    def __init__(self, stop=None, error: type[BaseException] = KeyboardInterrupt):
-        self.taken: dict[str, list[int]] = {}
-        self.stop, self.error = stop, error
-
-    @contextmanager
-    def __call__(self, run):
-        def step(done, _):
-            self.taken.setdefault(run.out.name, []).append(done)
-            if (run.out.name, done) == self.stop:
-                self.stop = None
-                raise self.error
-
-        yield step
 
 
 @dataclass
@@ -93,19 +56,6 @@ def filled(scale, tmp_path_factory):
     return Filled(setting, watch, folder / "page", data, failures)
 
 
-def sit(table, setting, page, patterns=None, **more):
-    return reproduce(table, setting, patterns=patterns, page=page, say=lambda line: None, **more)
-
-
-def cell_of(data: dict, row: str, column: str = "canny") -> dict:
-    return next(r for r in data["rows"] if r["row"] == row)["cells"][column]
-
-
-def written(page, kind="md") -> str:
-    (file,) = page.glob(f"*.{kind}")
-    return file.read_text()
-
-
 @contextmanager
 def other_weights(file: Path):
     """One byte of a file of weights is another for a while."""
@@ -116,16 +66,6 @@ def other_weights(file: Path):
 
 
 # A table from end to end
-
-
-def test_the_course_of_a_run_is_its_probes_with_the_mean_reward_since_the_one_before(setting, tmp_path):
-    model = replace(Model("m", "m"), run=replace(all_recipes()["nano-text-reward"](), out=tmp_path))
-    rows = [{"step": 20, "reward": -3.0}, {"step": 40, "reward": -1.0, "probe/fd": 5.0, "probe/judge": -2.0},
-            {"step": 60, "reward": -0.5}, {"step": 80, "fidelity": 1.0, "probe/fd": 4.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert course(model) == [{"step": 40, "reward": -2.0, "fd": 5.0, "judge": -2.0},
-                             {"step": 80, "reward": -0.5, "fd": 4.0}]
-    assert course(Model("given", "given")) == []
 
 
 def test_a_table_is_trained_and_measured_each_model_once(filled):
@@ -292,20 +232,6 @@ def test_a_cell_knows_the_weights_it_was_measured_on(filled):
 # Going on
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, TerminatedError])
-def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setting, tmp_path):
-    watch = Watch(("nano-nct-canny-seed0", 1), error)
-    with pytest.raises(error):
-        sit(TABLE, setting, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
-    assert "nano-canny-canny-seed0" not in watch.taken
-    data, _ = sit(TABLE, setting, tmp_path / "page", run=False)
-    assert cell_of(data, "nct")["state"] == "not measured"  # it did not fail
-    data, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
-    assert failures == []
-    assert watch.taken == {"nano-diff-instruct-seed0": [1, 2], "nano-nct-canny-seed0": [1, 2]}
-    assert cell_of(data, "nct")["state"] == "measured"
-
-
 def test_a_sitting_stopped_while_it_measured_has_its_page_and_trains_nothing_again(filled, tmp_path, monkeypatch):
     setting, watch, original = replace(filled.setting, n=N - 1), Watch(), evaluation.evaluate
 
@@ -324,52 +250,7 @@ def test_a_sitting_stopped_while_it_measured_has_its_page_and_trains_nothing_aga
     assert watch.taken == {}
 
 
-def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path, capsys):
-    entered = threading.Event()
-
-    def second():
-        with models._alone(tmp_path / "run"):
-            entered.set()
-
-    thread = threading.Thread(target=second)
-    with models._alone(tmp_path / "run"):
-        thread.start()
-        assert not entered.wait(0.2)
-    thread.join(10)
-    assert entered.is_set()
-    assert "another process trains" in capsys.readouterr().err
-
-
 # Going wrong
-
-
-def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path):
-    watch, original = Watch(), setting.scale.recipe
-
-    def broken(name: str):
-        run = original(name)
-        if name == "nano-diff-instruct":
-            return replace(run, method=replace(run.method, fake=replace(run.method.fake, lr=1e38, warmup=1)))
-        return run
-
-    bad = replace(setting, scale=replace(setting.scale, recipe=broken))
-    asked = "canny/nct,canny/frozen-di,canny/jdm"
-    data, failures = sit(TABLE, bad, tmp_path / "page", asked, watch=watch)
-    assert [cell_of(data, row)["state"] for row in ("nct", "frozen-di", "jdm")] == ["failed", "failed", "measured"]
-    assert len(failures) == 2
-    assert "not finite at step" in failures[0]
-    assert failures[1] == failures[0]  # the generator that both need was not tried twice
-    assert sum(len(done) for name, done in watch.taken.items() if "diff-instruct" in name) <= 1
-    page = written(tmp_path / "page")
-    assert f"- canny/nct failed: {failures[0]}" in page
-    assert "| failed " in page
-    later, none = sit(TABLE, bad, tmp_path / "page", run=False)
-    assert none == []
-    assert cell_of(later, "nct")["reasons"] == [failures[0]]
-    watch.taken.clear()
-    _, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
-    assert "holds a run with another method.fake.lr (1e+38, not 0.0005); move it away" in failures[0]
-    assert watch.taken == {}
 
 
 def test_an_error_nobody_foresaw_is_that_cell_s_alone(filled, tmp_path, monkeypatch):
@@ -416,67 +297,3 @@ def test_a_dry_run_trains_and_writes_nothing_and_says_what_is_there(setting, fil
     assert "In all about" in said
     line = next(line for line in listed(TABLE, filled.setting).splitlines() if line.startswith("| canny/jdm "))
     assert "| measured " in line
-
-
-def test_the_cost_of_what_is_left_is_steps_times_seconds(setting):
-    some = replace(setting, steps=1000)
-    (cell,) = selected(cells(TABLE, some), "soft-edge/nct")
-    left = to_train(cell.model, some)
-    assert {k: (steps, seconds) for k, (_, steps, seconds) in left.items()} == {
-        "nano-diff-instruct-seed0-1000steps": (1000, 1000 * NANO.seconds["diff-instruct"]),
-        "nano-nct-soft-edge-seed0-1000steps": (1000, 1000 * NANO.seconds["nct"])}
-
-
-def test_cells_are_named_by_column_and_row_with_wildcards(setting):
-    whole = cells(TABLE, setting)
-    assert {c.name for c in selected(whole, "lowres/j*, nct")} == {
-        "lowres/jdm", "lowres/jdm-joint", "canny/nct", "soft-edge/nct", "silhouette/nct", "lowres/nct"}
-    assert "soft-edge/controlled-teacher" not in {c.name for c in selected(whole, None)}
-    assert [c.name for c in selected(whole, "soft-edge/controlled-teacher")] == ["soft-edge/controlled-teacher"]
-    with pytest.raises(UsageError, match=r"names no cell of this table; did you mean canny/nct\?"):
-        selected(whole, "canny/ntc")
-
-
-def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
-    ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
-    phase_1 = Trained("canny", control="canny")
-    assert settled(phase_1, ours, "lowres", 0).path == "nano-canny"
-    assert settled(phase_1, ours, "lowres", 1).name == "nano-canny-canny-seed1"  # what ships is of one training seed
-    own = tmp_path / "nano-canny-canny-seed0"
-    own.mkdir()
-    (own / "run.json").write_text("{}")
-    assert settled(phase_1, replace(ours, out=tmp_path), "lowres", 0).path == str(own / "model")
-    trained = settled(phase_1, other, "lowres", 0)
-    assert trained.run is not None
-    assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed0", "my-teacher", 0)
-    assert NANO.on("nano-sd", "fashion-mnist") == NANO
-    assert settled(Given(), other, "", 0).path == "my-teacher"
-
-
-def test_a_teacher_in_one_file_is_known_by_its_bytes(tmp_path):
-    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    a.write_bytes(b"one")
-    b.write_bytes(b"one")
-    assert models.weights(str(a)) == models.weights(str(b))
-    b.write_bytes(b"two")
-    assert models.weights(str(a)) != models.weights(str(b))
-    check(NANO.on(str(a), None), {"canny"})
-    with pytest.raises(UsageError, match=r"missing are the weights of \S+c\.safetensors"):
-        check(NANO.on(str(tmp_path / "c.safetensors"), None), {"canny"})
-
-
-def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_path):
-    setting = Setting(NANO, tmp_path)
-    for table in TABLES.values():
-        for cell in cells(table, setting):
-            run = cell.model.run
-            if run is not None and cell.control is not None:
-                assert run.method.control == cell.control
-            for key, need in cell.model.needs.items():
-                if run is not None:
-                    assert (run.model if key == "model" else getattr(run.method, key)) == need.path
-    runs = {c.row.key: c.model.run for c in cells(TABLES["table2"], setting)}
-    own_t, joint = runs["own-t"], runs["jdm"]
-    assert own_t is not None
-    assert joint is not None
-    assert (own_t.steps, own_t.batch) == (joint.steps, joint.batch)

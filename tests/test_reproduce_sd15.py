@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import test_reproduce
+import reproducing
 from jdm.cli import _parsers, main
 from jdm.commands import _again
 from jdm.controls import Canny
@@ -44,7 +44,7 @@ def small(teacher, tmp_path, monkeypatch):
     for style, prompts in PROMPTS.items():
         (tmp_path / "prompts").mkdir(exist_ok=True)
         (tmp_path / "prompts" / f"{style}.json").write_text(json.dumps(prompts))
-    nano = test_reproduce.tiny_scale(teacher, tmp_path, monkeypatch)
+    nano = reproducing.tiny_scale(teacher, tmp_path, monkeypatch)
     scale = scales.SD15.on(str(teacher), "fashion-mnist", str(teacher), (f"{tmp_path / 'mine.py'}:hpsv2",))
     controls = {"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"}
     scale = replace(scale, controls=controls, extractors=(), split=nano.split, validation=nano.validation,

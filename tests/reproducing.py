@@ -1,0 +1,61 @@
+"""What the tests of `jdm reproduce` share: a scale of the tiny model, a table of few steps, and who trained."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+import tiny
+from jdm import evaluate as evaluation
+from jdm.recipes import all_recipes
+from jdm.reference import references
+from jdm.reproduce.scales import NANO
+from jdm.reproduce.sitting import reproduce
+from jdm.reproduce.tables import TABLES
+
+N = 8
+# Table 1 with a sampler of two steps.
+TABLE = replace(TABLES["table1"], rows=tuple(replace(row, steps=min(row.steps, 2)) for row in TABLES["table1"].rows))
+
+
+def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
+    """Runs of two steps on the tiny teacher; eight pictures to ask about; references of 30 samples in two steps."""
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    patch.setattr(evaluation, "judge", tiny.judge)
+    patch.setattr(evaluation, "references", lambda t, e, p, **_: references(t, e, p.part("[:30]"), 2, samples=30))
+
+    def recipe(name: str):
+        return tiny.run(all_recipes()[name](), folder / "unused", teacher)
+
+    return replace(NANO, model=str(teacher), shipped={}, split=f"test[:{N}]", validation="test[64:72]", recipe=recipe)
+
+
+class Watch:
+    """What trained: {run's name: the steps it took}. Stops at one of them, the first time."""
+
+    def __init__(self, stop=None, error: type[BaseException] = KeyboardInterrupt):
+        self.taken: dict[str, list[int]] = {}
+        self.stop, self.error = stop, error
+
+    @contextmanager
+    def __call__(self, run):
+        def step(done, _):
+            self.taken.setdefault(run.out.name, []).append(done)
+            if (run.out.name, done) == self.stop:
+                self.stop = None
+                raise self.error
+
+        yield step
+
+
+def sit(table, setting, page, patterns=None, **more):
+    return reproduce(table, setting, patterns=patterns, page=page, say=lambda line: None, **more)
+
+
+def cell_of(data: dict, row: str, column: str = "canny") -> dict:
+    return next(r for r in data["rows"] if r["row"] == row)["cells"][column]
+
+
+def written(page, kind="md") -> str:
+    (file,) = page.glob(f"*.{kind}")
+    return file.read_text()

@@ -1,0 +1,161 @@
+"""What `jdm reproduce` plans, and a sitting that stops, waits or fails before its table is filled."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+
+from jdm.errors import TerminatedError, UsageError
+from jdm.recipes import all_recipes
+from jdm.reproduce import models
+from jdm.reproduce.cells import cells, selected
+from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
+from jdm.reproduce.scales import NANO, check
+from jdm.reproduce.tables import TABLES
+from reproducing import TABLE, N, Watch, cell_of, sit, tiny_scale, written
+
+
+@pytest.fixture
+def setting(teacher, tmp_path, monkeypatch):
+    """With nothing in it yet."""
+    return Setting(tiny_scale(teacher, tmp_path / "scale", monkeypatch), tmp_path / "out", N, quick=True)
+
+
+# The plan
+
+
+def test_the_cost_of_what_is_left_is_steps_times_seconds(setting):
+    some = replace(setting, steps=1000)
+    (cell,) = selected(cells(TABLE, some), "soft-edge/nct")
+    left = to_train(cell.model, some)
+    assert {k: (steps, seconds) for k, (_, steps, seconds) in left.items()} == {
+        "nano-diff-instruct-seed0-1000steps": (1000, 1000 * NANO.seconds["diff-instruct"]),
+        "nano-nct-soft-edge-seed0-1000steps": (1000, 1000 * NANO.seconds["nct"])}
+
+
+def test_cells_are_named_by_column_and_row_with_wildcards(setting):
+    whole = cells(TABLE, setting)
+    assert {c.name for c in selected(whole, "lowres/j*, nct")} == {
+        "lowres/jdm", "lowres/jdm-joint", "canny/nct", "soft-edge/nct", "silhouette/nct", "lowres/nct"}
+    assert "soft-edge/controlled-teacher" not in {c.name for c in selected(whole, None)}
+    assert [c.name for c in selected(whole, "soft-edge/controlled-teacher")] == ["soft-edge/controlled-teacher"]
+    with pytest.raises(UsageError, match=r"names no cell of this table; did you mean canny/nct\?"):
+        selected(whole, "canny/ntc")
+
+
+def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
+    ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
+    phase_1 = Trained("canny", control="canny")
+    assert settled(phase_1, ours, "lowres", 0).path == "nano-canny"
+    assert settled(phase_1, ours, "lowres", 1).name == "nano-canny-canny-seed1"  # what ships is of one training seed
+    own = tmp_path / "nano-canny-canny-seed0"
+    own.mkdir()
+    (own / "run.json").write_text("{}")
+    assert settled(phase_1, replace(ours, out=tmp_path), "lowres", 0).path == str(own / "model")
+    trained = settled(phase_1, other, "lowres", 0)
+    assert trained.run is not None
+    assert (trained.name, trained.run.model, trained.run.seed) == ("nano-canny-canny-seed0", "my-teacher", 0)
+    assert NANO.on("nano-sd", "fashion-mnist") == NANO
+    assert settled(Given(), other, "", 0).path == "my-teacher"
+
+
+def test_a_teacher_in_one_file_is_known_by_its_bytes(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    a.write_bytes(b"one")
+    b.write_bytes(b"one")
+    assert models.weights(str(a)) == models.weights(str(b))
+    b.write_bytes(b"two")
+    assert models.weights(str(a)) != models.weights(str(b))
+    check(NANO.on(str(a), None), {"canny"})
+    with pytest.raises(UsageError, match=r"missing are the weights of \S+c\.safetensors"):
+        check(NANO.on(str(tmp_path / "c.safetensors"), None), {"canny"})
+
+
+def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_path):
+    setting = Setting(NANO, tmp_path)
+    for table in TABLES.values():
+        for cell in cells(table, setting):
+            run = cell.model.run
+            if run is not None and cell.control is not None:
+                assert run.method.control == cell.control
+            for key, need in cell.model.needs.items():
+                if run is not None:
+                    assert (run.model if key == "model" else getattr(run.method, key)) == need.path
+    runs = {c.row.key: c.model.run for c in cells(TABLES["table2"], setting)}
+    own_t, joint = runs["own-t"], runs["jdm"]
+    assert own_t is not None
+    assert joint is not None
+    assert (own_t.steps, own_t.batch) == (joint.steps, joint.batch)
+
+
+# A sitting
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TerminatedError])
+def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setting, tmp_path):
+    watch = Watch(("nano-nct-canny-seed0", 1), error)
+    with pytest.raises(error):
+        sit(TABLE, setting, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
+    assert "nano-canny-canny-seed0" not in watch.taken
+    data, _ = sit(TABLE, setting, tmp_path / "page", run=False)
+    assert cell_of(data, "nct")["state"] == "not measured"  # it did not fail
+    data, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    assert failures == []
+    assert watch.taken == {"nano-diff-instruct-seed0": [1, 2], "nano-nct-canny-seed0": [1, 2]}
+    assert cell_of(data, "nct")["state"] == "measured"
+
+
+def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path, capsys):
+    entered = threading.Event()
+
+    def second():
+        with models._alone(tmp_path / "run"):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with models._alone(tmp_path / "run"):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join(10)
+    assert entered.is_set()
+    assert "another process trains" in capsys.readouterr().err
+
+
+def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path):
+    watch, original = Watch(), setting.scale.recipe
+
+    def broken(name: str):
+        run = original(name)
+        if name == "nano-diff-instruct":
+            return replace(run, method=replace(run.method, fake=replace(run.method.fake, lr=1e38, warmup=1)))
+        return run
+
+    bad = replace(setting, scale=replace(setting.scale, recipe=broken))
+    asked = "canny/nct,canny/frozen-di,canny/jdm"
+    data, failures = sit(TABLE, bad, tmp_path / "page", asked, watch=watch)
+    assert [cell_of(data, row)["state"] for row in ("nct", "frozen-di", "jdm")] == ["failed", "failed", "measured"]
+    assert len(failures) == 2
+    assert "not finite at step" in failures[0]
+    assert failures[1] == failures[0]  # the generator that both need was not tried twice
+    assert sum(len(done) for name, done in watch.taken.items() if "diff-instruct" in name) <= 1
+    page = written(tmp_path / "page")
+    assert f"- canny/nct failed: {failures[0]}" in page
+    assert "| failed " in page
+    later, none = sit(TABLE, bad, tmp_path / "page", run=False)
+    assert none == []
+    assert cell_of(later, "nct")["reasons"] == [failures[0]]
+    watch.taken.clear()
+    _, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    assert "holds a run with another method.fake.lr (1e+38, not 0.0005); move it away" in failures[0]
+    assert watch.taken == {}
+
+
+def test_the_course_of_a_run_is_its_probes_with_the_mean_reward_since_the_one_before(setting, tmp_path):
+    model = replace(Model("m", "m"), run=replace(all_recipes()["nano-text-reward"](), out=tmp_path))
+    rows = [{"step": 20, "reward": -3.0}, {"step": 40, "reward": -1.0, "probe/fd": 5.0, "probe/judge": -2.0},
+            {"step": 60, "reward": -0.5}, {"step": 80, "fidelity": 1.0, "probe/fd": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert course(model) == [{"step": 40, "reward": -2.0, "fd": 5.0, "judge": -2.0},
+                             {"step": 80, "reward": -0.5, "fd": 4.0}]
+    assert course(Model("given", "given")) == []

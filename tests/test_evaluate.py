@@ -167,8 +167,9 @@ def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, c
         features = extractor.features(PICTURES.batch(torch.arange(40)))
         return {extractor.name: Reference(Statistics.of(features, extractor.name, {"floors": '{"250": 1.0}'}))}
 
-    def scored(specs, pictures, prompts, place="cpu", styles=()):
+    def scored(specs, pictures, prompts, place="cpu", styles=(), taken=()):
         on["scores"] = place
+        assert {"consistency", "nfe"} <= set(taken)
         raise StopError
 
     monkeypatch.setattr(StableDiffusion, "to", spy("model", 1, StableDiffusion.to))
@@ -176,6 +177,7 @@ def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, c
     monkeypatch.setattr(evaluation, "controls_of", spy("controls", 2, evaluation.controls_of))
     monkeypatch.setattr("jdm.questions.controls_of", spy("questions", 2, evaluation.controls_of))
     monkeypatch.setattr(evaluation, "references", spy("references", 6, target))
+    monkeypatch.setattr(evaluation, "cost", lambda *_, **__: {"nfe": 1})
     monkeypatch.setattr(evaluation, "scores", scored)
     with pytest.raises(StopError):
         evaluate(str(student), "canny", n=4, quick=True, scored=["clip"], device=device)

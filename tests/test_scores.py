@@ -67,6 +67,12 @@ def test_tables_print_a_hundred_clip_scores(clip):
     assert row["clip_network"] == clip.name
 
 
+def test_a_score_named_like_a_measurement_or_another_score_replaces_neither(brightness):
+    row = scores([brightness, brightness], pictures(), PROMPTS, taken={"brightness": 0.0, "fd": 0.0})
+    one = scores([brightness], pictures(), PROMPTS)
+    assert row == {f"brightness_{k}{part}": one[f"brightness{part}"] for k in (2, 3) for part in ("", "_spread")}
+
+
 # Styles
 
 

@@ -102,8 +102,8 @@ def evaluate(
            "method": card.get("method")}
     made = answers(sampler, questions, asked)
     row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
-    row |= scores(scored, made, questions.y, device)
-    return row | cost(sampler, questions, asked, repeats=1 if quick else 3)
+    row |= cost(sampler, questions, asked, repeats=1 if quick else 3)
+    return row | scores(scored, made, questions.y, device, taken=row)
 
 
 def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Sequence[str], n: int = 800, seed: int = 0,
@@ -123,7 +123,7 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
     asked, styles = chosen_prompts(prompts, n)
     made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
     row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
-    return row | scores(scored, made, asked, device, styles)
+    return row | scores(scored, made, asked, device, styles, taken=row)
 
 
 def sampler_of(model: StableDiffusion, steps: int | None = None, guidance: float | None = None) -> Sampler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ BATCH = 32
 
 @torch.no_grad()
 def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], device: str | torch.device = "cpu",
-           styles: Sequence[str] = ()) -> dict[str, Any]:
+           styles: Sequence[str] = (), taken: Collection[str] = ()) -> dict[str, Any]:
     """Mean score of uint8 pictures [N, 3, H, W] for N prompts, by each of `specs`, as tables print it.
 
     Args:
         specs: as `load_reward`: clip, hpsv2, aesthetic, pick-score, image-reward, each with `:FOLDER` where its weights
             are elsewhere, or a function of one's own. Loaded one after the other: the memory of one network.
         styles: of each prompt, where they have some; a score is the mean of the styles' means then, as HPSv2's is.
+        taken: names that the result is added to; a score so named, or named as one before it, is NAME_2 and so on.
 
     Returns:
         NAME, its bootstrap error NAME_spread, NAME_STYLE for each style, and NAME_network where the score is one of
@@ -37,10 +38,11 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
     row: dict[str, Any] = {}
     for spec in specs:
         reward = load_reward(spec, device)
-        name = reward_name(reward).replace("-", "_")
+        scale = PRINTED.get(reward_name(reward), 1.0)
+        name = _free(reward_name(reward).replace("-", "_"), {*taken, *row})
         parts = torch.arange(len(pictures)).split(BATCH)
         values = torch.cat([reward(unit(from_bytes(pictures[rows].to(device))), [prompts[int(i)] for i in rows]).cpu()
-                            for rows in parts]) * PRINTED.get(name, 1.0)
+                            for rows in parts]) * scale
         by_style = {style: values[[i for i, own in enumerate(styles) if own == style]]
                     for style in dict.fromkeys(styles)}
         row[name] = statistics.fmean(float(v.mean()) for v in (by_style or {"": values}).values())
@@ -48,6 +50,11 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
         row |= {f"{name}_{style.replace('-', '_')}": float(v.mean()) for style, v in by_style.items()}
         row |= {f"{name}_network": network} if (network := getattr(reward, "network", None)) else {}
     return row
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, or its first NAME_2, NAME_3 that is not taken."""
+    return next(each for each in (name, *(f"{name}_{k}" for k in range(2, len(taken) + 3))) if each not in taken)
 
 
 def read_prompts(place: str | Path) -> dict[str, list[str]]:

@@ -134,6 +134,14 @@ def test_what_cannot_be_measured_is_refused_before_training(teacher, tmp_path, c
         Best(replace(asked, best="fd", patience=0, probe_every=1), log, measures=False)
 
 
+def test_a_method_that_measures_nothing_is_refused_before_its_first_step(teacher, tmp_path, monkeypatch):
+    asked = run(tmp_path / "out", teacher, best="fd")
+    task = type(asked.method).task
+    monkeypatch.setattr(type(asked.method), "task", lambda self, run: replace(task(self, run), probe=None))
+    with pytest.raises(UsageError, match="no validation pictures"):
+        Trainer(asked)
+
+
 def test_a_probe_that_does_not_measure_it_says_what_it_does(teacher, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     best = Best(run(tmp_path, teacher, best="judge"), tmp_path / "metrics.jsonl")

@@ -33,7 +33,7 @@ from jdm.reference import Reference, references
 from jdm.rewards.classifier import nano_judge
 from jdm.run import Data
 from jdm.sampling import Sampler, generator
-from jdm.space import from_bytes, unit
+from jdm.space import from_bytes, to_bytes, unit
 from jdm.train import train
 
 PICTURES = load_pictures("fashion-mnist", "test[:40]", 32)
@@ -91,12 +91,15 @@ def test_a_floor_between_stored_sizes_is_linear_in_one_over_n():
     assert reference.floor(150) == pytest.approx(1.0 + 200 / 150)  # 3 = a + b/100, 2 = a + b/200: a = 1, b = 200
 
 
-def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path):
+def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path, monkeypatch):
     torch.manual_seed(0)
     folder = tmp_path / "teacher"
     save_pipeline(tiny.model(), folder)
     extractor = ClassifierFeatures(classifier)
-    made = references(str(folder), [extractor], PICTURES, steps=2, samples=30)[extractor.name]
+    moved, to = [], StableDiffusion.to
+    monkeypatch.setattr(StableDiffusion, "to", lambda model, place: moved.append(place) or to(model, place))
+    made = references(str(folder), [extractor], PICTURES, steps=2, samples=30, device="cpu:0")[extractor.name]
+    assert moved == ["cpu:0"]
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     again = references(str(folder), [extractor], PICTURES, steps=2, samples=30)[extractor.name]
     assert len(files) == 1
@@ -130,6 +133,9 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
+    space = StableDiffusion.load(str(student)).space
+    trip = Canny().h(unit(from_bytes(to_bytes(space.decode(space.encode(2 * questions.images - 1))))))
+    assert row["consistency_round_trip"] == pytest.approx((trip - questions.c).abs().mean().item(), abs=1e-5)
     extractor, whole = ClassifierFeatures(classifier), load_pictures("fashion-mnist", "test", 32)
     (kept,) = references(str(teacher), [extractor], whole.part("[:30]"), 2, samples=30).values()
     own = Statistics.of(extractor.features(pictures), extractor.name)
@@ -158,7 +164,7 @@ def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, c
 
     def spy(name, at, function):
         def called(*args, **named):
-            on[name] = named.get("device", args[at] if len(args) > at else None)
+            on.setdefault(name, set()).add(named.get("device", args[at] if len(args) > at else None))
             return function(*args, **named)
         return called
 
@@ -168,21 +174,21 @@ def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, c
         return {extractor.name: Reference(Statistics.of(features, extractor.name, {"floors": '{"250": 1.0}'}))}
 
     def scored(specs, pictures, prompts, place="cpu", styles=(), taken=()):
-        on["scores"] = place
+        on["scores"] = {place}
         assert {"consistency", "nfe"} <= set(taken)
         raise StopError
 
     monkeypatch.setattr(StableDiffusion, "to", spy("model", 1, StableDiffusion.to))
     monkeypatch.setattr(evaluation, "extractors", spy("extractors", 3, lambda *_: [ClassifierFeatures(classifier)]))
-    monkeypatch.setattr(evaluation, "controls_of", spy("controls", 2, evaluation.controls_of))
-    monkeypatch.setattr("jdm.questions.controls_of", spy("questions", 2, evaluation.controls_of))
+    monkeypatch.setattr(evaluation, "controls_of", spy("controls", 2, controls_of))
+    monkeypatch.setattr("jdm.questions.controls_of", spy("questions", 2, controls_of))
     monkeypatch.setattr(evaluation, "references", spy("references", 6, target))
     monkeypatch.setattr(evaluation, "cost", lambda *_, **__: {"nfe": 1})
     monkeypatch.setattr(evaluation, "scores", scored)
     with pytest.raises(StopError):
         evaluate(str(student), "canny", n=4, quick=True, scored=["clip"], device=device)
-    assert on.pop("controls") == torch.device("cpu")  # named, where the model's weights are
-    assert on == dict.fromkeys(("model", "extractors", "questions", "references", "scores"), device)
+    assert on.pop("controls") == {torch.device("cpu")}  # named, where the model's weights are
+    assert on == {key: {device} for key in ("model", "extractors", "questions", "references", "scores")}
 
 
 def test_pictures_are_measured_in_parts_of_equal_pixels_and_as_if_at_once():

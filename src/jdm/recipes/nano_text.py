@@ -12,6 +12,7 @@ from jdm.recipes.nano import FAKE, STUDENT, nano_teacher
 from jdm.recipes.nano_rivals import BATCH, STEPS
 from jdm.run import Run
 
+STRONG = {"reward_weight": 20.0, "reward_clip": 4.0}  # a reward that outruns the fidelity term: to see it hacked
 WEAK = "runs/nano-weak-teacher/model"  # the teacher that needs a better one's guidance, as SD1.5 needs SD2.1's
 
 
@@ -58,6 +59,17 @@ def nano_text_reward() -> Run:
 def nano_text_reward_clean() -> Run:
     """The same reward on the clean sample."""
     return replace(_row("nano-text-reward-clean", reward="nano-reward", reward_on="sample"), model=WEAK)
+
+
+def nano_text_reward_strong() -> Run:
+    """The reward on the noisy posterior, up to four times the fidelity term's length: where hacking shows."""
+    return replace(_row("nano-text-reward-strong", reward="nano-reward", **STRONG), model=WEAK)
+
+
+def nano_text_reward_clean_strong() -> Run:
+    """The same strength on the clean sample."""
+    row = _row("nano-text-reward-clean-strong", reward="nano-reward", reward_on="sample", **STRONG)
+    return replace(row, model=WEAK)
 
 
 def nano_text_both() -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jdm.recipes.nano_text import STRONG
 from jdm.recipes.sd15 import SD21, _run, _text
 from jdm.recipes.sd15_rivals import _score_distilled
 from jdm.run import Run
@@ -27,6 +28,16 @@ def sd15_text_guided() -> Run:
 def sd15_text_reward_clean() -> Run:
     """The same reward on the clean sample."""
     return _run("sd15-text-reward-clean", _text(reward=REWARD, reward_on="sample"))
+
+
+def sd15_text_reward_strong() -> Run:
+    """The reward on the noisy posterior, up to four times the fidelity term's length: where hacking shows."""
+    return _run("sd15-text-reward-strong", _text(reward=REWARD, **STRONG))
+
+
+def sd15_text_reward_clean_strong() -> Run:
+    """The same strength on the clean sample."""
+    return _run("sd15-text-reward-clean-strong", _text(reward=REWARD, reward_on="sample", **STRONG))
 
 
 def sd15_text_both() -> Run:

@@ -22,7 +22,8 @@ NANO_SECONDS = {
     "nct-no-boundary": 0.4, "nct-no-consistency": 0.4, "nct-no-dual": 0.4, "no-warm-up": 0.8, "one-t": 0.75,
     "posterior": 0.3, "shared": 0.8,
     "text-both": 0.92, "text-di": 0.4, "text-dmd": 0.4, "text-guided": 0.5, "text-guided-blind": 0.5, "text-own": 0.4,
-    "text-reward": 0.78, "text-reward-clean": 0.47, "unfrozen": 0.85, "weak-teacher": 0.23,
+    "text-reward": 0.78, "text-reward-clean": 0.47, "text-reward-clean-strong": 0.47,
+    "text-reward-strong": 0.78, "unfrozen": 0.85, "weak-teacher": 0.23,
 }
 
 

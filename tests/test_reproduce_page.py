@@ -55,7 +55,8 @@ def test_a_row_beside_another_changes_one_field_of_its_method_and_nothing_of_its
         fields = {k for k in vars(one.method) if getattr(one.method, k) != getattr(other.method, k)}
         (changed[row.key],) = fields
     assert changed == {"low-t": "condition_range", "controlled-fake": "fake_sees_control", "draws": "draws",
-                       "frozen-posterior": "frozen_posterior", "one-t": "shared_noise", "unfrozen": "train_unet"}
+                       "frozen-posterior": "frozen_posterior", "from-nct": "controlnet_start",
+                       "one-t": "shared_noise", "unfrozen": "train_unet"}
 
 
 def test_joint_training_is_phase_2_with_its_unet_trained_on_from_the_same_start():

@@ -140,6 +140,11 @@ def nano_frozen_posterior() -> Run:
                 frozen("nano-diff-instruct", frozen_posterior="runs/nano-posterior/model"))
 
 
+def nano_from_nct() -> Run:
+    """JDM that goes on from the ControlNet of NCT."""
+    return _row("nano-from-nct", frozen("nano-diff-instruct", controlnet_start="runs/nano-nct/model"))
+
+
 def nano_one_t() -> Run:
     """One noise level for both terms, as Eq. 5 has it, in place of two schedules."""
     return _row("nano-one-t", frozen("nano-diff-instruct", shared_noise=True))

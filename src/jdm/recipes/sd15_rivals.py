@@ -137,6 +137,11 @@ def sd15_frozen_posterior() -> Run:
     return _run("sd15-frozen-posterior", _frozen(ONE_STEP, frozen_posterior="runs/sd15-posterior/model"))
 
 
+def sd15_from_nct() -> Run:
+    """JDM that goes on from the ControlNet of NCT."""
+    return _run("sd15-from-nct", _frozen(ONE_STEP, controlnet_start="runs/sd15-nct/model"))
+
+
 def sd15_one_t() -> Run:
     """One noise level for both terms, as Eq. 5 has it, in place of two schedules."""
     return _run("sd15-one-t", _frozen(ONE_STEP, shared_noise=True))

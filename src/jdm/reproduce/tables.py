@@ -171,6 +171,8 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
     _new("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws")),
     _new("frozen-posterior", "without warm-up, (c): a frozen posterior of real pictures",
         _from_diff_instruct("frozen-posterior", ("frozen_posterior", Trained("posterior", control="")))),
+    _new("from-nct", "without warm-up, its ControlNet NCT's first",
+         _from_diff_instruct("from-nct", ("controlnet_start", RIVAL.spec))),
     Row("one-t", "without warm-up, one noise level for both terms", _from_diff_instruct("one-t"), beside="no-warm-up"),
     Row("unfrozen", "without warm-up, the UNet trained on", _from_diff_instruct("unfrozen"), beside="no-warm-up"),
 ), columns=("canny", "depth"), published=BASELINES)

@@ -162,6 +162,11 @@ def test_the_weak_teacher_is_sd15_and_its_guide_sd21_or_what_the_user_names(smal
     assert settled(Given(guide=True), setting, "", 3).path == "stabilityai/stable-diffusion-2-1-base"
     assert settled(Given(guide=True), Setting(scales.NANO), "", 0).path == "nano-sd"
     mine = scales.SD15.on("my_model", None, "my_guide")
+    rows = {row.key: settled(row.spec, Setting(mine), "", 0) for row in TABLES["table3"].rows}
+    assert rows["base"].path == "my_guide"
+    guided = ("guided", "guided-blind", "both")
+    assert {k: (rows[k].run.model, rows[k].run.method.guide) for k in guided} == dict.fromkeys(
+        guided, ("my_model", "my_guide"))
     assert settled(WEAK, Setting(mine), "", 0).path == "my_model"
     assert settled(Given(guide=True), Setting(mine), "", 0).path == "my_guide"
 

@@ -11,8 +11,9 @@ import torch
 from jdm import evaluate as evaluation
 from jdm.errors import UsageError
 from jdm.models.library import load_model
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.reproduce import figures
-from jdm.reproduce.cells import cells, place, selected, stored
+from jdm.reproduce.cells import cells, place, selected, stored, tuned
 from jdm.reproduce.models import Setting
 from jdm.reproduce.page import number
 from jdm.reproduce.sitting import listed
@@ -168,6 +169,15 @@ def test_the_multi_step_controlnet_gets_the_guidance_of_least_distance_on_valida
     assert record["tuning"]["chosen"] == float(min(distances, key=distances.get)) == record["measured"]["guidance"]
     assert (record["tuning"]["n"], record["measured"]["n"], record["measured"]["nfe"]) == (8, N, 4)
     assert f"{record['tuning']['chosen']:g} (distance on 8 validation pictures: 1.5: " in written(filled.page)
+
+
+def test_guidance_is_tuned_on_the_settings_device(filled, monkeypatch):
+    moved, to = [], StableDiffusion.to
+    monkeypatch.setattr(StableDiffusion, "to", lambda model, place: moved.append(place) or to(model, place))
+    monkeypatch.setattr("jdm.reproduce.cells.TUNED_ON", 4)  # not the tuning that is kept
+    (cell,) = selected(cells(TABLE, filled.setting), "canny/controlnet")
+    assert tuned(cell, replace(filled.setting, device="cpu:0"))["n"] == 4
+    assert moved == ["cpu:0"]
 
 
 def test_the_cost_of_every_stage_is_the_run_s_own(filled):

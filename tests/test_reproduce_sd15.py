@@ -1,5 +1,6 @@
 """The tables at SD1.5's scale, on tiny models of its format: its recipes, prompts and scores."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import reproducing
+from jdm import evaluate as evaluation
 from jdm.cli import _parsers, main
 from jdm.commands import _again
 from jdm.controls import Canny
@@ -17,7 +19,7 @@ from jdm.models.library import load_model
 from jdm.questions import Questions, answers
 from jdm.recipes import all_recipes, entries
 from jdm.reproduce import scales
-from jdm.reproduce.cells import ASKED, cells, identity
+from jdm.reproduce.cells import ASKED, _measured, cells, identity, selected
 from jdm.reproduce.models import Setting, Trained, settled
 from jdm.reproduce.page import markdown
 from jdm.reproduce.sitting import reproduce
@@ -91,6 +93,24 @@ def test_controlled_rows_are_measured_on_pictures_and_scored_too(small, tmp_path
     assert record["measured"]["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
     assert record["measured"]["hpsv2"] == pytest.approx(float(printed(pictures, questions.y).mean()))
     assert record["training"][-1]["name"] == "sd15-canny-canny-seed0"
+
+
+def test_a_cell_is_measured_as_its_setting_says(small, monkeypatch):
+    setting = replace(small, device="cpu:0", scale=replace(small.scale, extractors=("inception",)))
+    for name in ("evaluate", "evaluate_prompts"):
+        bind = inspect.signature(getattr(evaluation, name)).bind
+        monkeypatch.setattr(evaluation, name, lambda *args, _bind=bind: _bind(*args).arguments)
+    table_1, table_3 = (selected(cells(TABLES[name], setting), cell)[0]
+                        for name, cell in (("table1", "canny/jdm"), ("table3", "text/base")))
+    common = {"n": 2, "seed": ASKED, "scored": setting.scale.scores, "device": "cpu:0"}
+    pictures = {"control": "canny", "source": "fashion-mnist", "split": setting.scale.split, "guidance": None,
+                "teacher": setting.scale.model, "quick": True, "also": ("inception",), "steps": 1}
+    assert _measured(table_1, setting, None) == {**common, **pictures, "model": table_1.model.path}
+    assert _measured(table_3, setting, 2.0) == {**common, "model": table_3.model.path, "prompts": PROMPTS, "steps": 25,
+                                                "guidance": 2.0}
+    on_pictures = _measured(table_3, replace(setting, prompts=""), 2.0)
+    assert on_pictures == {**common, **pictures, "model": table_3.model.path, "control": None, "steps": 25,
+                           "guidance": 2.0}
 
 
 def test_other_prompts_or_scores_make_other_cells(small, tmp_path):

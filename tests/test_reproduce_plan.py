@@ -9,7 +9,7 @@ import pytest
 from jdm.errors import TerminatedError, UsageError
 from jdm.recipes import all_recipes
 from jdm.reproduce import models
-from jdm.reproduce.cells import cells, selected
+from jdm.reproduce.cells import _digest, cells, identity, selected, stored
 from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
 from jdm.reproduce.scales import NANO, check
 from jdm.reproduce.tables import TABLES
@@ -87,6 +87,19 @@ def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_
     assert own_t is not None
     assert joint is not None
     assert (own_t.steps, own_t.batch) == (joint.steps, joint.batch)
+
+
+def test_what_was_measured_before_it_shipped_is_known_under_the_name_it_was_trained_by(tmp_path):
+    ours = Setting(NANO, tmp_path / "out", N)
+    bare = replace(ours, scale=replace(NANO, shipped={k: v for k, v in NANO.shipped.items() if v != "nano-canny"}))
+    ships, trained = (selected(cells(TABLES["table1"], each), "canny/jdm")[0] for each in (ours, bare))
+    assert (ships.model.name, trained.model.name) == ("nano-canny", "nano-canny-canny-seed0")
+    whole = {**identity(trained, bare), "weights": "of then"}
+    record = {**whole, "seed": 0, "file": f"{trained.model.name}-canny-n{N}-{_digest(whole)}.json"}
+    page = tmp_path / "page.json"
+    page.write_text(json.dumps({"rows": [{"cells": {"canny": {"records": [record]}}}]}))
+    assert stored(ships, replace(ours, known=(str(page),))) == {**json.loads(json.dumps(record)),
+                                                                "taken_from": "page.json"}
 
 
 # A sitting

@@ -11,8 +11,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.run
 	$(BIN)/jdm demo
 
+# A process for each core, each with whole files: what a file's tests share is made once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

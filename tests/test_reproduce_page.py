@@ -216,13 +216,19 @@ def test_a_probe_before_any_reward_was_logged_says_nothing_of_hacking():
     assert answer["numbers"]["reward"]["step"] == 200
 
 
-def test_clean_and_noisy_rewards_are_compared_by_the_judge_in_the_table_and_the_figure():
-    for noisy, verdict in ((-0.5, "yes"), (-0.7, "no")):
-        for name in ("table3", "fig6"):
-            data = table(name, {"text": "text"}, reward={"text": cell(judge=(noisy, None), fd=(5.0, 0.1))},
-                         reward_clean={"text": cell(judge=(-0.6, None), fd=(7.0, 0.1))})
-            (answer,) = answers(data)
-            assert (answer["verdict"], answer["numbers"]["fd"]) == (verdict, -2.0)
+@pytest.mark.parametrize(("noisy", "strong", "verdict"), [
+    (-0.5, None, "yes"), (-0.7, None, "no"), (-0.5, -0.2, "yes"), (-0.5, -0.4, "no")])
+@pytest.mark.parametrize("name", ["table3", "fig6"])
+def test_clean_and_noisy_rewards_are_compared_by_the_judge_at_each_strength(noisy, strong, verdict, name):
+    judged = {"reward": (noisy, 5.0), "reward_clean": (-0.6, 7.0)}
+    if strong is not None:
+        judged |= {"strong": (strong, 3.0), "clean_strong": (-0.3, 9.0)}
+    rows = {row: {"text": cell(judge=(judge, None), fd=(fd, 0.1))} for row, (judge, fd) in judged.items()}
+    (answer,) = answers(table(name, {"text": "text"}, **rows))
+    assert answer["verdict"] == verdict
+    assert answer["numbers"]["reward"] == pytest.approx({"judge": noisy + 0.6, "fd": -2.0})
+    if strong is not None:
+        assert answer["numbers"]["strong"] == pytest.approx({"judge": strong + 0.3, "fd": -6.0})
 
 
 @pytest.mark.parametrize("key", ["prompt_agreement", "clip"])

@@ -17,8 +17,7 @@ from jdm.run import Data, Run
 DATA = Data(split="test[:64]", validation="test[64:128]")
 # What a method's fields that name a model stand for: folders beside the tiny teacher's.
 STAND_INS = {"start": "student", "base": "student", "teacher": "controlled", "guide": "teacher",
-             "frozen_posterior": "teacher", "controlnet_start": "student",
-             "vae": "teacher/vae"}
+             "frozen_posterior": "teacher", "controlnet_start": "student", "vae": "teacher/vae"}
 NETWORKS = ("hed", "depth")  # controls whose weights would be fetched
 
 

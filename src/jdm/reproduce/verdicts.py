@@ -214,13 +214,17 @@ def _guided(data: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Clean against noisy reward, by the judge."""
-    noisy, clean = (_values(data, row, "text") for row in ("reward", "reward-clean"))
-    if "judge" not in noisy or "judge" not in clean:
+    """Clean against noisy reward, by the judge, at each strength."""
+    found: dict[str, dict[str, float]] = {}
+    for row, beside in (("reward", "reward-clean"), ("strong", "clean-strong")):
+        noisy, clean = (_values(data, each, "text") for each in (row, beside))
+        if "judge" in noisy and "judge" in clean:
+            found[row] = {k: noisy[k]["mean"] - clean[k]["mean"] for k in ("judge", "fd")}
+    if not found:
         return None
-    more = {k: noisy[k]["mean"] - clean[k]["mean"] for k in ("judge", "fd")}
+    text = "; ".join(f"{row}: judge {v['judge']:+.3f} nats, distance {v['fd']:+.2f}" for row, v in found.items())
     return _answer("Does the reward on the noisy posterior satisfy the judge better than on the clean sample?",
-                   more["judge"] > 0, ["text"], f"judge {more['judge']:+.3f} nats, distance {more['fd']:+.2f}", **more)
+                   all(v["judge"] > 0 for v in found.values()), ["text"], text, **found)
 
 
 def _turned(data: dict[str, Any]) -> dict[str, Any] | None:

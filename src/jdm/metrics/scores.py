@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
 
 def _free(name: str, taken: Collection[str]) -> str:
     """The name, or its first NAME_2, NAME_3 that is not taken."""
-    return next(each for each in (name, *(f"{name}_{k}" for k in range(2, len(taken) + 3))) if each not in taken)
+    names = chain([name], (f"{name}_{k}" for k in count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def read_prompts(place: str | Path) -> dict[str, list[str]]:

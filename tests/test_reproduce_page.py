@@ -59,6 +59,25 @@ def test_a_row_beside_another_changes_one_field_of_its_method_and_nothing_of_its
                        "one-t": "shared_noise", "unfrozen": "train_unet"}
 
 
+@pytest.mark.parametrize("scale", scales.SCALES.values(), ids=scales.SCALES)
+def test_clean_and_noisy_rewards_differ_in_where_and_strong_ones_in_weight_and_bound(scale):
+    runs = {row.key: settled(row.spec, Setting(scale), "", 0).run for row in TABLES["fig6"].rows}
+    methods = {key: run.method for key, run in runs.items()}
+    assert len({(run.steps, run.batch, run.model) for run in runs.values()}) == 1
+    for noisy, clean in (("reward", "reward-clean"), ("strong", "clean-strong")):
+        assert methods[noisy].reward_on == "posterior"
+        assert methods[clean] == replace(methods[noisy], reward_on="sample")
+    assert methods["strong"] == replace(methods["reward"], reward_weight=20.0, reward_clip=4.0)
+    assert methods["own"] == replace(methods["reward"], reward="")
+
+
+def test_the_controlnet_that_jdm_goes_on_from_is_that_of_the_row_of_nct():
+    for scale in scales.SCALES.values():
+        rows = {row.key: settled(row.spec, Setting(scale), "canny", 0) for row in TABLES["table2"].rows}
+        assert rows["from-nct"].needs["controlnet_start"] == rows["nct"]
+        assert rows["from-nct"].needs["start"] == rows["nct"].needs["base"] == rows["no-warm-up"].needs["start"]
+
+
 def test_joint_training_is_phase_2_with_its_unet_trained_on_from_the_same_start():
     for scale in scales.SCALES.values():
         phase_2, joint = (settled(row.spec, Setting(replace(scale, shipped={})), "lowres", 0)

@@ -201,8 +201,8 @@ FIG_3 = Table("fig3", "the baselines on one control and noise",
               (MANY, BOLTED, DSM, DSM_TEACHER, IMPLICIT, RIVAL, SHARED), columns=("canny",), picture=True, n=1000)
 FIG_6 = Table("fig6", "reward on clean samples and on the noisy posterior", (
     OWN, REWARD_CLEAN, REWARD,
-    Row("clean-strong", "the same clean reward, four times as strong", _on_weak("text-reward-clean-strong")),
-    Row("strong", "the same noisy reward, four times as strong", _on_weak("text-reward-strong")),
+    Row("clean-strong", "HFL on the clean sample, weight 20, bound 4", _on_weak("text-reward-clean-strong")),
+    Row("strong", "HFL on the noisy posterior, weight 20, bound 4", _on_weak("text-reward-strong")),
 ), columns=(), measures=("judge", "judge_accuracy", "prompt_agreement", "fd"), picture=True, n=1000)
 TABLES = {table.name: table for table in (TABLE_1, TABLE_2, TABLE_3, FIG_1, FIG_3, FIG_6)}
 

@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from jdm import evaluate as evaluation
+from jdm.controls import Canny
+from jdm.data import load_pictures
 from jdm.errors import UsageError
 from jdm.models.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion
+from jdm.questions import Questions, answers
 from jdm.reproduce import figures
-from jdm.reproduce.cells import cells, place, selected, stored, tuned
+from jdm.reproduce.cells import ASKED, cells, place, selected, stored, tuned
 from jdm.reproduce.models import Setting
 from jdm.reproduce.page import number
 from jdm.reproduce.sitting import listed
+from jdm.sampling import Sampler
 from reproducing import TABLE, N, Watch, cell_of, sit, tiny_scale, written
 
 # What of table 1 is filled once for all tests that only read.
@@ -115,6 +119,22 @@ def test_a_figures_row_has_its_numbers_where_a_page_knows_them_and_pictures_wher
         assert nct == f"NCT\ndistance {number(values, 'fd')}, consistency {number(values, 'consistency')}"
         assert (rows[nct] is not None) == there
         assert rows["JDM, its UNet trained on for each control\nleft out"] is None
+
+
+def test_a_figures_rows_are_its_pictures_their_controls_and_each_models_answers_to_them(filled, monkeypatch):
+    monkeypatch.setattr(figures, "sheet", lambda rows: rows)
+    found = selected(cells(TABLE, filled.setting, seeds=2), "canny/nct,canny/controlnet,canny/jdm")
+    rows = figures.figure(found, filled.setting, filled.data)
+    assert [label.split("\n")[0] for label, _ in rows] == [
+        "real pictures", "their control: canny", "NCT", "ControlNet, 50 steps", "JDM"]  # the first seed's alone
+    questions = Questions.of(load_pictures("fashion-mnist", filled.setting.scale.split, 32), Canny(), N, ASKED)
+    expected = [questions.images, Canny().image(questions.c)]
+    assert all(torch.equal(shown, (255 * own).round().byte()) for (_, shown), own in zip(rows, expected, strict=False))
+    for (_, shown), row in zip(rows[2:], ("nct", "controlnet", "jdm"), strict=True):
+        (cell,) = (c for c in found if c.row.key == row and c.seed == 0)
+        (record,) = filled.cell(row)["records"]
+        sampler = Sampler(load_model(cell.model.path), cell.row.steps, record["measured"]["guidance"] or 1.0)
+        assert torch.equal(shown, answers(sampler, questions, Canny()))
 
 
 def test_a_page_that_is_none_is_refused(setting, tmp_path):

@@ -36,6 +36,15 @@ def test_the_command_prints_the_table_and_writes_its_page(tiny_scale, tmp_path, 
     assert files[1] == f"{data['date']}-table1-n8-quick.md"  # a trial, which does not replace the table's page
 
 
+def test_without_running_a_page_is_of_what_is_there(tiny_scale, tmp_path, monkeypatch):
+    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
+    assert main(["reproduce", "table1", "--cells", "canny/jdm", "--no-run", *flags]) == 0
+    data = json.loads(next((tmp_path / "page").glob("*.json")).read_text())
+    assert {cell["state"] for row in data["rows"] for cell in row["cells"].values()} == {"not measured", "left out"}
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_scale, tmp_path, monkeypatch):
     from PIL import Image
 
@@ -80,7 +89,7 @@ def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch
     assert main(["reproduce", "table3", "--cells", "base", *flags]) == 3
     said = capsys.readouterr()
     assert "jdm: 1 cells failed, the first with: n must be in 2..4" in said.err
-    assert "failed" in said.out
+    assert "| base: the full teacher, 25 steps                       | failed " in said.out
     assert "n must be in 2..4" in next((tmp_path / "page").glob("*.md")).read_text()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -48,7 +49,9 @@ def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
     ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
     phase_1 = Trained("canny", control="canny")
     assert settled(phase_1, ours, "lowres", 0).path == "nano-canny"
-    assert settled(phase_1, ours, "lowres", 1).name == "nano-canny-canny-seed1"  # what ships is of one training seed
+    another = settled(phase_1, ours, "lowres", 1)  # what ships is of one training seed
+    assert another.run is not None
+    assert (another.name, another.run.seed) == ("nano-canny-canny-seed1", 1)
     own = tmp_path / "nano-canny-canny-seed0"
     own.mkdir()
     (own / "run.json").write_text("{}")
@@ -133,6 +136,27 @@ def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path
     thread.join(10)
     assert entered.is_set()
     assert "another process trains" in capsys.readouterr().err
+
+
+def test_two_processes_that_need_one_model_train_it_once(setting, monkeypatch):
+    nct = selected(cells(TABLE, setting), "canny/nct")[0].model
+    (model,) = (need for need in nct.needs.values() if need.run is not None)
+    train, tried, started = models.train, [], threading.Event()
+
+    def slow(run, *more):
+        tried.append(run.out.name)
+        started.set()
+        time.sleep(0.3)  # the other one is at the door
+        return train(run, *more)
+
+    monkeypatch.setattr(models, "train", slow)
+    first = threading.Thread(target=models.make, args=(model,))
+    first.start()
+    assert started.wait(60)
+    models.make(model)
+    first.join(60)
+    assert tried == [model.name]
+    assert models.finished(model)
 
 
 def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path, monkeypatch):

@@ -130,7 +130,8 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     monkeypatch.setattr(evaluation, "references", lambda t, e, p, **_: references(t, e, p.part("[:30]"), 2, samples=30))
     row = evaluate(str(student), "canny", n=60, seed=5, teacher=str(teacher), quick=True, scored=["nano-judge"])
     questions = Questions.of(load_pictures("fashion-mnist", "test", 32), Canny(), 60, seed=5)
-    pictures = answers(Sampler(StableDiffusion.load(str(student))), questions, Canny())
+    sampler_ = Sampler(StableDiffusion.load(str(student)))
+    pictures = answers(sampler_, questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
     space = StableDiffusion.load(str(student)).space
@@ -154,6 +155,9 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     assert 1 < len(alike) < 60
     assert row["consistency_same_prompt"] == pytest.approx(alike.mean().item())
     assert row["consistency_same_prompt_spread"] == pytest.approx(bootstrap(alike)[1])
+    differing = noise_diversity(sampler_, questions, Canny(), extractor, 16)
+    assert row["diversity"] == pytest.approx(differing.mean)
+    assert row["diversity_spread"] == pytest.approx(bootstrap(differing.per_group)[1])
 
 
 def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, classifier, monkeypatch):
@@ -221,7 +225,7 @@ def test_noise_diversity_of_a_generator_that_ignores_z_is_zero(classifier):
     sampler_ = sampler()
     questions = Questions.of(PICTURES, None, 3, seed=0)
     sampler_.x = lambda z, y, control=None: torch.zeros_like(z)  # type: ignore[method-assign]
-    assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4) < 1e-5
+    assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4).mean < 1e-5
 
 
 def test_generator_draws_n_pictures_that_depend_on_the_seed(student):

@@ -195,18 +195,20 @@ def test_where_no_prompt_comes_twice_a_control_that_is_ignored_is_within_two_err
         assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.2) / 1e-3)
 
 
-@pytest.mark.parametrize(("consistency", "diversity", "verdict"), [
-    (0.101, 3.0, "yes"), (0.103, 3.0, "no"), (0.09, 1.9, "no")])  # within 2% of .1; of 2.0
-def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, verdict):
+@pytest.mark.parametrize(("consistency", "diversity", "error", "verdict"), [
+    (0.101, 3.0, 0.2, "yes"), (0.103, 3.0, 0.2, "no"), (0.09, 1.9, 0.2, "no"),  # within 2% of .1; of 2.0
+    (0.101, 2.5, 0.2, "no"), (0.101, 3.0, None, "not told")])  # 1.8 errors; none known
+def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error, verdict):
     rows = {"jdm": cell(consistency=(0.5, 0.001), diversity=(9.0, None), fd=(7.0, 0.1)),
-            "draws": cell(consistency=(consistency, 0.001), diversity=(diversity, None), fd=(2.0, 0.1)),
-            "no_warm_up": cell(consistency=(0.1, 0.001), diversity=(2.0, None), fd=(1.0, 0.1))}
+            "draws": cell(consistency=(consistency, 0.001), diversity=(diversity, error), fd=(2.0, 0.1)),
+            "no_warm_up": cell(consistency=(0.1, 0.001), diversity=(2.0, 0.2), fd=(1.0, 0.1))}
     data = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
     data["rows"][1]["beside"] = "no-warm-up"
     (answer,) = answers(data)
     assert answer["verdict"] == verdict
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
     assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
+    assert ("errors)" in answer["text"]) == (error is not None)
     data["rows"][2]["cells"] = {"canny": {"values": {}, "records": []}}  # beside nothing, whatever else is there
     assert answers(data) == []
 

@@ -15,7 +15,7 @@ from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.metrics.classifier import Classifier
 from jdm.metrics.consistency import Consistency, chance
-from jdm.metrics.diversity import diversity
+from jdm.metrics.diversity import Diversity, diversity
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0, Extractor
 from jdm.metrics.fid import Inception
 from jdm.metrics.frechet import Statistics, frechet_distance
@@ -83,7 +83,7 @@ def evaluate(
     Returns:
         fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
         diversity, prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64
-        and 1, peak_memory_mb, n, a score by each of `scored`, and what was asked.
+        and 1, peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and what was asked.
     """
     loaded = load_model(model).to(device)
     card = loaded.card or {}
@@ -182,7 +182,10 @@ def measured(
     if questions.source == FASHION and questions.labels is not None:
         row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
         row |= _judged(pictures, questions, questions.labels)
-    row["diversity"] = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
+    differing = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
+    row["diversity"] = differing.mean
+    if len(differing.per_group) > 1:
+        row["diversity_spread"] = bootstrap(differing.per_group)[1]
     return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
 
 
@@ -204,7 +207,7 @@ def cost(sampler: Sampler, questions: Questions, control: Control | None, batche
 
 
 def noise_diversity(sampler: Sampler, questions: Questions, control: Control | None, extractor: Extractor,
-                    groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> float:
+                    groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> Diversity:
     """Diversity over z at fixed (y, c): mean pairwise feature distance."""
     part = questions.head(min(groups, len(questions)))
     z = starting_noise(sampler.model.latent_shape(len(part) * draws, size_of(part.images)), part.seed + 1)
@@ -213,7 +216,7 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
     if control is not None and part.c is not None:
         shown = control.image(part.c).repeat_interleave(draws, 0)
     features = extractor.features(sampler(z, y, shown))
-    return diversity(features.view(len(part), draws, -1)).mean
+    return diversity(features.view(len(part), draws, -1))
 
 
 @torch.no_grad()

@@ -184,18 +184,21 @@ def _changed(data: dict[str, Any]) -> dict[str, Any] | None:
     if not rows:
         return None
     found: dict[str, dict[str, float]] = {}
+    away: dict[str, float | None] = {}
     for row, base in rows:
         columns = _both(data, row, base)
-        pairs = {k: (over(data, row, columns, k), over(data, base, columns, k))
-                 for k in ("diversity", "consistency", "fd")}
-        found[row] = {k: own["mean"] / other["mean"] for k, (own, other) in pairs.items()
-                      if own and other and other["mean"]}
+        pairs = {k: (own, other) for k in ("diversity", "consistency", "fd")
+                 if (own := over(data, row, columns, k)) and (other := over(data, base, columns, k)) and other["mean"]}
+        found[row] = {k: own["mean"] / other["mean"] for k, (own, other) in pairs.items()}
+        away[row] = _apart(*pairs["diversity"]) if "diversity" in pairs else None
     text = "; ".join(f"{row} beside {base}: " + ", ".join(f"{k} x {v:.2f}" for k, v in found[row].items())
-                     for row, base in rows)
-    more = any(v.get("diversity", 0) > 1 and v.get("consistency", 2) <= 1.02 for v in found.values())
-    return _answer("Does any change keep more diversity at equal consistency (within 2%)?", more,
+                     + (f" (diversity {_errors(away[row])})" if away[row] is not None else "") for row, base in rows)
+    more = [row for row, v in found.items() if v.get("diversity", 0) > 1 and v.get("consistency", 2) <= 1.02]
+    clearly = any((away[row] or 0) > ERRORS for row in more)
+    return _answer("Does any change keep clearly more diversity at equal consistency (within 2%)?",
+                   clearly if clearly or all(away[row] is not None for row in more) else None,
                    [c for c in data["columns"] if any(_both(data, row, base).count(c) for row, base in rows)], text,
-                   ratios=found)
+                   ratios=found, errors=away)
 
 
 def _guided(data: dict[str, Any]) -> dict[str, Any] | None:

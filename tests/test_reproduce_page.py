@@ -161,6 +161,22 @@ def test_phase_2_counts_no_primary_control_and_every_other_one():
         assert answer["numbers"]["consistency"]["lowres"] == pytest.approx(last / 0.1 - 1)
 
 
+@pytest.mark.parametrize(("row", "beside"), [("jdm", "jdm-joint"), ("frozen-di", "jdm"), ("nct", "frozen-di")])
+def test_an_answer_says_where_two_rows_trained_on_unequal_numbers_of_samples(row, beside):
+    def cells_of(*samples):
+        return {column: {**cell(consistency=(0.1, 0.001), fd=(1.0, 0.1)), "records": [
+            {"seed": 0, "training": [{"name": "what it needs", "samples": 7}, {"name": "own", "samples": n}]}]}
+            for column, n in zip(("soft-edge", "lowres"), samples, strict=True)}
+
+    for samples, said in (((48000, 16000), f"; on unequal training, samples of {row} and {beside}: soft-edge 48,000 "
+                                           "and 16,000"), ((16000, 16000), "")):
+        data = table("table1", {"soft-edge": "HED", "lowres": "super-resolution"}, first=cells_of(samples[0], 5),
+                     second=cells_of(samples[1], 5))
+        data["rows"][0]["row"], data["rows"][1]["row"] = row, beside
+        (answer,) = answers(data)
+        assert answer["text"].partition("; on")[1:] == said.partition("; on")[1:]
+
+
 def test_clearly_worse_is_more_than_two_errors_of_the_difference():
     for worse, verdict in ((0.1025, "no"), (0.1031, "yes")):  # the error of the difference is .00141
         data = table("table1", {"canny": "canny"}, jdm={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))},

@@ -123,6 +123,7 @@ def _phase_2(data: dict[str, Any]) -> dict[str, Any] | None:
     worse = {c: ours[c]["consistency"]["mean"] / joint[c]["consistency"]["mean"] - 1 for c in columns}
     far = {c: ours[c]["fd"]["mean"] - joint[c]["fd"]["mean"] for c in columns}
     text = "; ".join(f"{c}: consistency {100 * worse[c]:+.1f}%, distance {far[c]:+.2f}" for c in columns)
+    text += _unequal(data, "jdm", "jdm-joint", columns)
     return _answer("Are phase-2 controls within 10% of jointly trained ones?", all(w <= CLOSE for w in worse.values()),
                    columns, text, consistency=worse, fd=far)
 
@@ -134,7 +135,8 @@ def _frozen(data: dict[str, Any]) -> dict[str, Any] | None:
     found, text = _difference(data, "frozen-di", "jdm", columns)
     errors = found["consistency"]["errors"]
     return _answer("Is JDM on a frozen Diff-Instruct UNet clearly worse than on phase 1's?",
-                   None if errors is None else errors > ERRORS, columns, text, **found)
+                   None if errors is None else errors > ERRORS, columns,
+                   text + _unequal(data, "frozen-di", "jdm", columns), **found)
 
 
 def _rival(data: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,7 +147,21 @@ def _rival(data: dict[str, Any]) -> dict[str, Any] | None:
     errors = found["consistency"]["errors"]
     winner = None if errors is None else "JDM" if errors > ERRORS else "NCT" if errors < -ERRORS else "neither clearly"
     return _answer("Which obeys better on one frozen Diff-Instruct generator, JDM or NCT?", winner, columns,
-                   f"NCT's less JDM's: {text}", **found)
+                   f"NCT's less JDM's: {text}" + _unequal(data, "nct", "frozen-di", columns), **found)
+
+
+def _unequal(data: dict[str, Any], a: str, b: str, columns: list[str]) -> str:
+    """The columns on which two rows' own trainings took different numbers of samples, each with both."""
+    taken = {c: (_samples(data, a, c), _samples(data, b, c)) for c in columns}
+    found = [f"{c} {one:,} and {other:,}" for c, (one, other) in taken.items() if one and other and one != other]
+    return f"; on unequal training, samples of {a} and {b}: {', '.join(found)}" if found else ""
+
+
+def _samples(data: dict[str, Any], row: str, column: str) -> int | None:
+    """Of a cell's last training, which is the model's own."""
+    cell = next(r for r in data["rows"] if r["row"] == row)["cells"][column]
+    stages = [stage for record in cell["records"][:1] for stage in record.get("training", [])]
+    return stages[-1]["samples"] if stages else None
 
 
 def _difference(data: dict[str, Any], a: str, b: str, columns: list[str]) -> tuple[dict[str, dict[str, Any]], str]:

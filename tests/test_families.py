@@ -253,7 +253,9 @@ def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_ra
         with pytest.raises(UsageError, match=r"could not be loaded as a SDXL model: 1 weights of the \w+ are missing"):
             load_model(str(folder))
         file.write_bytes(before)
-    assert load_model(str(folder)).controlnet is not None
+    whole = load_model(str(folder)).modules()  # as it was, once nothing is missing
+    for part, network in {**model.modules(), "controlnet": controlnet}.items():
+        assert all(torch.equal(v, whole[part].state_dict()[k]) for k, v in network.state_dict().items())
 
 
 def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):

@@ -47,8 +47,12 @@ def over(data: dict[str, Any], row: str, columns: Iterable[str], key: str) -> di
 
 
 def _values(data: dict[str, Any], row: str, column: str) -> Values:
+    return _cell(data, row, column)["values"]
+
+
+def _cell(data: dict[str, Any], row: str, column: str) -> dict[str, Any]:
     found = next((r for r in data["rows"] if r["row"] == row), {"cells": {}})
-    return found["cells"].get(column, {"values": {}})["values"]
+    return found["cells"].get(column, {"values": {}, "records": []})
 
 
 def _rows(data: dict[str, Any], columns: Iterable[str]) -> list[str]:
@@ -159,8 +163,7 @@ def _unequal(data: dict[str, Any], a: str, b: str, columns: list[str]) -> str:
 
 def _samples(data: dict[str, Any], row: str, column: str) -> int | None:
     """Of a cell's last training, which is the model's own."""
-    cell = next(r for r in data["rows"] if r["row"] == row)["cells"][column]
-    stages = [stage for record in cell["records"][:1] for stage in record.get("training", [])]
+    stages = [stage for record in _cell(data, row, column)["records"][:1] for stage in record.get("training", [])]
     return stages[-1]["samples"] if stages else None
 
 

@@ -164,12 +164,12 @@ def test_phase_2_counts_no_primary_control_and_every_other_one():
 @pytest.mark.parametrize(("row", "beside"), [("jdm", "jdm-joint"), ("frozen-di", "jdm"), ("nct", "frozen-di")])
 def test_an_answer_says_where_two_rows_trained_on_unequal_numbers_of_samples(row, beside):
     def cells_of(*samples):
-        return {column: {**cell(consistency=(0.1, 0.001), fd=(1.0, 0.1)), "records": [
-            {"seed": 0, "training": [{"name": "what it needs", "samples": 7}, {"name": "own", "samples": n}]}]}
+        return {column: {**cell(consistency=(0.1, 0.001), fd=(1.0, 0.1)), "records": [{"seed": 0, "training": [
+            {"name": "what it needs", "samples": 7}, {"name": "own", "samples": n}] if n else []}]}
             for column, n in zip(("soft-edge", "lowres"), samples, strict=True)}
 
     for samples, said in (((48000, 16000), f"; on unequal training, samples of {row} and {beside}: soft-edge 48,000 "
-                                           "and 16,000"), ((16000, 16000), "")):
+                                           "and 16,000"), ((16000, 16000), ""), ((16000, 0), ""), ((0, 16000), "")):
         data = table("table1", {"soft-edge": "HED", "lowres": "super-resolution"}, first=cells_of(samples[0], 5),
                      second=cells_of(samples[1], 5))
         data["rows"][0]["row"], data["rows"][1]["row"] = row, beside
@@ -213,7 +213,8 @@ def test_where_no_prompt_comes_twice_a_control_that_is_ignored_is_within_two_err
 
 @pytest.mark.parametrize(("consistency", "diversity", "error", "verdict"), [
     (0.101, 3.0, 0.2, "yes"), (0.103, 3.0, 0.2, "no"), (0.09, 1.9, 0.2, "no"),  # within 2% of .1; of 2.0
-    (0.101, 2.5, 0.2, "no"), (0.101, 3.0, None, "not told")])  # 1.8 errors; none known
+    (0.101, 2.5, 0.2, "no"), (0.101, 3.0, None, "not told"),  # 1.8 errors; none known
+    (0.103, 3.0, None, "no"), (0.09, 1.9, None, "no")])  # whatever the error is
 def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error, verdict):
     rows = {"jdm": cell(consistency=(0.5, 0.001), diversity=(9.0, None), fd=(7.0, 0.1)),
             "draws": cell(consistency=(consistency, 0.001), diversity=(diversity, error), fd=(2.0, 0.1)),
@@ -225,6 +226,9 @@ def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
     assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
     assert ("errors)" in answer["text"]) == (error is not None)
+    clear = cell(consistency=(0.1, 0.001), diversity=(3.0, 0.2), fd=(2.0, 0.1))
+    another = {"row": "one-t", "title": "", "part": "", "cells": {"canny": clear}, "beside": "no-warm-up"}
+    assert answers({**data, "rows": [*data["rows"], another]})[0]["verdict"] == "yes"  # one is enough
     data["rows"][2]["cells"] = {"canny": {"values": {}, "records": []}}  # beside nothing, whatever else is there
     assert answers(data) == []
 

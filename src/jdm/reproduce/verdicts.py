@@ -163,7 +163,7 @@ def _unequal(data: dict[str, Any], a: str, b: str, columns: list[str]) -> str:
 
 def _samples(data: dict[str, Any], row: str, column: str) -> int | None:
     """Of a cell's last training, which is the model's own."""
-    stages = [stage for record in _cell(data, row, column)["records"][:1] for stage in record.get("training", [])]
+    stages = [stage for record in _cell(data, row, column)["records"] for stage in record.get("training", [])]
     return stages[-1]["samples"] if stages else None
 
 

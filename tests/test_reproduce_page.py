@@ -226,11 +226,24 @@ def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
     assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
     assert ("errors)" in answer["text"]) == (error is not None)
+    away = None if error is None else pytest.approx((diversity - 2) / (error**2 + 0.2**2) ** 0.5)
+    assert answer["numbers"]["errors"]["draws"] == away
     clear = cell(consistency=(0.1, 0.001), diversity=(3.0, 0.2), fd=(2.0, 0.1))
     another = {"row": "one-t", "title": "", "part": "", "cells": {"canny": clear}, "beside": "no-warm-up"}
     assert answers({**data, "rows": [*data["rows"], another]})[0]["verdict"] == "yes"  # one is enough
     data["rows"][2]["cells"] = {"canny": {"values": {}, "records": []}}  # beside nothing, whatever else is there
     assert answers(data) == []
+
+
+@pytest.mark.parametrize("base", [{}, {"diversity": (0.0, 0.0)}])  # not measured; z ignored
+def test_a_change_beside_a_row_without_diversity_has_no_ratio_of_it(base):
+    rows = {"draws": cell(consistency=(0.1, 0.001), fd=(2.0, 0.1), diversity=(3.0, 0.2)),
+            "no_warm_up": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), **base)}
+    data = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
+    data["rows"][0]["beside"] = "no-warm-up"
+    (answer,) = answers(data)
+    assert answer["verdict"] == "no"
+    assert answer["numbers"]["ratios"]["draws"] == pytest.approx({"consistency": 1.0, "fd": 2.0})
 
 
 COURSE = [{"step": step, "reward": reward, "judge": judge, "prompt_agreement": 0.9, "fd": fd}

@@ -158,6 +158,11 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     differing = noise_diversity(sampler_, questions, Canny(), extractor, 16)
     assert row["diversity"] == pytest.approx(differing.mean)
     assert row["diversity_spread"] == pytest.approx(bootstrap(differing.per_group)[1])
+    groups = []
+    monkeypatch.setattr(evaluation, "noise_diversity", lambda *given: groups.append(given[4]) or differing)
+    for quick in (True, False):
+        evaluation.measured(pictures, questions, Canny(), {extractor.name: kept}, [extractor], sampler_, quick)
+    assert groups == [16, evaluation.DIVERSITY_GROUPS]
 
 
 def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, classifier, monkeypatch):

@@ -225,7 +225,7 @@ def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error
     assert answer["verdict"] == verdict
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
     assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
-    assert ("errors)" in answer["text"]) == (error is not None)
+    assert ("(diversity" in answer["text"]) == (error is not None)
     away = None if error is None else pytest.approx((diversity - 2) / (error**2 + 0.2**2) ** 0.5)
     assert answer["numbers"]["errors"]["draws"] == away
     clear = cell(consistency=(0.1, 0.001), diversity=(3.0, 0.2), fd=(2.0, 0.1))

@@ -183,9 +183,7 @@ def measured(
         row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
         row |= _judged(pictures, questions, questions.labels)
     differing = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
-    row["diversity"] = differing.mean
-    if len(differing.per_group) > 1:
-        row["diversity_spread"] = bootstrap(differing.per_group)[1]
+    row |= {"diversity": differing.mean, "diversity_spread": bootstrap(differing.per_group)[1]}
     return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
 
 

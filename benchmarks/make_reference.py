@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jdm.data import load_pictures
-from jdm.evaluate import judge
+from jdm.data.sources import load_pictures
+from jdm.evaluation.evaluate import judge
+from jdm.evaluation.reference import references
+from jdm.files import ASSETS
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0
-from jdm.models.library import ASSETS
-from jdm.reference import references
 
 
 def main() -> None:

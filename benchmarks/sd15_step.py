@@ -29,13 +29,13 @@ from unittest.mock import patch
 import torch
 from torch._dynamo.utils import counters
 
-from jdm.estimate import estimate
+from jdm.cost.estimate import estimate
 from jdm.methods import networks
 from jdm.models import execution, published
 from jdm.models.known_configs import without_weights
 from jdm.recipes.sd15 import sd15_canny
 from jdm.run import Data, Run
-from jdm.train import Trainer
+from jdm.training.loop import Trainer
 
 ROWS = {"plain": "full copies, float32 weights, bf16 autocast",
         "ours": "one frozen bf16 backbone with adapters",

@@ -25,7 +25,7 @@ from jdm.methods.networks import Networks, Step, loaded_control, steps_of
 from jdm.recipes.nano import nano_canny
 from jdm.run import Run
 from jdm.space import unit
-from jdm.train import Trainer
+from jdm.training.loop import Trainer
 
 
 def bare_passes(run: Run) -> dict[str, Callable[[], object]]:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from jdm.data import load_pictures
-from jdm.evaluate import judge
+from jdm.data.sources import load_pictures
+from jdm.evaluation.evaluate import judge
+from jdm.evaluation.questions import Questions, answers
+from jdm.evaluation.sampling import Sampler
+from jdm.library import load_model
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
-from jdm.models.library import load_model
-from jdm.questions import Questions, answers
-from jdm.sampling import Sampler
 
 
 def main() -> None:

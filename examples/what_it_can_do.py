@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from jdm.controls import load_control
-from jdm.data import load_pictures
+from jdm.data.pictures import grid
+from jdm.data.sources import load_pictures
+from jdm.evaluation.questions import Questions, answers
+from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
-from jdm.models.library import load_controlnet, load_model
-from jdm.pictures import grid
-from jdm.questions import Questions, answers
-from jdm.sampling import Sampler
+from jdm.library import load_controlnet, load_model
 from jdm.space import to_bytes
 
 N, SEED, TOGETHER = 10, 3, ("silhouette", "lowres")

@@ -39,7 +39,7 @@ def controlled(teacher):
 @pytest.fixture
 def untrained_judge(monkeypatch):
     """The measurements of a run use an untrained classifier: quick, and independent of what ships."""
-    import jdm.evaluate
+    import jdm.evaluation.evaluate
     import tiny
 
-    monkeypatch.setattr(jdm.evaluate, "judge", tiny.judge)
+    monkeypatch.setattr(jdm.evaluation.evaluate, "judge", tiny.judge)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-import jdm.evaluate
+import jdm.evaluation.evaluate
 import tiny
-from jdm import checkpoint
 from jdm.recipes import all_recipes
-from jdm.train import train
+from jdm.training import checkpoint
+from jdm.training.loop import train
 
 STEPS, WRITING = 8, 7
 
@@ -70,7 +70,7 @@ def ended(out: Path, teacher: Path, death: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jdm.evaluate.judge = tiny.judge
+    jdm.evaluation.evaluate.judge = tiny.judge
     here, model = Path(sys.argv[1]), Path(sys.argv[2])
     plan = [("alone", "never"), ("killed", "at some moment"), ("killed", "in a write"), ("killed", "never")]
     print(json.dumps([ended(here / out, model, death) for out, death in plan]))

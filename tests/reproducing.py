@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 import tiny
-from jdm import evaluate as evaluation
+from jdm.evaluation import evaluate as evaluation
+from jdm.evaluation.reference import references
 from jdm.recipes import all_recipes
-from jdm.reference import references
 from jdm.reproduce.scales import NANO
 from jdm.reproduce.sitting import reproduce
 from jdm.reproduce.tables import TABLES

@@ -16,17 +16,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import jdm.evaluate
-import jdm.train
+import jdm.evaluation.evaluate
+import jdm.training.loop
 import tiny
-from jdm import checkpoint, distributed
-from jdm.cli import _failed
+from jdm.cli.parser import _failed
 from jdm.errors import RunError
 from jdm.methods.jdm import JDM
 from jdm.models.stable_diffusion import Denoiser
 from jdm.recipes.nano import nano_canny
 from jdm.run import Run
-from jdm.train import Trainer
+from jdm.training import checkpoint, distributed
+from jdm.training.loop import Trainer
 
 STEPS, SAVED = 10, 8
 # In turn, what one process, then two, then four, and then one again compute: one folder for each name.
@@ -125,7 +125,7 @@ def judged(out: Path, teacher: Path, shard: int, name: str) -> None:
         return logs
 
     Trainer.step = watched
-    jdm.train.train(run)
+    jdm.training.loop.train(run)
     Trainer.step = step
 
 
@@ -134,7 +134,7 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
     run = replace(run_of(out / name, teacher, shard), steps=100_000, save_every=2, log_every=1)
     print(f"pid {os.environ.get('RANK', '0')} {os.getpid()}\n", end="", flush=True)  # torchrun's stdout is unbuffered
     try:
-        jdm.train.train(run)
+        jdm.training.loop.train(run)
     except RunError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(_failed(error))  # as the command does, without waiting for the group
@@ -142,7 +142,7 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
 
 def in_double() -> None:
     """Every network computes in float64: its weights, and what comes in."""
-    settle, forward = jdm.train.settle, Denoiser.forward
+    settle, forward = jdm.training.loop.settle, Denoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
         settle(run, *networks)
@@ -153,7 +153,7 @@ def in_double() -> None:
         return forward(self, x_t.double(), index, text.double(), None if control is None else control.double())
 
     torch.set_default_dtype(torch.float64)
-    jdm.train.settle, Denoiser.forward = doubled, cast
+    jdm.training.loop.settle, Denoiser.forward = doubled, cast
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:
@@ -190,7 +190,7 @@ def forked(n: int, out: Path, teacher: Path, actions: list[str]) -> int:
 
 def computed(out: Path, teacher: Path, actions: list[str]) -> None:
     torch.set_num_threads(1)
-    jdm.evaluate.PROBE_SAMPLES = 8
+    jdm.evaluation.evaluate.PROBE_SAMPLES = 8
     main(out, teacher, [a for a in actions if not a.startswith("trained")])
     if double := [a for a in actions if a.startswith("trained")]:
         in_double()

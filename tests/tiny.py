@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from jdm.metrics.classifier import Classifier, ClassifierConfig
 from jdm.models import nano
+from jdm.models.classifier import Classifier, ClassifierConfig
 from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler, save_pipeline
 from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run

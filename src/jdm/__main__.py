@@ -2,6 +2,6 @@
 
 import sys
 
-from jdm.cli import main
+from jdm.cli.parser import main
 
 sys.exit(main())

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 from torch import Tensor, nn
 
-from jdm.optimiser import AdamW
 from jdm.size import Size
+from jdm.training.optimiser import AdamW
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Optimiser:
 
     Attributes:
         clip: bound on the norm of a phase's whole gradient; a phase takes it from its first group.
-        states: of the moments it keeps: in the parameters' own dtype, or in 8 bits (`jdm.optimiser`).
+        states: of the moments it keeps: in the parameters' own dtype, or in 8 bits (`jdm.training.optimiser`).
     """
 
     lr: float

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jdm.distributed import batch_mean
 from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, Prompts
+from jdm.training.distributed import batch_mean
 
 Weighting = Literal["constant", "x0", "dmd"]
 

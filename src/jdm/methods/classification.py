@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from jdm import prepared
-from jdm.data import Noise, load_pictures, rows_at
+from jdm.data import cache as prepared
+from jdm.data.noise import Noise, rows_at
+from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.metrics.classifier import Classifier, ClassifierConfig
+from jdm.models.classifier import Classifier, ClassifierConfig
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.space import from_bytes
 

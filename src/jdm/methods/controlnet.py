@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jdm import prepared
-from jdm.batches import Batches
-from jdm.data import Noise, load_pictures
+from jdm.data import cache as prepared
+from jdm.data.batches import Batches
+from jdm.data.noise import Noise
+from jdm.data.sources import load_pictures
+from jdm.library import load_model
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
 from jdm.methods.networks import loaded_control
-from jdm.models.library import load_model
 from jdm.models.stable_diffusion import Denoiser, new_controlnet, placed, save_pipeline
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel

@@ -9,8 +9,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from jdm import prepared
-from jdm.data import Noise, Pictures, load_pictures, rows_at
+from jdm.data import cache as prepared
+from jdm.data.noise import Noise, rows_at
+from jdm.data.sources import Pictures, load_pictures
 from jdm.models import nano
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
 from jdm.models.text import TextEncoder

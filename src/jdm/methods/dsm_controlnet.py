@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from jdm import prepared
-from jdm.batches import Batches
-from jdm.data import Noise, load_pictures
-from jdm.evaluate import validation_probe
+from jdm.data import cache as prepared
+from jdm.data.batches import Batches
+from jdm.data.noise import Noise
+from jdm.data.sources import load_pictures
+from jdm.evaluation.evaluate import validation_probe
 from jdm.methods.denoising import encoded
 from jdm.methods.networks import Networks, loaded_control
 from jdm.run import Optimiser, Phase, Run, Task

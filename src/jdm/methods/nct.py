@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from jdm import prepared
 from jdm.controls import Control
-from jdm.data import Noise, Pictures, load_pictures, rows_at
-from jdm.distributed import batch_mean
+from jdm.data import cache as prepared
+from jdm.data.noise import Noise, rows_at
+from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
-from jdm.evaluate import validation_probe
+from jdm.evaluation.evaluate import validation_probe
 from jdm.methods.networks import Networks, loaded_control
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.space import unit
+from jdm.training.distributed import batch_mean
 
 
 class Multiplier(nn.Module):

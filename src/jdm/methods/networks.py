@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdm import prepared
-from jdm.batches import Batches
 from jdm.controls import Control, checked, load_control
-from jdm.data import Noise, load_pictures
+from jdm.data import cache as prepared
+from jdm.data.batches import Batches
+from jdm.data.noise import Noise
+from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.evaluate import validation_probe
+from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
+from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.library import load_controlnet, load_model, tiny_decoder
 from jdm.models.stable_diffusion import (
     Denoiser,
     StableDiffusion,

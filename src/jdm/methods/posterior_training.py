@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from jdm import prepared
-from jdm.data import Noise, load_pictures, rows_at
+from jdm.data import cache as prepared
+from jdm.data.noise import Noise, rows_at
+from jdm.data.sources import load_pictures
+from jdm.library import load_model
 from jdm.methods.denoising import Batch, denoising_batch, encoded
-from jdm.models.library import load_model
 from jdm.models.stable_diffusion import copied, save_pipeline
 from jdm.posterior import Posterior
 from jdm.run import Optimiser, Phase, Run, Task

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jdm import prepared
-from jdm.data import load_pictures
+from jdm.data import cache as prepared
+from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
+from jdm.library import load_model
 from jdm.methods.networks import (
     Networks,
     Step,
@@ -22,7 +23,6 @@ from jdm.methods.networks import (
     posterior_phase,
     rms,
 )
-from jdm.models.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Optimiser, Run, Task

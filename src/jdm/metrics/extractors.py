@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jdm.errors import UsageError
-from jdm.metrics.classifier import Classifier
+from jdm.models.classifier import Classifier
 from jdm.space import from_bytes
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.metrics.classifier import Classifier
+from jdm.models.classifier import Classifier
 from jdm.space import from_bytes
 
 

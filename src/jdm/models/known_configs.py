@@ -11,9 +11,10 @@ from torch import nn
 from transformers import BatchEncoding, BlipTextConfig, BlipVisionConfig, DPTConfig, DPTForDepthEstimation
 
 from jdm.errors import UsageError
-from jdm.models.library import ASSETS, FAMILIES, SHIPPED
+from jdm.files import ASSETS
+from jdm.formats.single_file_import import checkpoint_configs
+from jdm.library import FAMILIES, SHIPPED
 from jdm.models.published import KNOWN, networks
-from jdm.models.single_file_import import checkpoint_configs
 from jdm.models.stable_diffusion import StableDiffusion, _json, model_index
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 

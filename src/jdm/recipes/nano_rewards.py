@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jdm.methods.classification import Classification
-from jdm.metrics.classifier import ClassifierConfig
+from jdm.models.classifier import ClassifierConfig
 from jdm.run import Data, Optimiser, Run
 
 # Neither half has a picture of the other: what the judge confirms is not what the reward remembers.

@@ -14,19 +14,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jdm import evaluate as evaluation
 from jdm.controls import checked, load_control
-from jdm.data import fingerprint, load_pictures
+from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import RunError, UsageError, in_short
-from jdm.metrics.classifier import Classifier
+from jdm.evaluation import evaluate as evaluation
+from jdm.evaluation.questions import Questions, answers
+from jdm.evaluation.sampling import Sampler
+from jdm.files import ASSETS, write
+from jdm.library import load_model
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
-from jdm.models.library import ASSETS, load_model
-from jdm.questions import Questions, answers
-from jdm.report import write
+from jdm.models.classifier import Classifier
 from jdm.reproduce.models import Model, Setting, Watch, course, finished, make, plan, settled, stages, weights
 from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
-from jdm.sampling import Sampler
 
 ASKED = 0  # seed of the questions: the same prompts, controls and noise in every cell
 

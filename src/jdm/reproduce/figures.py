@@ -9,14 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from jdm.controls import checked, load_control
-from jdm.data import load_pictures
-from jdm.models.library import load_model
-from jdm.pictures import grid
-from jdm.questions import Questions, answers
+from jdm.data.pictures import grid
+from jdm.data.sources import load_pictures
+from jdm.evaluation.questions import Questions, answers
+from jdm.evaluation.sampling import Sampler
+from jdm.library import load_model
 from jdm.reproduce.cells import ASKED, Cell, stored
 from jdm.reproduce.models import Setting, finished
 from jdm.reproduce.page import NAMES, number
-from jdm.sampling import Sampler
 from jdm.space import to_bytes
 
 PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels: of a picture, a label, its letters

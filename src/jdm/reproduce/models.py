@@ -14,16 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jdm import checkpoint
 from jdm.errors import UsageError
-from jdm.locking import alone
-from jdm.models.library import ASSETS, SHIPPED, load_model
+from jdm.files import ASSETS, alone, read_json, write
+from jdm.library import SHIPPED, load_model
 from jdm.models.stable_diffusion import CARD, save_pipeline
 from jdm.recipes import recorded
-from jdm.report import read_json, write
 from jdm.reproduce.scales import Scale
 from jdm.run import Run, described, without_cache
-from jdm.train import train
+from jdm.training import checkpoint
+from jdm.training.loop import train
 
 COLUMN = "*"  # as Trained.control: the control of the table's column
 NEEDS = "needs.json"  # in a run's folder: the weights it was trained from

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jdm.errors import UsageError
-from jdm.models.library import SHIPPED
+from jdm.library import SHIPPED
 from jdm.recipes import entries, find, sd15
 from jdm.rewards.base import KNOWN
 from jdm.run import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.errors import RunError, TerminatedError, UsageError
-from jdm.report import write
+from jdm.files import write
 from jdm.reproduce import scales
 from jdm.reproduce.cells import (
     Cell,

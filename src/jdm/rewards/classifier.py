@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jdm.data import load_pictures
+from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.metrics.classifier import Classifier
-from jdm.models.library import ASSETS
+from jdm.files import ASSETS
+from jdm.models.classifier import Classifier
 from jdm.rewards.networks import paired
 
 

@@ -1,0 +1,3 @@
+"""The command line; `jdm` starts here."""
+
+from jdm.cli.parser import main as main

@@ -1,0 +1,155 @@
+"""`jdm demo`: the main job on the shipped models, with a student trained on the spot. About ten minutes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jdm import files
+from jdm.controls import Control, checked, load_control
+from jdm.data.pictures import grid
+from jdm.data.sources import load_pictures
+from jdm.evaluation import html as report
+from jdm.evaluation.evaluate import cost, judge, measured
+from jdm.evaluation.questions import Questions, answers
+from jdm.evaluation.reference import Reference, references
+from jdm.evaluation.sampling import Sampler
+from jdm.library import load_model
+from jdm.metrics.extractors import ClassifierFeatures
+from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
+from jdm.recipes.nano import nano_canny
+from jdm.run import Run
+from jdm.space import to_bytes
+from jdm.training.loop import train
+
+# The full training set does not ship: half of the packaged test split trains, the other half asks.
+TRAINS, ASKS = "test[:5000]", "test[5000:]"
+NAMES = {"controlnet50": "ControlNet, 50 steps", "shipped": "shipped student, 1 step",
+         "fresh_before": "fresh student, before", "fresh_after": "fresh student, after"}
+COLUMNS = ("fd", "fd_floor", "consistency", "consistency_chance", "diversity", "prompt_agreement", "nfe",
+           "seconds_per_image", "n")
+
+
+def recipe(out: Path, steps: int, batch: int = 32) -> Run:
+    """The shipped student's recipe, shortened, on the half of the packaged pictures that trains.
+
+    The condition term gets a looser bound: a few hundred steps must learn the control at once.
+    """
+    run = nano_canny()
+    method = replace(run.method, condition_clip=(1.0, 1.0))
+    return replace(run, method=method, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100,
+                   log_every=5, probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
+
+
+def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dict], None] | None = None,
+         say: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
+    """Sample, train, evaluate, report; returns what metrics.json holds.
+
+    Args:
+        progress: called after every training step, as in `train`.
+        say: called with each line for the reader.
+    """
+    run = recipe(out, steps)
+    control = checked(load_control("canny"), run.data.size)
+    questions = Questions.of(load_pictures(run.data.source, ASKS, run.data.size), control, n, seed=0)
+    many = load_model("nano-controlnet")
+    multi = Sampler(many, 50, float((many.card or {}).get("guidance", 2.0)))
+    samplers = {"controlnet50": multi, "shipped": Sampler(load_model("nano-canny")), "fresh_before": _untrained(run)}
+    say(f"1. {n} prompts and edges of real test pictures: 50-step ControlNet (guidance {multi.guidance:g}) beside "
+        "the shipped one-step student")
+    extractor = ClassifierFeatures(judge())
+    whole = load_pictures(run.data.source, "test", run.data.size)
+    targets = references("nano-sd", [extractor], whole)
+    pictures: dict[str, Tensor] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+
+    def ask(name: str) -> None:
+        start = time.perf_counter()
+        pictures[name] = answers(samplers[name], questions, control)
+        wall = time.perf_counter() - start
+        metrics[name] = _row(pictures[name], questions, control, targets, extractor, samplers[name])
+        say(f"   {NAMES[name]}: {n} pictures in {wall:.1f} s, "
+            f"consistency {metrics[name]['consistency']:.4f} (chance {metrics[name]['consistency_chance']:.4f}), "
+            f"distance {metrics[name]['fd']:.1f} (floor {metrics[name]['fd_floor']:.1f})")
+
+    for name in ("controlnet50", "shipped", "fresh_before"):
+        ask(name)
+    say(f"2. Training a fresh student from the teacher with JDM: {steps} steps of batch {run.batch}")
+    folder = train(run, progress)
+    say("3. The same questions to the fresh student")
+    samplers["fresh_after"] = Sampler(StableDiffusion.load(str(folder)))
+    ask("fresh_after")
+    files.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    sheet = _sheet(questions, control, pictures)
+    sheet.save(out / "grid.png")
+    _page(out, run, metrics, sheet)
+    say(f"4. {out / 'report.html'}, {out / 'metrics.json'} and {out / 'grid.png'}")
+    return metrics
+
+
+def rows(metrics: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The table, as text: head and body."""
+    body = [[NAMES[name], *(_text(row[c]) for c in COLUMNS)] for name, row in metrics.items()]
+    return ["", *(c.replace("_", " ") for c in COLUMNS)], body
+
+
+def _untrained(run: Run) -> Sampler:
+    """The fresh student as training will find it: the teacher's UNet, a silent ControlNet, one step."""
+    torch.manual_seed(run.seed)
+    teacher = load_model(run.model)
+    student = teacher.with_parts(
+        controlnet=new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False),
+        scheduler=one_step_scheduler(teacher.scheduler, run.method.t_init), card={"kind": "one-step"})
+    return Sampler(student)
+
+
+def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict[str, Reference],
+         extractor: ClassifierFeatures, sampler: Sampler) -> dict[str, Any]:
+    row = measured(pictures, questions, control, targets, [extractor], sampler, quick=True)
+    return row | cost(sampler, questions, control, repeats=1)
+
+
+def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], columns: int = 16) -> Image.Image:
+    """A row of source pictures, a row of controls, then a row for each model."""
+    assert questions.c is not None
+    shown = [to_bytes(questions.images[:columns] * 2 - 1), to_bytes(control.image(questions.c[:columns]) * 2 - 1)]
+    return grid(torch.cat([*shown, *(p[:columns] for p in pictures.values())]), columns, scale=2)
+
+
+def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:
+    log = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    curves = [report.curve(name, [(r["step"], r[key]) for r in log if key in r]) for name, key in (
+        ("fidelity term, rms", "fidelity"), ("condition term, rms", "condition"), ("fake score's loss", "fake/loss"),
+        ("posterior's loss", "posterior/loss"), ("standard deviation of x", "std_x"))]
+    extractor = next(iter(metrics.values()))["fd_extractor"]
+    many, one = metrics["controlnet50"], metrics["shipped"]
+    ratio = many["seconds_per_image"] / one["seconds_per_image"]
+    caption = "From the top: real test pictures, their Canny edges, then " + ", ".join(NAMES[k] for k in metrics)
+    files.write(out / "report.html", report.page(
+        "A one-step generator that obeys a new control",
+        report.paragraph("The teacher, nano-sd, knows prompts and no edges. Joint Distribution Matching teaches its "
+                         "one-step student Canny edges while it is distilled."),
+        report.picture(sheet, caption),
+        report.table(*rows(metrics)),
+        report.paragraph(f"fd: Frechet distance to uncontrolled teacher samples on the features of {extractor}; its "
+                         "floor is the distance of further teacher samples. consistency: mean |h(x) - c| with "
+                         "OpenCV's Canny, lower obeys better; chance is a control that is ignored. The shipped "
+                         f"student takes 1/{ratio:.0f} of the ControlNet's time per picture, at batch 64."),
+        report.heading(f"Training of the fresh student, {run.steps} steps of batch {run.batch}"),
+        *curves,
+        report.heading("Go on"),
+        report.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'
+                    "jdm evaluate nano-canny --control canny --n 1000 --seed 0 --json out.json\n"
+                    "jdm train nano-canny --steps 2000")))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

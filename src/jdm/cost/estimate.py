@@ -1,0 +1,386 @@
+"""What a run will cost, before any weight is loaded: memory by part, FLOPs by pass, seconds and GPU-hours.
+
+The method's own code runs one training step, on networks whose tensors have shapes and no contents, and is measured
+while it does: what it holds, copies or recomputes is counted because it does so, not because this page says so.
+
+What is not measured here: the GPU allocator's rounding and fragmentation, cuDNN's and cuBLAS's workspaces and CUDA's
+own context (`RESERVE` of the memory is kept free for them), the loading of pictures, and the probe. Prompts are encoded
+once each and remembered; their encoding is a pass of its own, outside the step. Seconds are FLOPs over a data sheet's
+peak times an ASSUMED utilisation: nothing here has run on such a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderTiny
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+import jdm.methods
+from jdm.controls import load_control
+from jdm.controls.depth import Depth, Preprocessing
+from jdm.controls.hed import HED, HEDNetwork
+from jdm.cost.counting import Meter, bytes_of, converted, copy_of
+from jdm.cost.gpus import GPU, GPUS
+from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
+from jdm.errors import UsageError
+from jdm.models.adapters import Adapter, base_parameters
+from jdm.models.execution import settle
+from jdm.models.known_configs import dpt_hybrid, frozen, image_reward, without_weights
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion, new_controlnet
+from jdm.models.text import REMEMBERED
+from jdm.rewards import load_reward
+from jdm.run import Phase, Run, Task
+from jdm.size import Size, height_width
+from jdm.training.checkpoint import trained
+
+RESERVE = 0.05  # of a GPU's memory
+UTILISATION = 0.4  # of a GPU's peak, assumed: eager mode, norms and activations bound by bandwidth
+REST, PROMPTS = "likelihood, losses and the rest", "prompts, each when first met"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One network's part of a step. forward, backward: FLOPs, a multiplication and an addition being two."""
+
+    name: str
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of a run costs.
+
+    Attributes:
+        memory: bytes by part, at the moment of the peak; their sum is what the run holds.
+        peak_phase: the phase of the peak. gradients: bytes of each phase's gradients when all of them are there.
+        saved: bytes that autograd holds for backward, at most, in each phase; those of the student's sample among
+            them, which is drawn in the first phase and held to the last.
+        passes: FLOPs of one step. once: FLOPs of encoding one new prompt.
+        kinds: FLOPs of one step by arithmetic.
+        notes: what could not be counted.
+    """
+
+    memory: dict[str, float]
+    peak_phase: str
+    gradients: dict[str, float]
+    saved: dict[str, float]
+    passes: list[Pass]
+    once: float
+    kinds: dict[str, float]
+    steps: int
+    notes: list[str]
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def flops(self) -> float:
+        """Of one step."""
+        return sum(p.forward + p.backward for p in self.passes)
+
+    def seconds(self, gpu: GPU) -> float:
+        """Of one step, at UTILISATION of each kind's peak."""
+        return sum(done / gpu.rate(kind) for kind, done in self.kinds.items()) / UTILISATION
+
+    def fits(self, gpu: GPU) -> bool:
+        return self.total <= (1 - RESERVE) * gpu.memory
+
+    def on(self, gpu: GPU) -> dict[str, Any]:
+        """Seconds per step, GPU-hours of the whole run and whether it fits."""
+        seconds = self.seconds(gpu)
+        return {"gpu": gpu.name, "seconds_per_step": seconds, "gpu_hours": seconds * self.steps / 3600,
+                "memory": gpu.memory, "fits": self.fits(gpu)}
+
+    def described(self, gpus: list[str]) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return {**asdict(self), "total": self.total, "flops": self.flops, "utilisation": UTILISATION,
+                "reserve": RESERVE, "gpus": [self.on(GPUS[name]) for name in gpus]}
+
+
+def estimate(run: Run) -> Estimate:
+    """The cost of a run's steps.
+
+    Raises:
+        UsageError: the shapes of its models are not known, or its method does what only real tensors can.
+    """
+    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")))
+    try:
+        return rehearsal.estimate()
+    except UsageError:
+        raise
+    except Exception as error:  # a method may look at values, which are not there
+        raise UsageError(f"{type(run.method).__name__} cannot be estimated ({type(error).__name__}: "
+                         f"{(str(error).splitlines() or [''])[0][:160]}); the recipes' JDM, DiffInstruct and "
+                         "TextToImage can") from error
+
+
+class Rehearsal:
+    """One step of a run on tensors without contents."""
+
+    def __init__(self, run: Run):
+        self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
+        self.models: dict[str, StableDiffusion] = {}
+        self.others: dict[str, nn.Module] = {}
+        self.notes: list[str] = []
+        self.phase, self.encoded = "", 0
+
+    def estimate(self) -> Estimate:
+        with self.meter, self._stand_ins():
+            task: Task = self.run.method.task(self.run)
+            settle(self.run, *task.frozen)
+            averages = {name: [v.clone() for v in trained(task.modules[name]).values()] for name in task.averaged}
+            parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
+            return self._step(task, parts)
+
+    def _step(self, task: Task, parts: dict[str, list[Tensor]]) -> Estimate:
+        meter, held = self.meter, ()
+        tops: dict[str, tuple[float, float]] = {}
+        gradient_bytes, saved = {}, {}
+        totals: Counter[tuple[str, bool, str]] = Counter()
+        with self._labels(task, parts):
+            state = task.begin(0)
+            for phase in task.phases:
+                self.phase = phase.name
+                meter.reset_peak()
+                meter.label, meter.flops = REST, Counter()
+                loss, logs = phase.loss(state, 0)
+                gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
+                for key, done in meter.flops.items():
+                    # The sample is drawn once a step; whatever phase meets it first.
+                    times = 1.0 if key[0].startswith("generator") else phase.repeats / phase.every
+                    totals[key] += done * times  # type: ignore[assignment]
+                # The loop holds the phase before's gradients until it has these.
+                tops[phase.name] = meter.alive.peak, meter.alive.there_at_peak((*held, *gradients))
+                gradient_bytes[phase.name] = bytes_of(g for g in gradients if g is not None)
+                still = sum(map(bytes_of, parts.values())) + bytes_of(g for g in held if g is not None)
+                saved[phase.name] = meter.held - still
+                held = gradients
+                del loss, logs
+        weights = {name: bytes_of(tensors) for name, tensors in parts.items() if tensors}
+        top = max(tops, key=lambda name: tops[name][0])
+        peak, there = tops[top]
+        memory = {**weights, "gradients": there, "optimiser": sum(map(state_bytes, task.phases)),
+                  "activations": peak - there - sum(weights.values()), "remembered prompts, at most": self._prompts()}
+        once = sum(n for (label, *_), n in totals.items() if label == PROMPTS) / max(1, self.encoded)
+        names = dict.fromkeys(label for label, *_ in totals if label != PROMPTS)
+        passes = [Pass(name, *(float(sum(n for (label, back, _), n in totals.items() if (label, back) == (name, side)))
+                               for side in (False, True))) for name in names]
+        kinds: Counter[str] = Counter()
+        for (label, _, kind), n in totals.items():
+            kinds[kind] += n if label != PROMPTS else 0
+        return Estimate(memory, top, gradient_bytes, saved, passes, once, dict(kinds), self.run.steps, self.notes)
+
+    def _parts(self, task: Task) -> dict[str, list[Tensor]]:
+        """Every network's parameters and buffers, by what they are."""
+        found: dict[str, list[Tensor]] = {}
+        for name, model in self.models.items():
+            found |= {f"{name}: {part}": [*base_parameters(module), *module.buffers()]
+                      for part, module in model.modules().items()}
+        for name, module in (task.modules | self.others).items():
+            base = {id(p) for p in base_parameters(module)} | {id(b) for b in module.buffers()}
+            found[f"trained: {name}" if name in task.modules else name] = [
+                p for p in tensors_of(module) if id(p) in base]
+            if lora := [p for p in tensors_of(module) if id(p) not in base]:
+                found["trained: the posterior's LoRA"] = lora
+        return found
+
+    def _prompts(self) -> float:
+        """Bytes of the prompts that text encoders remember: at most one a picture, and no more than REMEMBERED each."""
+        n = self.run.steps * self.run.batch
+        if self.run.data.source == "fashion-mnist":
+            n = min(n, sum(map(len, FASHION_CLASSES)) * len(TEMPLATES))
+        return sum(min(float(REMEMBERED), n * 4.0 * model.tokenizer.model_max_length *
+                       model.unet.config["cross_attention_dim"]) for model in self.models.values())
+
+    # Stand-ins for what would read weights or pictures
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        """The methods' modules with everything that reads a file replaced by its shape."""
+        stand_ins: dict[str, Callable[..., Any]] = {
+            "load_model": self._model, "load_pictures": self._pictures, "loaded_control": self._control,
+            "load_reward": self._reward, "checked_reward": lambda reward, *_: reward, "guide_of": self._guide,
+            "_one_step": lambda name, teacher, t_init: teacher, "validation_probe": lambda *_: None,
+            "tiny_decoder": self._tiny, "copied": lambda module: copy_of(module).float().requires_grad_(True),
+            "new_controlnet": self._without_contents(new_controlnet), "Adapter": self._without_contents(Adapter)}
+        modules = [importlib.import_module(f"jdm.methods.{m.name}") for m in pkgutil.iter_modules(jdm.methods.__path__)]
+        changed = [patch.object(module, name, stand_in) for module in modules for name, stand_in in stand_ins.items()
+                   if hasattr(module, name)]
+        changed.append(patch.object(nn.Module, "_apply", converted))
+        for change in changed:
+            change.start()
+        try:
+            yield
+        finally:
+            for change in changed:
+                change.stop()
+
+    def _without_contents(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            with self.mode:
+                return make(*args, **kwargs)
+
+        return made
+
+    def _emptied(self, network: nn.Module) -> nn.Module:
+        """A network whose making looks at values, once it is made."""
+        with self.mode:
+            return copy_of(network)
+
+    def _model(self, name: str) -> StableDiffusion:
+        with self.mode:
+            model = without_weights(name).at(self.run.data.size)
+        role = "teacher" if not self.models else f"{len(self.models) + 1}. model {name}"
+        self.models[role] = model
+        return model
+
+    def _guide(self, name: str, teacher: StableDiffusion, run: Run) -> Any:
+        guide = self._model(name)
+        self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
+        return guide.score(guide.text(one_by_one=True))
+
+    def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
+        with self.mode:
+            self.others["tiny decoder"] = frozen(AutoencoderTiny(latent_channels=teacher.unet.config["in_channels"]))
+        return self.others["tiny decoder"]
+
+    def _pictures(self, source: str, split: str, size: Size) -> Pictures:
+        n = self.run.batch
+        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
+                        (("a picture",),) * n, None, torch.arange(n), size, source)
+
+    def _control(self, spec: str, size: Size) -> Any:
+        control = load_control(spec)
+        if isinstance(control, HED):
+            with self.mode:
+                control.__dict__["network"] = self.others["control: HED"] = frozen(HEDNetwork(control.widths))
+        elif isinstance(control, Depth):
+            network = self._emptied(dpt_hybrid())
+            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", 1.0, (0.5,) * 3,
+                                                                (0.5,) * 3)
+            self.others["control: DPT"] = network
+            if control.model != Depth.model:
+                self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")
+        return control
+
+    def _reward(self, spec: str, device: Any) -> Any:
+        if spec.partition(":")[0] != "image-reward":
+            reward = load_reward(spec, device)
+        else:
+            reward = self._emptied(image_reward())
+        if isinstance(reward, nn.Module):
+            self.others["reward"] = reward
+        else:
+            self.notes.append(f"the weights of reward {spec} are not counted")
+        return reward
+
+    # Labels: which pass the FLOPs belong to
+
+    @contextmanager
+    def _labels(self, task: Task, parts: dict[str, list[Tensor]]) -> Iterator[None]:
+        """The meter's label follows the network that runs, forward and backward."""
+        decoders = {id(m.vae.decoder): "decoder" for m in self.models.values()}
+        decoders |= {id(net.decoder): "decoder" for k, net in self.others.items() if k == "tiny decoder"}
+        texts = {id(part) for m in self.models.values() for name, part in m.modules().items() if "text" in name}
+        rewards = {id(self.others["reward"])} if "reward" in self.others else set()
+
+        def label(module: nn.Module, args: tuple) -> str | None:
+            if isinstance(module, Denoiser):
+                role = self._role(module, task)
+                if role == "generator" and "trained: unet" not in parts:
+                    parts["student's frozen unet"] = tensors_of(module.unet)
+                return self._named(role, module, len(args[0]))
+            if id(module) in texts:
+                return PROMPTS
+            return decoders.get(id(module)) or ("reward" if id(module) in rewards else None)
+
+        def before(module: nn.Module, args: tuple) -> None:
+            if found := label(module, args):
+                self.meter.label = found
+                self.encoded += module is self.models["teacher"].text_encoder
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if found := label(module, args):
+                self.meter.label = REST
+                if isinstance(output, Tensor) and output.requires_grad:
+                    output.register_hook(lambda _: setattr(self.meter, "label", found))
+
+        handles = register_module_forward_pre_hook(before), register_module_forward_hook(after)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _role(self, net: Denoiser, task: Task) -> str:
+        fake = task.modules.get("fake")
+        if any(adapter.name in ("fake", "posterior") for adapter in net.adapters) or net is fake:
+            return "fake score"
+        for name, model in self.models.items():
+            if net.unet is model.unet and not net.adapters:
+                return "real score" if name == "teacher" else name
+        return "generator"
+
+    def _named(self, role: str, net: Denoiser, rows: int) -> str:
+        """A pass as benchmarks/step_time.py names it."""
+        whole = "UNet + ControlNet" if net.controlnet is not None else "UNet"
+        if role == "generator":
+            return f"generator: {whole}"
+        if role != "fake score":
+            return f"{role}: cond and uncond in one batch" if rows == 2 * self.run.batch else role
+        lora = any(adapter.name == "posterior" for adapter in net.adapters)
+        learns = torch.is_grad_enabled()
+        if not learns:
+            return "posterior's target" if lora else "fake score"
+        if self.phase == "generator":
+            return "posterior, to x_t"
+        return "posterior's training" if lora else "fake score's training"
+
+
+def state_bytes(phase: Phase) -> float:
+    """Of a phase's optimiser states: what its optimiser keeps after a step on each shape, so that any will do."""
+    total = 0.0
+    for parameters, optimiser in phase.groups:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for (shape, dtype), n in Counter((p.shape, p.dtype) for p in parameters).items():
+                one = nn.Parameter(torch.empty(shape, dtype=dtype))
+                one.grad = torch.empty_like(one)
+                optimizer = replace(phase, groups=[([one], optimiser)]).optimizer()
+                optimizer.step()
+                total += n * bytes_of(v for v in optimizer.state[one].values() if isinstance(v, Tensor) and v.ndim)
+    return total
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def tables(found: Estimate, title: str, gpus: list[str]) -> list[Table]:
+    """For a terminal: memory by part, FLOPs by pass, cost by GPU."""
+    memory = Table("memory", "GiB", title=title)
+    for name, n in [*found.memory.items(), (f"at the peak, in phase {found.peak_phase}", found.total)]:
+        memory.add_row(name, f"{n / 2**30:.2f}")
+    passes = Table("pass", "forward, TFLOP", "backward, TFLOP")
+    for one in [*found.passes, Pass("a step", sum(p.forward for p in found.passes),
+                                    sum(p.backward for p in found.passes))]:
+        passes.add_row(one.name, f"{one.forward / 1e12:.3f}", f"{one.backward / 1e12:.3f}")
+    cost = Table(f"at {UTILISATION:.0%} of the peak, assumed", "s a step", f"GPU-hours, {found.steps} steps", "fits")
+    for name in gpus:
+        row = found.on(GPUS[name])
+        cost.add_row(row["gpu"], f"{row['seconds_per_step']:.3g}", f"{row['gpu_hours']:.3g}",
+                     "yes" if row["fits"] else f"no, of {row['memory'] / 2**30:.0f} GiB")
+    return [memory, passes, cost]

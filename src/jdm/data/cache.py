@@ -1,0 +1,262 @@
+"""What `jdm prepare` left on disk, as training reads it: text states, pictures, latents; or what has changed since.
+
+    DIR/manifest.json      what all was made from and which parts belong to it; written last
+    DIR/text-*/            0.npy: hidden states [prompts, L, D]; SDXL's pooled ones [prompts, P] in 1.npy
+    DIR/pictures-*/        0.npy: uint8 [N, 3, size, size]
+    DIR/latents-*/         0.npy: [N, C, h, w]
+    DIR/prompts-*.json     the distinct captions of the split and "", in the order of the states
+    DIR/files-*.json       name, status and SHA-256 of every file the pictures were read from
+
+Arrays are mapped, not loaded, and nothing here writes: any number of processes may share one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jdm.data.sources import Pictures
+from jdm.errors import UsageError
+from jdm.files import read_json
+from jdm.models.text import TextEncoder
+from jdm.run import Data, Run
+from jdm.size import spelled
+from jdm.space import Space
+
+MANIFEST = "manifest.json"
+LAYOUT = 2  # to be raised when the files, or the rule by which pictures are decoded and cut, change
+CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # facts, in a message
+Sign = list  # of a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
+
+
+def pictures(run: Run, loaded: Pictures) -> Pictures:
+    """A run's training pictures, from its prepared folder where it names one.
+
+    Raises:
+        UsageError: the folder holds no finished preparation, or one of other pictures or captions.
+    """
+    cache = _cache(run)
+    return loaded if cache is None else cache.pictures(run.data, loaded)
+
+
+def text(run: Run, encoder: TextEncoder) -> TextEncoder:
+    """The encoder itself, reading what the run's prepared folder holds of its states; the same errors."""
+    cache = _cache(run)
+    if cache is not None:
+        encoder.stored = cache.text(encoder)
+    return encoder
+
+
+class Cache:
+    """A prepared folder, finished.
+
+    Args:
+        manifest: its manifest.json.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> Cache:
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("layout") != LAYOUT:
+            why = "was prepared by another version" if "layout" in manifest else "holds no finished preparation"
+            raise UsageError(f"{folder} {why}; run jdm prepare {manifest.get('recipe', 'RECIPE')} --out {folder}")
+        return cls(folder, manifest)
+
+    def pictures(self, data: Data, loaded: Pictures) -> Pictures:
+        """The split with its pictures mapped from disk, and its latents where they are prepared."""
+        self._check(data, loaded)
+        stored, place = self._arrays(self.manifest["pictures"]["part"], len(loaded))[0], places(loaded.indices)
+        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents, slow=False)
+
+    def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
+        """Prompt -> its states on the CPU, as `TextEncoder` remembers them."""
+        asked, made = encoder_signs(encoder), self.manifest["text"]
+        for entry in made:
+            if entry.items() >= asked.items():
+                prompts = json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8"))
+                return States(prompts, self._arrays(entry["part"], len(prompts)))
+        known = any(entry["text encoder"] == asked["text encoder"] for entry in made)
+        raise self._another("tokenizer" if known else "text encoder")
+
+    def latents(self, space: Space) -> Tensor:
+        """[N, C, h, w], mapped from disk."""
+        for entry in self.manifest["latents"]:
+            if entry["autoencoder"] == space_sign(space):
+                return self._arrays(entry["part"], self.manifest["data"]["n"])[0]
+        if not self.manifest["latents"]:
+            raise UsageError(f"{self.folder} holds no latents, which this run's method needs; {self._remedy}")
+        raise self._another("autoencoder")
+
+    def _check(self, data: Data, loaded: Pictures) -> None:
+        made, now = self.manifest["data"], facts(data, loaded)
+        for fact, name in CALLED.items():
+            if made[fact] != now[fact]:
+                told = f" ({made[fact]}, not {now[fact]})" if fact != "prompts" else self._new_prompt(loaded)
+                raise self._another(name, told)
+        known = json.loads((self.folder / made["files"]).read_text(encoding="utf-8"))
+        found = signs(loaded, known)
+        changed = [after[0] for before, after in zip(known, found, strict=False) if before[-1] != after[-1]]
+        if changed or len(found) != len(known):
+            raise self._another("picture", f" ({changed[0]})" if changed else "")
+
+    def _new_prompt(self, loaded: Pictures) -> str:
+        known = set(json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8")))
+        new = [prompt for prompt in distinct(loaded) if prompt not in known]
+        return f" ({new[0]!r} is new)" if new else ""
+
+    def _another(self, what: str, told: str = "") -> UsageError:
+        return UsageError(f"{self.folder} was prepared with another {what} than this run's{told}; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return (f"run jdm prepare {self.manifest['recipe']} --out {self.folder} again, with the flags of this run, or "
+                "leave out --data.prepared")
+
+    def _arrays(self, part: str, n: int) -> list[Tensor]:
+        try:
+            found = [mapped(file) for file in sorted((self.folder / part).glob("*.npy"))]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.folder / part} is damaged ({error}); delete it, and {self._remedy}") from None
+        if not found or any(len(array) != n for array in found):
+            raise UsageError(f"{self.folder / part} is incomplete; delete it, and {self._remedy}")
+        return found
+
+
+class States(Mapping[str, Any]):
+    """Text states on disk, by prompt."""
+
+    def __init__(self, prompts: Sequence[str], arrays: Sequence[Tensor]):
+        self.place, self.arrays = {prompt: i for i, prompt in enumerate(prompts)}, arrays
+
+    def __getitem__(self, prompt: str) -> tuple[Tensor, ...]:
+        return tuple(array[self.place[prompt]] for array in self.arrays)
+
+    def __contains__(self, prompt: object) -> bool:
+        return prompt in self.place
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+_making: ContextVar[Cache | None] = ContextVar("_making", default=None)
+
+
+@contextmanager
+def making(cache: Cache) -> Iterator[None]:
+    """Meanwhile every run reads this cache, one that makes what it is asked for."""
+    token = _making.set(cache)
+    try:
+        yield
+    finally:
+        _making.reset(token)
+
+
+def _cache(run: Run) -> Cache | None:
+    return _making.get() or (Cache.read(Path(run.data.prepared)) if run.data.prepared else None)
+
+
+def mapped(file: Path) -> Tensor:
+    """An .npy file as a tensor on the CPU, read page by page as it is used; never to be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be written to
+        return torch.from_numpy(np.load(file, mmap_mode="r"))
+
+
+def places(indices: Tensor) -> Tensor:
+    """For each index of a source, its row in a split."""
+    place = torch.full((int(indices.max()) + 1,), -1)
+    place[indices] = torch.arange(len(indices))
+    return place
+
+
+# What a preparation was made from
+
+
+def facts(data: Data, loaded: Pictures) -> dict[str, Any]:
+    """Size, split, number of pictures, and the SHA-256 of every picture's captions."""
+    keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
+    used, of = keys.unique(return_inverse=True)
+    said = [[loaded.captions[k] for k in used.tolist()], of.tolist()]
+    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": sha256(said)}
+
+
+def distinct(loaded: Pictures) -> list[str]:
+    """Every caption of a split once, and "" for guidance and dropout."""
+    keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
+    return sorted({"", *(caption for k in keys.unique().tolist() for caption in loaded.captions[k])})
+
+
+def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
+    """Of every file that a split is read from. One that has the status it is known by is not read again.
+
+    The status holds the time of the last change of the inode, which no program sets: an edit that keeps the size and
+    puts the time of modification back is noticed.
+    """
+    files = loaded.files(loaded.indices) if loaded.files else []
+    if not files:  # pictures in memory have nothing but their pixels
+        digest = hashlib.sha256()
+        for rows in torch.arange(len(loaded)).split(500):
+            digest.update(loaded.batch(rows).contiguous().numpy().data)
+        return [[loaded.source, 0, 0, 0, 0, digest.hexdigest()]]
+    before = {tuple(sign[:-1]): sign[-1] for sign in known}
+    found = []
+    for file in files:
+        at = file.stat()
+        status = [file.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
+        found.append([*status, before.get(tuple(status)) or _sha256_of_file(file)])
+    return found
+
+
+def encoder_signs(encoder: TextEncoder) -> dict[str, str]:
+    """SHA-256 of the text models' weights, and of their tokenizers."""
+    models, tokenizers = zip(*encoder.networks, strict=True)
+    told = [[tokenizer.model_max_length, tokenizer.pad_token, *_backend(tokenizer)] for tokenizer in tokenizers]
+    return {"text encoder": sha256([*map(weights_sha256, models), getattr(encoder, "zeros", None)]),
+            "tokenizer": sha256(told)}
+
+
+def space_sign(space: Space) -> str:
+    """SHA-256 of an autoencoder's weights and of how its latents are scaled."""
+    return sha256([weights_sha256(space.vae) if space.vae is not None else None, space.scale, space.shift])
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Of every tensor of a network, with its name, type and shape."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256(value: Any) -> str:
+    """Of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _backend(tokenizer: Any) -> list[Any]:
+    """A tokenizer's vocabulary and rules; not its padding and truncation, which calls set."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [{k: v for k, v in rules.items() if k not in ("truncation", "padding")}]
+
+
+def _sha256_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,54 @@
+"""Every random number of a run: order of pictures, noise, choices; each a pure function of (seed, step, stream)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from jdm.sharing import Share, share
+
+
+def rows_at(n: int, batch: int, seed: int, step: int) -> Tensor:
+    """Rows of batch number `step`, those of this share: consecutive pieces of a fresh permutation of n every epoch."""
+    places = torch.arange(step * batch, (step + 1) * batch)[share().rows(batch)]
+    return torch.stack([_permutation(n, seed, int(p) // n)[int(p) % n] for p in places])
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=keyed_generator(seed, epoch, "order"))
+
+
+def keyed_generator(seed: int, step: int, stream: str) -> torch.Generator:
+    """A generator that depends on nothing but (seed, step, stream)."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of one step, by stream name: the same for any resume, order of asking and share."""
+
+    seed: int
+    step: int
+    device: torch.device | str = "cpu"
+    share: Share = field(default_factory=share)
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal, of `shape`; the rows of this share out of all of them."""
+        return self._rows(torch.randn((shape[0] * self.share.count, *shape[1:]), generator=self._generator(stream)))
+
+    def uniform(self, stream: str, n: int) -> Tensor:
+        """In [0, 1), [n], likewise."""
+        return self._rows(torch.rand(n * self.share.count, generator=self._generator(stream)))
+
+    def _rows(self, drawn: Tensor) -> Tensor:
+        return drawn[self.share.rows(len(drawn))].to(self.device)
+
+    def _generator(self, stream: str) -> torch.Generator:
+        return keyed_generator(self.seed, self.step, stream)

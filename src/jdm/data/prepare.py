@@ -1,0 +1,230 @@
+"""`jdm prepare`: what every run of a recipe would compute again, computed once and left on disk (prepared.py).
+
+The method's own code is asked: its task is built, and whatever it wants of text states, pictures and latents is made
+as it asks. So a preparation takes the memory of the run's networks, though of no gradient or optimiser.
+
+Bits are those of training on the same device, with the same versions and threads: prompts are encoded one by one, and
+pictures in the pieces that `encoded` takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL
+import torch
+import transformers
+from torch import Tensor
+
+from jdm.data.cache import (
+    LAYOUT,
+    MANIFEST,
+    Cache,
+    distinct,
+    encoder_signs,
+    facts,
+    making,
+    sha256,
+    signs,
+    space_sign,
+)
+from jdm.data.sources import Pictures, load_pictures
+from jdm.errors import RunError, UsageError
+from jdm.files import alone, read_json, write
+from jdm.methods.denoising import encoded_parts
+from jdm.models.text import TextEncoder, tensors_of
+from jdm.run import Data, Run
+from jdm.space import Space
+
+PART = re.compile(r"\.?(text|pictures|latents|prompts|files)-[0-9a-f]{16}(\.json)?(\.draft)?")
+AT_ONCE = 64  # pictures decoded
+Progress = Callable[[str, int, int], None]
+
+
+def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress | None = None) -> dict[str, int]:
+    """Write what a run's training would compute again; returns the bytes of each part, by its folder.
+
+    A part is written under a draft name and renamed; the manifest comes last, and without it nothing is read. The same
+    call again keeps whole parts that were made from the same, and removes those that no longer belong.
+
+    Args:
+        recipe: as a person would name it, for messages.
+        progress: called with a part's name, the number done and the number to do.
+
+    Raises:
+        UsageError: the run could not train either, or its method reads none of this. RunError: the disk is full.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("jdm prepare runs in one process; start it without torchrun")
+    if (folder / MANIFEST).exists() and "layout" not in read_json(folder / MANIFEST):
+        raise UsageError(f"{folder} holds another program's {MANIFEST}; choose another --out")
+    try:
+        with _alone(folder), _swept(folder):
+            draft = Draft(replace(run, data=replace(run.data, prepared="")), folder, recipe, progress)
+            with making(draft):
+                run.method.task(draft.run)
+            return draft.finish()
+    except OSError as error:
+        raise RunError(f"{error.filename or folder}: {error.strerror or error}; free some space or choose another "
+                       "--out, and run again") from error
+
+
+class Draft(Cache):
+    """A preparation in the making: what a method asks for is made first where it is not there yet."""
+
+    def __init__(self, run: Run, folder: Path, recipe: str, progress: Progress | None):
+        self.run, self.progress = run, progress or (lambda *_: None)
+        self.loaded = load_pictures(run.data.source, run.data.split, run.data.size)
+        found = signs(self.loaded, _known_signs(folder))
+        self.prompts = distinct(self.loaded)
+        self.content = sha256([[sign[-1] for sign in found], self.loaded.indices.tolist()])
+        data = facts(run.data, self.loaded) | {
+            "pictures": self.content, "captions": self._list(folder, "prompts", self.prompts),
+            "files": self._list(folder, "files", found)}
+        super().__init__(folder, {"layout": LAYOUT, "recipe": recipe, "source": run.data.source, "data": data,
+                                  "made with": made_with(run), "text": [], "pictures": None, "latents": []})
+
+    def pictures(self, data: Data, loaded: Pictures) -> Pictures:
+        rows = torch.arange(len(loaded)).split(AT_ONCE)
+        part = self._part("pictures", [data.size, self.content], len(loaded), ((loaded.batch(r),) for r in rows))
+        self.manifest["pictures"] = {"part": part}
+        stored = super().pictures(data, loaded)
+        return replace(stored, latents=lambda space: self._latents(space, stored))
+
+    def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
+        asked = encoder_signs(encoder)
+        part = self._part("text", [asked, self.manifest["data"]["captions"]], len(self.prompts), self._states(encoder))
+        self.manifest["text"].append({**asked, "part": part})
+        return super().text(encoder)
+
+    def finish(self) -> dict[str, int]:
+        """The manifest, which makes the parts a cache; what no longer belongs is removed."""
+        if not self.manifest["pictures"]:
+            raise UsageError(f"{type(self.run.method).__name__} reads nothing that is prepared; train it without")
+        write(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        _sweep(self.folder)
+        parts = sorted(place for place in self.folder.iterdir() if place.is_dir() and PART.fullmatch(place.name))
+        return {place.name: sum(file.stat().st_size for file in place.iterdir()) for place in parts}
+
+    def _latents(self, space: Space, stored: Pictures) -> Tensor:
+        sign = space_sign(space)
+        pieces = ((piece,) for piece in encoded_parts(space, replace(stored, latents=None)))
+        part = self._part("latents", [stored.size, self.content, sign], len(stored), pieces)
+        self.manifest["latents"].append({"autoencoder": sign, "part": part})
+        return self.latents(space)
+
+    @torch.no_grad()
+    def _states(self, encoder: TextEncoder) -> Iterator[tuple[Tensor, ...]]:
+        """Of each prompt alone, as a run with `one_by_one` computes them."""
+        for prompt in self.prompts:
+            yield tuple(tensor[None] for tensor in tensors_of(next(iter(encoder.encode([prompt])))))
+
+    def _part(self, name: str, of: Any, n: int, pieces: Iterator[tuple[Tensor, ...]]) -> str:
+        """The folder of a part, made where it is not there; it is named by all that decides its bits.
+
+        Args:
+            pieces: the first, second, ... tensor of each are rows of 0.npy, 1.npy, ..., in order; n rows in all.
+        """
+        made = f"{name}-{sha256([LAYOUT, self.manifest['made with'], of])[:16]}"
+        place, draft = self.folder / made, self.folder / f".{made}.draft"
+        if place.is_dir():
+            return made
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            self._write(draft, name, n, pieces)
+            draft.rename(place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return made
+
+    def _write(self, draft: Path, name: str, n: int, pieces: Iterator[tuple[Tensor, ...]]) -> None:
+        first, done = next(pieces), 0
+        self._check_room(sum(n * tensor[0].numel() * tensor.element_size() for tensor in first))
+        with ExitStack() as opened:
+            files = [opened.enter_context((draft / f"{k}.npy").open("wb")) for k in range(len(first))]
+            for file, tensor in zip(files, first, strict=True):
+                kind = np.lib.format.dtype_to_descr(tensor[:0].cpu().numpy().dtype)
+                shape = (n, *tensor.shape[1:])
+                np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+            for piece in chain([first], pieces):
+                for file, tensor in zip(files, piece, strict=True):
+                    file.write(tensor.cpu().contiguous().numpy().data)
+                done += len(piece[0])
+                self.progress(name, done, n)
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _check_room(self, wanted: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if wanted > free:
+            raise OSError(errno.ENOSPC, f"{wanted / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free",
+                          str(self.folder))
+
+    @staticmethod
+    def _list(folder: Path, name: str, values: list) -> str:
+        """A list as JSON, in a file named by its contents."""
+        file = f"{name}-{sha256(values)[:16]}.json"
+        write(folder / file, json.dumps(values) + "\n")
+        return file
+
+
+def made_with(run: Run) -> dict[str, Any]:
+    """What the bits depend on beside the data and the weights."""
+    device = torch.device(run.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+            "pillow": PIL.__version__, "device": f"{device.type}, {where}", "threads": torch.get_num_threads()}
+
+
+def _known_signs(folder: Path) -> list:
+    """Of the files of the preparation that is there: those unchanged are not read again."""
+    name = read_json(folder / MANIFEST).get("data", {}).get("files")
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8")) if name else []
+    except (OSError, ValueError):
+        return []
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what the manifest does not name; the folder too where it has none and nothing else is there."""
+    kept = json.dumps(read_json(folder / MANIFEST))
+    for place in [*folder.iterdir()]:
+        if PART.fullmatch(place.name) and place.name not in kept:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    (folder / f".{MANIFEST}.draft").unlink(missing_ok=True)
+    if not (folder / MANIFEST).exists():
+        (folder / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """A preparation that fails leaves what was there before; one that is stopped leaves its whole parts, to go on."""
+    try:
+        yield
+    except (OSError, RunError, UsageError):
+        _sweep(folder)
+        raise
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    def busy() -> None:
+        raise UsageError(f"another process prepares {folder}; wait for it, or choose another --out")
+
+    return alone(folder, busy)

@@ -1,0 +1,159 @@
+"""Tar shards of pictures with captions, in WebDataset's layout, read where they lie: on disks or in object stores.
+
+A shard's pictures are read one by one, by their place in it, so that a run on shards has the order of any other: the
+same for every world size, and after a resume. The first use reads every shard through once, for places and captions;
+`datasets` keeps that table.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from jdm.data.pictures import SUFFIXES, read_all, read_picture
+from jdm.errors import UsageError, in_short
+from jdm.size import Size
+
+READERS = 32  # requests at once: an object store answers slowly, but many
+
+
+class Shards:
+    """The pictures of some shards, by index.
+
+    Args:
+        source: path or URL of .tar files, with * or {00000..00099}: s3://bucket/{000..099}.tar, hf://datasets/....
+
+    Raises:
+        UsageError: there is none, one cannot be read, or a picture has no caption.
+    """
+
+    def __init__(self, source: str):
+        import fsspec
+        from datasets import Dataset, Features, Value
+
+        try:
+            self.store, _ = fsspec.core.url_to_fs(source)
+            found = [self.store._strip_protocol(one) for one in _spelled_out(source)]
+            self.shards = sorted({str(shard) for one in found for shard in (self.store.glob(one) or [one])})
+            known = [[i, shard, str(self.store.ukey(shard))] for i, shard in enumerate(self.shards)]
+        except Exception as error:  # a store's driver may raise anything
+            raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, as "
+                             "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
+        kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
+                          "name": Value("string"), "caption": Value("string")})
+        try:
+            table = Dataset.from_generator(_members, features=kinds, gen_kwargs={"source": source, "shards": known})
+        except Exception as error:
+            raise UsageError(_told(error)) from None
+        self.table, self.captions = table, list(table["caption"])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, rows: Tensor, size: Size) -> Tensor:
+        """Indices [B] -> uint8 [B, 3, H, W]."""
+        asked = self.table[rows.tolist()]
+        places = list(zip(asked["shard"], asked["start"], asked["bytes"], asked["name"], strict=True))
+        return read_all(lambda place: self._image(place, size), places, READERS)
+
+    def files(self) -> list[Path]:
+        """The shards themselves.
+
+        Raises:
+            UsageError: they are no local files.
+        """
+        if not all(Path(shard).is_file() for shard in self.shards):
+            raise UsageError("shards in an object store are read during training and not prepared; copy them to a disk "
+                             "that every process sees, or leave out --data.prepared")
+        return [Path(shard) for shard in self.shards]
+
+    def _image(self, place: tuple[int, int, int, str], size: Size) -> Tensor:
+        shard, start, length, name = place
+        where = f"{self.shards[shard]}:{name}"
+        try:
+            data = self.store.cat_file(self.shards[shard], start, start + length)
+        except Exception as error:
+            raise UsageError(f"{where} could not be read ({in_short(error)}); the same command goes on from the last "
+                             "checkpoint") from None
+        return read_picture(io.BytesIO(data), where, len(data), size)
+
+
+def _spelled_out(source: str) -> list[str]:
+    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", source)
+    if match is None:
+        return [source]
+    low, high = match.groups()
+    numbers = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    return [rest for n in numbers for rest in _spelled_out(source[: match.start()] + n + source[match.end() :])]
+
+
+def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[str, Any]]:
+    """Every picture's place and caption; files of one sample lie beside each other, named alike up to the first dot.
+
+    Args:
+        shards: number, path and sign of each; the sign is for `datasets`, which keeps the table by its arguments.
+    """
+    import fsspec
+
+    store, _ = fsspec.core.url_to_fs(source)
+    for index, shard, _ in shards:
+        try:
+            with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for key, files in groupby(_files(tar, file), key=lambda m: _key(m.name)):
+                    if (found := _sample(tar, shard, key, list(files))) is not None:
+                        yield {"shard": index, **found}
+        except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+            raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
+
+
+def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    yield from (member for member in tar if member.isfile())
+    file.seek(tar.offset)
+    if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile takes it for the end
+        raise EOFError("it ends inside a header")
+
+
+def _key(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.split(".")[0])
+
+
+def _sample(tar: tarfile.TarFile, shard: str, key: str, files: list[tarfile.TarInfo]) -> dict[str, Any] | None:
+    by_suffix = {PurePosixPath(file.name).suffix.lower(): file for file in files}
+    picture = next((file for suffix, file in by_suffix.items() if suffix in SUFFIXES), None)
+    if picture is None:  # what could not be fetched leaves its text behind
+        return None
+    caption = ""
+    for suffix in (".txt", ".json"):
+        if not caption and suffix in by_suffix and (data := tar.extractfile(by_suffix[suffix])):
+            text = data.read().decode("utf-8", errors="replace")
+            caption = text.strip() if suffix == ".txt" else _of_json(text)
+    if not caption:
+        raise UsageError(f"{shard}: {picture.name} has no caption; put {PurePosixPath(key).name}.txt beside it, or a "
+                         f"{PurePosixPath(key).name}.json with a caption")
+    return {"start": picture.offset_data, "bytes": picture.size, "name": picture.name, "caption": caption}
+
+
+def _of_json(text: str) -> str:
+    try:
+        values = json.loads(text)
+        return str(values.get("caption") or values.get("text") or "").strip()
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _told(error: BaseException) -> str:
+    """What `_members` said, out of what `datasets` wraps it in."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UsageError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause) if cause is not None else f"the shards could not be read ({in_short(error)})"  # type: ignore[arg-type]

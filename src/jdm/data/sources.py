@@ -1,0 +1,285 @@
+"""Pictures with captions: the packaged Fashion-MNIST, a folder, tar shards, or a dataset of the Hugging Face hub.
+
+A split is written as `datasets` writes it: "train", "validation", "test", "test[:5000]". Every order and every
+choice of caption is a pure function of (seed, step), so that a resumed run and any world size see the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jdm.data.pictures import SUFFIXES, decoded, load_picture, read_all
+from jdm.data.shards import Shards
+from jdm.errors import UsageError
+from jdm.files import ASSETS
+from jdm.size import Size, height_width, spelled
+
+if TYPE_CHECKING:
+    from jdm.space import Space
+
+PACKAGED = ASSETS / "fashion-mnist"
+TRAINING_SET_PLACES = (Path("/usr/share/datasets/fashion-mnist"),)
+HELD_OUT = 5000  # training pictures kept for validation
+
+FASHION_CLASSES: tuple[tuple[str, ...], ...] = (
+    ("t-shirt", "top", "tee shirt"),
+    ("trouser", "pair of trousers", "pair of pants"),
+    ("pullover", "sweater", "jumper"),
+    ("dress", "frock"),
+    ("coat", "overcoat"),
+    ("sandal", "open shoe"),
+    ("shirt", "button shirt"),
+    ("sneaker", "running shoe", "trainer"),
+    ("bag", "handbag", "purse"),
+    ("ankle boot", "boot"),
+)
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a grey photo of a {}",
+             "a product photo of a {}", "a {} on a black background", "one {}")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A split: uint8 pictures by index, their captions, and class labels where the source has them.
+
+    Attributes:
+        images: indices [B] -> uint8 [B, 3, H, W].
+        captions: for each picture, or each label, the tuple of captions one is drawn from.
+        labels: [N] class of each picture; None where unknown. With labels, `captions` is indexed by label.
+        source: name for reports.
+        files: indices [B] -> what these pictures are read from: a file each, or the files that hold them all.
+        latents: their latents [N, C, h, w] in a space, where they are prepared (prepared.py).
+        slow: each is opened and decoded where it is asked for, so that a run reads ahead (batches.py).
+    """
+
+    images: Callable[[Tensor], Tensor]
+    captions: tuple[tuple[str, ...], ...]
+    labels: Tensor | None
+    indices: Tensor
+    size: Size
+    source: str
+    files: Callable[[Tensor], list[Path]] | None = None
+    latents: Callable[[Space], Tensor] | None = None
+    slow: bool = False
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] of rows of this split."""
+        return self.images(self.indices[rows])
+
+    def label(self, rows: Tensor) -> Tensor | None:
+        return None if self.labels is None else self.labels[self.indices[rows]]
+
+    def prompts(self, rows: Tensor, uniform: Tensor) -> list[str]:
+        """One caption per row, chosen by `uniform` [B] in [0, 1)."""
+        picture = self.indices[rows]
+        keys = picture if self.labels is None else self.labels[picture]
+        choices = [self.captions[k] for k in keys.tolist()]
+        return [c[int(u * len(c))] for c, u in zip(choices, uniform.tolist(), strict=True)]
+
+    def part(self, expression: str) -> Pictures:
+        """A slice of this split, "[a:b]"."""
+        return replace(self, indices=self.indices[_slice(expression)])
+
+
+def load_pictures(source: str, split: str, size: Size) -> Pictures:
+    """The split of a source: "fashion-mnist", a folder of pictures with captions, .tar shards, or a hub dataset id."""
+    match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
+    if match is None or match[1] not in ("train", "validation", "test"):
+        raise UsageError(f"split must be train, validation or test, with or without [a:b]; got {split!r}")
+    if source == "fashion-mnist":
+        pictures = _fashion_mnist(match[1], size)
+    elif Path(source).is_dir():
+        pictures = _folder(Path(source), match[1], size)
+    elif source.endswith(".tar"):
+        pictures = _shards(source, match[1], size)
+    else:
+        pictures = _hub(source, match[1], size)
+    pictures = pictures.part(match[2]) if match[2] else pictures
+    if len(pictures) == 0:
+        raise UsageError(f"{source}, split {split}: no pictures; give a wider slice or more pictures")
+    return pictures
+
+
+def fingerprint(pictures: Pictures, count: int = 1000) -> str:
+    """SHA-256 of the size of a split, and of its first pictures and captions; recorded with every run."""
+    rows = torch.arange(min(count, len(pictures)))
+    digest = hashlib.sha256(pictures.batch(rows).numpy().tobytes())
+    digest.update(json.dumps([len(pictures), pictures.prompts(rows, torch.zeros(len(rows)))]).encode())
+    return digest.hexdigest()
+
+
+# Sources
+
+
+def _fashion_mnist(split: str, size: Size) -> Pictures:
+    sides = height_width(size)
+    if min(sides) < 28:
+        raise UsageError(f"Fashion-MNIST pictures are 28 px and are padded with black; size must be at least "
+                         f"28, got {spelled(size)}")
+    folder, stem = (PACKAGED, "t10k") if split == "test" else (_training_folder(), "train")
+    files = [folder / f"{stem}-images-idx3-ubyte.gz", folder / f"{stem}-labels-idx1-ubyte.gz"]
+    images, labels = _idx(files[0], 16).reshape(-1, 28, 28), _idx(files[1], 8)
+    padded = np.pad(images, ((0, 0), *[((side - 28) // 2, (side - 27) // 2) for side in sides]))
+    grey = torch.from_numpy(padded)[:, None]
+    cut = len(grey) - HELD_OUT
+    bounds = {"train": (0, cut), "validation": (cut, len(grey)), "test": (0, len(grey))}[split]
+    captions = tuple(tuple(_phrase(t, n) for n in names for t in TEMPLATES) for names in FASHION_CLASSES)
+    return Pictures(
+        images=lambda rows: grey[rows].expand(-1, 3, -1, -1),
+        captions=captions,
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        indices=torch.arange(*bounds),
+        size=size,
+        source=f"fashion-mnist/{split}",
+        files=lambda rows: files,
+    )
+
+
+def _phrase(template: str, noun: str) -> str:
+    phrase = template.format(noun)
+    return re.sub(r"\ba ([aeiou])", r"an \1", phrase)
+
+
+def _training_folder() -> Path:
+    places = [Path(p) for p in [os.environ.get("FASHION_MNIST", "")] if p] + list(TRAINING_SET_PLACES)
+    for place in places:
+        if (place / "train-images-idx3-ubyte.gz").is_file():
+            return place
+    raise UsageError(
+        "the Fashion-MNIST training set (60,000 pictures) was not found; install Debian's package "
+        "dataset-fashion-mnist, set FASHION_MNIST to a folder with train-images-idx3-ubyte.gz and "
+        "train-labels-idx1-ubyte.gz, or give --data.source zalando-datasets/fashion_mnist"
+    )
+
+
+def _idx(path: Path, header: int) -> np.ndarray:
+    try:
+        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).copy()
+    except (OSError, EOFError, ValueError) as error:
+        raise UsageError(f"{path} is not a readable IDX file ({error}); fetch it again") from None
+
+
+def _folder(folder: Path, split: str, size: Size) -> Pictures:
+    """A folder: split sub-folders where they exist, otherwise every 20th picture validates and tests."""
+    root = folder / split if (folder / split).is_dir() else folder
+    captions = _table(root)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UsageError(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))}); is this the right folder?")
+    texts = [(_caption(p, root, captions),) for p in files]
+    keep = [i for i in range(len(files)) if root != folder or _share(i) == split]
+    from datasets import Dataset
+
+    table = Dataset.from_dict({"file": [str(p) for p in files]})
+    return Pictures(
+        images=lambda rows: read_all(lambda file: load_picture(file, size), table[rows.tolist()]["file"]),
+        captions=tuple(texts),
+        labels=None,
+        indices=torch.tensor(keep, dtype=torch.long),
+        size=size,
+        source=f"{folder.name}/{split}",
+        files=lambda rows: [files[i] for i in rows.tolist()],
+        slow=True,
+    )
+
+
+def _share(i: int) -> str:
+    return {0: "validation", 1: "test"}.get(i % 20, "train")
+
+
+def _table(root: Path) -> dict[str, str]:
+    """Captions of metadata.csv, metadata.jsonl (or any single .csv/.jsonl): columns file_name and text."""
+    tables = sorted([*root.glob("*.csv"), *root.glob("*.jsonl")])
+    if len(tables) > 1:
+        raise UsageError(f"{root} holds {len(tables)} tables ({tables[0].name}, {tables[1].name}, ...); keep one")
+    if not tables:
+        return {}
+    try:
+        text = tables[0].read_text(encoding="utf-8")
+        if tables[0].suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines()))
+        return {r["file_name"]: str(r.get("text") or r.get("caption") or "") for r in rows}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"{tables[0]}: needs the columns file_name and text ({type(error).__name__}: "
+                         f"{error})") from None
+
+
+def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
+    for key in (path.relative_to(root).as_posix(), path.name):
+        if table.get(key):
+            return table[key]
+    beside = path.with_suffix(".txt")
+    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+    if not text:
+        raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL "
+                         "with the columns file_name and text")
+    return text
+
+
+def _shards(source: str, split: str, size: Size) -> Pictures:
+    shards = Shards(source)
+    return Pictures(
+        images=lambda rows: shards.images(rows, size),
+        captions=tuple((caption,) for caption in shards.captions),
+        labels=None,
+        indices=torch.tensor([i for i in range(len(shards)) if _share(i) == split], dtype=torch.long),
+        size=size,
+        source=f"{source.rsplit('/', 1)[-1]}/{split}",
+        files=lambda rows: shards.files(),
+        slow=True,
+    )
+
+
+def _hub(name: str, split: str, size: Size) -> Pictures:
+    from datasets import load_dataset
+
+    try:
+        whole = load_dataset(name, split="test" if split == "test" else "train")
+    except Exception as error:
+        raise UsageError(f"{name!r} is neither fashion-mnist, a folder, nor a dataset that could be loaded "
+                         f"({type(error).__name__}: {str(error)[:120]})") from None
+    features = whole.features
+    image = next((k for k in ("image", "img", "picture") if k in features), None)
+    text = next((k for k in ("text", "caption", "prompt") if k in features), None)
+    if image is None or (text is None and "label" not in features):
+        raise UsageError(f"{name}: needs an image column and a text or label column, has {list(features)}")
+    column: str = image
+    if text is None:
+        labels, names = torch.tensor(whole["label"]), features["label"].names
+        captions = tuple(tuple(_phrase(t, n.lower()) for t in TEMPLATES) for n in names)
+    else:
+        labels, captions = None, tuple((c,) for c in whole[text])
+    cut = len(whole) - min(HELD_OUT, len(whole) // 10)
+    bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
+    return Pictures(
+        images=lambda rows: read_all(lambda p: decoded(p, size, name), whole[rows.tolist()][column]),
+        captions=captions,
+        labels=labels,
+        indices=torch.arange(*bounds),
+        size=size,
+        source=f"{name}/{split}",
+        files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
+        slow=True,
+    )
+
+
+def _slice(expression: str) -> slice:
+    low, high = expression.strip("[]").split(":")
+    return slice(int(low) if low else None, int(high) if high else None)

@@ -1,0 +1,284 @@
+"""Measurements of a model: distance, consistency, diversity, prompt agreement, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jdm.controls import Control, checked, load_control
+from jdm.data.sources import load_pictures
+from jdm.errors import UsageError
+from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
+from jdm.evaluation.reference import SAMPLES, Reference, references
+from jdm.evaluation.sampling import Sampler
+from jdm.files import ASSETS
+from jdm.generator import starting_noise
+from jdm.library import SHIPPED, load_model
+from jdm.metrics.consistency import Consistency, chance
+from jdm.metrics.diversity import Diversity, diversity
+from jdm.metrics.extractors import ClassifierFeatures, EffLite0, Extractor
+from jdm.metrics.fid import Inception
+from jdm.metrics.frechet import Statistics, frechet_distance
+from jdm.metrics.prompts import prompt_agreement
+from jdm.metrics.scores import chosen as chosen_prompts
+from jdm.metrics.scores import scores
+from jdm.metrics.spread import bootstrap, frechet_bootstrap
+from jdm.metrics.timing import peak_memory_mb, seconds_per_image
+from jdm.models.classifier import Classifier
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.rewards.classifier import PromptClassifier, nano_judge
+from jdm.run import Run
+from jdm.size import size_of
+from jdm.space import from_bytes, to_bytes, unit
+
+if TYPE_CHECKING:
+    from jdm.methods.networks import Networks
+
+FASHION = "fashion-mnist"
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # beside those every evaluation has
+DIVERSITY_GROUPS, DIVERSITY_DRAWS = 64, 8
+PROBE_SAMPLES = 1000  # of the reference of a teacher that ships without one
+
+
+@cache
+def judge() -> Classifier:
+    """The shipped classifier, trained on real training pictures only."""
+    return Classifier.load(ASSETS / "nano-classifier")
+
+
+@cache
+def second_judge() -> PromptClassifier | None:
+    """nano-judge, which no reward was and nothing is trained on; None where it does not ship."""
+    return nano_judge() if (ASSETS / "nano-judge").is_dir() else None
+
+
+def evaluate(
+    model: str,
+    control: str | None = None,
+    n: int = 1000,
+    seed: int = 0,
+    source: str = "fashion-mnist",
+    split: str = "test",
+    steps: int | None = None,
+    guidance: float | None = None,
+    teacher: str = "nano-sd",
+    quick: bool = False,
+    scored: Sequence[str] = (),
+    also: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """All measurements of a model on the first n pictures of a split.
+
+    Args:
+        control: by name or import path; the one the model was trained with where not given.
+        steps, guidance: for multi-step models; 50 and the model card's, or 2, where not given.
+        teacher: whose uncontrolled samples distances are taken to.
+        quick: the first extractor alone, fewer draws for diversity, fewer timings.
+        scored: networks that score pictures for their prompts, as `metrics.scores`. also: further extractors, as
+            `extractors`.
+
+    Returns:
+        fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
+        diversity, prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64
+        and 1, peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and what was asked.
+    """
+    loaded = load_model(model).to(device)
+    card = loaded.card or {}
+    pictures = load_pictures(source, split, loaded.size)
+    spec = control or card.get("control")
+    if spec and loaded.controlnet is None:
+        raise UsageError(f"{model} has no ControlNet; evaluate it without --control")
+    asked = checked(load_control(spec), loaded.size) if spec else None
+    if loaded.controlnet is not None and asked is None:
+        raise UsageError(f"{model} has a ControlNet; say which control with --control")
+    sampler = sampler_of(loaded, steps, guidance)
+    questions = Questions.of(pictures, asked, n, seed, device)
+    chosen = extractors(source, quick, also, device)
+    whole = load_pictures(source, "test", loaded.size)
+    row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, **_run_as(sampler),
+           "method": card.get("method")}
+    made = answers(sampler, questions, asked)
+    row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
+    row |= cost(sampler, questions, asked, repeats=1 if quick else 3)
+    return row | scores(scored, made, questions.y, device, taken=row)
+
+
+def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Sequence[str], n: int = 800, seed: int = 0,
+                     steps: int | None = None, guidance: float | None = None,
+                     device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Scores of a text-to-image model on the first n prompts of each style (`metrics.scores.read_prompts`).
+
+    Raises:
+        UsageError: the model wants a control, or nothing is to be scored.
+    """
+    loaded = load_model(model).to(device)
+    if loaded.controlnet is not None:
+        raise UsageError(f"{model} has a ControlNet, and prompts alone give it no control; evaluate it on pictures")
+    if not scored:
+        raise UsageError("prompts without pictures are only scored; name what by: --scores clip,hpsv2,aesthetic")
+    sampler = sampler_of(loaded, steps, guidance)
+    asked, styles = chosen_prompts(prompts, n)
+    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
+    row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
+    return row | scores(scored, made, asked, device, styles, taken=row)
+
+
+def sampler_of(model: StableDiffusion, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """One step of a one-step student, 50 of others; the guidance of the model's card, or 2, where not given."""
+    own = float((model.card or {}).get("guidance", 2.0))
+    return Sampler(model, steps or (1 if model.one_step else 50), own if guidance is None else guidance)
+
+
+def _run_as(sampler: Sampler) -> dict[str, Any]:
+    return {"steps": sampler.steps, "guidance": sampler.guidance if sampler.steps > 1 else None}
+
+
+def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
+               device: str | torch.device = "cpu") -> list[Extractor]:
+    """What distances read, first the one that `fd` is on: the shipped classifier where it knows the data.
+
+    Args:
+        also: "inception", or "inception:FILE" of its weights: FID, first where the classifier does not know the data.
+    """
+    known: list[Extractor] = [ClassifierFeatures(judge())] if source == FASHION else []
+    own = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _known(also))]
+    if quick and (known or own):
+        return [*known, *own]
+    return [*known, *own, EffLite0(device, batch=4 if torch.device(device).type == "cpu" else 256)]
+
+
+def _known(also: Sequence[str]) -> Sequence[str]:
+    for spec in also:
+        if spec.partition(":")[0] not in EXTRACTORS:
+            raise UsageError(f"there is no extractor {spec!r}; further ones are {', '.join(EXTRACTORS)}")
+    return also
+
+
+def measured(
+    pictures: Tensor,
+    questions: Questions,
+    control: Control | None,
+    targets: dict[str, Reference],
+    chosen: list[Extractor],
+    sampler: Sampler,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Measurements of uint8 pictures [N, 3, H, W]; the first extractor gives `fd`, others a suffixed one."""
+    row: dict[str, Any] = {"n": len(pictures)}
+    for place, extractor in enumerate(chosen):
+        suffix = "" if place == 0 else f"_{extractor.name.split('-')[0]}"
+        features = extractor.features(pictures)
+        target = targets[extractor.name]
+        distance = frechet_distance(Statistics.of(features, extractor.name), target.statistics)
+        row |= {f"fd{suffix}": distance, f"fd_floor{suffix}": target.floor(len(pictures)),
+                f"fd_extractor{suffix}": extractor.name}
+        if place == 0 and features.shape[1] < 512:  # seconds a draw above that
+            row["fd_spread"] = frechet_bootstrap(features, target.statistics)[1]
+    if control is not None and questions.c is not None:
+        row |= _obedience(pictures, questions, control, sampler)
+    if questions.source == FASHION and questions.labels is not None:
+        row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+        row |= _judged(pictures, questions, questions.labels)
+    differing = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
+    row |= {"diversity": differing.mean, "diversity_spread": bootstrap(differing.per_group)[1]}
+    return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
+
+
+def cost(sampler: Sampler, questions: Questions, control: Control | None, batches: tuple[int, ...] = (64, 1),
+         repeats: int = 3) -> dict[str, Any]:
+    """Seconds from prompt and control to pixels, per picture, at each batch size; and peak memory in MiB."""
+    row: dict[str, Any] = {}
+    for batch in batches:
+        part = questions.head(min(batch, len(questions)))
+
+        def once(part: Questions = part) -> Tensor:
+            sampler.text.forget()
+            return answers(sampler, part, control)
+
+        key = "seconds_per_image" if batch != 1 else "seconds_per_image_batch1"
+        row[key] = seconds_per_image(once, len(part), repeats)
+    device = next(sampler.net.parameters()).device
+    return row | {"peak_memory_mb": peak_memory_mb(device), "device": str(device), "threads": torch.get_num_threads()}
+
+
+def noise_diversity(sampler: Sampler, questions: Questions, control: Control | None, extractor: Extractor,
+                    groups: int = DIVERSITY_GROUPS, draws: int = DIVERSITY_DRAWS) -> Diversity:
+    """Diversity over z at fixed (y, c): mean pairwise feature distance."""
+    part = questions.head(min(groups, len(questions)))
+    z = starting_noise(sampler.model.latent_shape(len(part) * draws, size_of(part.images)), part.seed + 1)
+    y = [caption for caption in part.y for _ in range(draws)]
+    shown = None
+    if control is not None and part.c is not None:
+        shown = control.image(part.c).repeat_interleave(draws, 0)
+    features = extractor.features(sampler(z, y, shown))
+    return diversity(features.view(len(part), draws, -1))
+
+
+@torch.no_grad()
+def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str, float]:
+    """What nano-judge says: the mean log-probability of the class prompted, in nats, and its prompt agreement."""
+    other = second_judge()
+    if other is None:
+        return {}
+    parts = torch.arange(len(pictures)).split(250)
+    said = [other(unit(from_bytes(pictures[rows])), [questions.y[int(i)] for i in rows]) for rows in parts]
+    return {"judge": torch.cat(said).mean().item(),
+            "judge_accuracy": prompt_agreement(other.classifier, pictures, labels)}
+
+
+@torch.no_grad()
+def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
+    assert questions.c is not None
+    device = next(sampler.net.parameters()).device
+    seen = controls_of(control, unit(from_bytes(pictures)), device)
+    space = sampler.model.space
+    back = [to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu() for part in in_parts(questions.images)]
+    trip = controls_of(control, unit(from_bytes(torch.cat(back))), device)
+    anchors = Consistency.of(control, questions.c, seen, size_of(pictures), trip)
+    spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
+    row = {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
+           "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
+    ignoring = chance(questions.c, seen, prompts=questions.y)
+    if len(ignoring) > 1:  # pictures with captions of their own have nobody to be compared with
+        row |= {"consistency_same_prompt": float(ignoring.mean()),
+                "consistency_same_prompt_spread": bootstrap(ignoring)[1]}
+    return row
+
+
+def validation_probe(networks: Networks, run: Run, control: Control | None,
+                     n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
+    """averages -> consistency, distance and agreement of the averaged student on n validation pictures.
+
+    None where the data holds fewer than two of them, or of the test pictures whose prompts the reference answers.
+    """
+    held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+    if len(held_out) < 2 or len(load_pictures(run.data.source, "test", run.data.size)) < 2:
+        return None  # a folder too small to spare the two that a covariance needs
+    extractor = extractors(run.data.source)[0]
+
+    @cache
+    def target() -> Statistics:
+        whole = load_pictures(run.data.source, "test", run.data.size)
+        samples = SAMPLES if run.model in SHIPPED else PROBE_SAMPLES
+        return references(run.model, [extractor], whole, samples=samples, device=run.device)[extractor.name].statistics
+
+    def probe(_: dict[str, nn.Module]) -> dict[str, float]:
+        questions = Questions.of(held_out, control, min(n, len(held_out)), 0, run.device)
+        sampler = Sampler(networks.teacher)
+        sampler.generator = networks.generator
+        pictures = answers(sampler, questions, control)
+        own = Statistics.of(extractor.features(pictures), extractor.name)
+        row = {"fd": frechet_distance(own, target())}
+        if control is not None and questions.c is not None:
+            seen = controls_of(control, unit(from_bytes(pictures)), run.device)
+            row["consistency"] = (seen - questions.c).abs().mean().item()
+        if questions.source == FASHION and questions.labels is not None:
+            row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+            row |= _judged(pictures, questions, questions.labels)
+        return row
+
+    return probe

@@ -1,0 +1,276 @@
+"""A run's model as a folder of its own, in the layout a user's software loads."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from jdm.errors import RunError, UsageError
+from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
+from jdm.files import ASSETS, read_json
+from jdm.formats import lora_file, single_file
+from jdm.library import SHIPPED, load_model
+from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod, lone_controlnet
+from jdm.recipes import recorded
+from jdm.schedule import NoiseSchedule
+from jdm.size import height_width, sized
+from jdm.training import checkpoint
+from jdm.training.loop import export_checkpoint
+
+FORMATS = ("diffusers", "single-file", "controlnet", "lora")
+RANK = 64
+PICKLES = tuple(f"*{ending}" for ending in single_file.PICKLES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished model's folder, and what is known of how it was made.
+
+    Attributes:
+        record: run.json, {} where there is none. name: as the user gave it.
+    """
+
+    folder: Path
+    record: dict
+    name: Path
+
+    @property
+    def card(self) -> dict:
+        return read_json(self.folder / CARD)
+
+    @property
+    def kind(self) -> str | None:
+        """The class of stock diffusers that the folder names."""
+        index = read_json(self.folder / "model_index.json") or read_json(self.folder / "config.json")
+        return index.get("_class_name") if "_diffusers_version" in index else None
+
+    def model(self) -> StableDiffusion:
+        if not (self.folder / "model_index.json").is_file():
+            raise UsageError(f"{self.name} is one network, not a whole model; export it with --format diffusers")
+        return load_model(str(self.folder))
+
+    def controlnet(self) -> ControlNetModel:
+        for folder in (self.folder, self.folder / "controlnet"):
+            if read_json(folder / "config.json").get("_class_name") == "ControlNetModel":
+                return lone_controlnet(folder)
+        raise UsageError(f"{self.name} has no ControlNet; export it with --format diffusers, single-file or lora")
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    dtype: torch.dtype = torch.float32,
+    format: str = "diffusers",
+    rank: int | None = None,
+    base: str | None = None,
+    metrics: str | Path | None = None,
+) -> Path:
+    """Write a finished run's model, or one built from the last checkpoint's averages, for others; returns `out`.
+
+    Args:
+        run: a run's folder, a model's, or a shipped model's name.
+        out: a new or empty folder; it appears whole or not at all.
+        dtype: of the weights on disk. The configs stay, so a stock loader computes in the precision asked of it.
+        format: diffusers, a folder as stock pipelines load it; single-file, for ComfyUI and A1111; controlnet, the
+            ControlNet alone in both layouts; lora, the UNet's difference from its base, in both layouts.
+        rank: of the LoRA, RANK where not given.
+        base: what the LoRA is to be laid over; the run's teacher where not given.
+        metrics: a file that `jdm evaluate --json` wrote, for the README.
+
+    Raises:
+        UsageError: there is nothing to export, or not so, or `out` is taken. RunError: the disk refuses.
+    """
+    run, out = Path(run), Path(out)
+    _check(run, out, format, rank, base)
+    known = _metrics(Path(metrics)) if metrics else {}
+    draft = out.with_name(f".{out.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        with _source(run, draft.with_name(f".{out.name}.source")) as source:
+            subject = replace(_subject(source, out.name, format, dtype), metrics=known, rank=rank or RANK)
+            subject = WRITERS[format](source, draft, replace(subject, base=base) if base else subject)
+        for file in draft.rglob("*.safetensors"):
+            _recast(file, dtype)
+        (draft / "README.md").write_text(model_card(subject), encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        draft.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} could not be written ({error}); free some space or name another folder") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
+
+
+def _check(run: Path, out: Path, format: str, rank: int | None, base: str | None) -> None:
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(FORMATS)}"
+        raise UsageError(f"there is no format {format!r}; {hint}")
+    if format != "lora" and (rank is not None or base is not None):
+        raise UsageError(f"--{'base' if rank is None else 'rank'} is of a LoRA; leave it out or add --format lora")
+    if rank is not None and rank < 1:
+        raise UsageError(f"LoRA rank must be at least 1, got {rank}")
+    if out.name in ("", ".."):
+        raise UsageError(f"{out} is no name for a new folder; give one, such as my_model")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} is there already and is not empty; name a new folder")
+    single_file.refuse_pickle(run)
+
+
+@contextmanager
+def _source(run: Path, spare: Path) -> Iterator[Source]:
+    """The model of `run`; a folder at `spare` lasts as long as it is needed where it has to be built first."""
+    if not run.is_dir() and str(run) in SHIPPED:
+        run = ASSETS / str(run)
+    for folder in (run / "model", run):
+        if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+            for file in folder.rglob("*"):
+                if "training" not in file.parts and not any(file.parent.glob("*.safetensors")):
+                    single_file.refuse_pickle(file)
+            yield Source(folder, _record(folder), run)
+            return
+    place = checkpoint.last(run)
+    if place is None or not (run / "run.json").is_file():
+        what = "is no run" if not (run / "run.json").is_file() else "has no checkpoint yet"
+        raise UsageError(f"{run} {what}; give the --out of a jdm train, such as runs/nano-canny")
+    again = replace(recorded(run / "run.json"), out=run)
+    try:
+        export_checkpoint(again, spare)
+        yield Source(spare, read_json(run / "run.json"), run)
+    finally:
+        shutil.rmtree(spare, ignore_errors=True)
+
+
+def _record(folder: Path) -> dict:
+    """The run.json of a model's folder: its run's, or the one that lies in its `training`."""
+    beside = folder.parent / "run.json" if folder.name == "model" else folder / "run.json"
+    kept = [file for file in (folder / "training").glob("*.json") if "run" in read_json(file)]
+    return read_json(beside) or (read_json(kept[0]) if len(kept) == 1 else {})
+
+
+def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subject:
+    """What the README says of the model, as far as its configs tell: no weight is read."""
+    found = Subject(name, format, source.kind, source.card, source.record, dtype=str(dtype).split(".")[-1],
+                    base=source.record.get("run", {}).get("model"),
+                    controlled=(source.folder / "controlnet").is_dir())
+    configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    unet, vae, scheduler = (read_json(source.folder / file) for file in configs)
+    if not (unet and vae and scheduler):
+        return found
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
+                    prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
+    if not found.one_step:
+        return found
+    levels, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    signal, level = float(levels[-1]), len(levels) - 1
+    same = level < len(theirs) and abs(float(theirs[level]) / signal - 1) < 1e-3
+    return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
+
+
+def _diffusers(source: Source, draft: Path, subject: Subject) -> Subject:
+    """The folder as it is."""
+    shutil.copytree(source.folder, draft, ignore=shutil.ignore_patterns(*PICKLES))
+    return subject
+
+
+def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
+    """One checkpoint, its ControlNet beside it, and the configs by which stock diffusers reads the two."""
+    model = source.model()
+    draft.mkdir()
+    no_weights = shutil.ignore_patterns("*.safetensors", *PICKLES, CARD, "training", "*.md")
+    shutil.copytree(source.folder, draft / "config", ignore=no_weights)
+    single_file.save(single_file.checkpoint_tensors(model), draft / CHECKPOINT_FILE.format(name=subject.name))
+    _hints(model, draft, subject)
+    _keep_card(source, draft)
+    return subject
+
+
+def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
+    """The ControlNet as stock diffusers loads it, and in the single-file layout beside that."""
+    net = source.controlnet()
+    net.save_pretrained(draft)
+    config = read_json(draft / "config.json")
+    config.pop("_name_or_path", None)
+    (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    single_file.save(single_file.controlnet_tensors(net), draft / CONTROLNET_FILE.format(name=subject.name))
+    _keep_card(source, draft)
+    subject = replace(subject, controlled=True, known_as=single_file.known_size({**net.config}))
+    if subject.kind != "ControlNetModel":
+        return subject
+    wide = net.config["addition_embed_type"] is not None
+    return replace(subject, kind=f"StableDiffusion{'XL' * wide}ControlNetPipeline")
+
+
+def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
+    """The UNet's difference from its base as a LoRA in both layouts; ControlNet and one-step scheduler beside it."""
+    if subject.base is None:
+        raise UsageError(f"{source.name} does not say what it was trained from; name it with --base")
+    model = source.model()
+    try:
+        base = load_model(subject.base)
+    except UsageError as error:
+        raise UsageError(f"{error}; name what the LoRA is to be laid over with --base") from None
+    found = lora_file.difference_lora(base.unet, model.unet, subject.rank)
+    draft.mkdir()
+    lora_file.write_diffusers(found.lora, draft / LORA_FILE)
+    lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))
+    for part in ("scheduler", "controlnet"):
+        if (source.folder / part).is_dir():
+            shutil.copytree(source.folder / part, draft / part)
+    _hints(model, draft, subject)
+    _keep_card(source, draft)
+    return replace(subject, errors=found.errors, left_out=found.left_out, rank=found.lora.rank)
+
+
+WRITERS: dict[str, Callable[[Source, Path, Subject], Subject]] = dict(
+    zip(FORMATS, (_diffusers, _single_file, _controlnet, _lora), strict=True))
+
+
+def _hints(model: StableDiffusion, draft: Path, subject: Subject) -> None:
+    if model.controlnet is not None:
+        single_file.save(single_file.controlnet_tensors(model.controlnet),
+                         draft / CONTROLNET_FILE.format(name=subject.name))
+
+
+def _keep_card(source: Source, draft: Path) -> None:
+    if (source.folder / CARD).is_file():
+        shutil.copy(source.folder / CARD, draft / CARD)
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    """The measurements of `jdm evaluate --json`."""
+    single_file.refuse_pickle(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        first = getattr(error, "strerror", None) or error
+        raise UsageError(f"{file} could not be read ({first}); give what jdm evaluate --json wrote") from None
+    if not isinstance(found, dict) or not found or any(isinstance(v, dict | list) for v in found.values()):
+        raise UsageError(f"{file} is not what jdm evaluate --json writes: one name and one value per measurement")
+    return found
+
+
+def _recast(file: Path, dtype: torch.dtype) -> None:
+    """The file's numbers in another precision; its header, and single numbers such as a LoRA's alpha, stay."""
+    tensors = load_file(file)
+    changed = {k: v.to(dtype) for k, v in tensors.items() if v.is_floating_point() and v.ndim and v.dtype != dtype}
+    if not changed:
+        return
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata() or {"format": "pt"}
+    draft = file.with_suffix(".draft")  # tensors left as they were may still be read from the file
+    save_file(tensors | changed, draft, metadata=header)
+    draft.replace(file)

@@ -1,0 +1,96 @@
+"""The best averages of a run by what its probe measures, and when to end early: the judge sees what a reward cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdm.errors import UsageError
+from jdm.run import Run
+from jdm.training import checkpoint, distributed
+
+BETTER = {"judge": 1.0, "prompt_agreement": 1.0, "fd": -1.0, "consistency": -1.0}  # sign of what a probe measures
+FOLDER = "best"  # in a run's folder: checkpoints of averages alone
+
+
+class Best:
+    """Which probe was the best so far by run.best, from the run's own log: a resumed run knows what it knew.
+
+    Raises:
+        UsageError: nothing of that name is measured, or never.
+    """
+
+    def __init__(self, run: Run, log: Path, measures: bool = True):
+        """log: the run's metrics.jsonl. measures: the task has a probe."""
+        self.run, self.seen = run, []
+        if not run.best:
+            if run.patience:
+                raise UsageError(f"patience {run.patience} needs --best, by which a probe is better than another: "
+                                 f"{', '.join(BETTER)}")
+            return
+        if run.best not in BETTER:
+            raise UsageError(f"no probe measures {run.best!r} that more or less of is better; choose --best from "
+                             f"{', '.join(BETTER)}")
+        if not measures:
+            raise UsageError(f"this run has no validation pictures to measure {run.best} on; leave out --best")
+        if run.probe_every < 1 or run.patience < 0:
+            raise UsageError(f"--best needs --probe-every of at least 1 and --patience of at least 0, got "
+                             f"{run.probe_every} and {run.patience}")
+        for line in log.read_text().splitlines():
+            row = json.loads(line)
+            if f"probe/{run.best}" in row:
+                self.seen.append((int(row["step"]), float(row[f"probe/{run.best}"])))
+        self._forget()
+
+    @property
+    def ended(self) -> bool:
+        """`patience` probes have passed since the best one."""
+        return bool(self.run.patience and self.seen) and len(self.seen) - 1 - self._best >= self.run.patience
+
+    @property
+    def place(self) -> Path | None:
+        """The checkpoint of the best averages."""
+        found = {_step(place): place for place in checkpoint.all_checkpoints(self.run.out / FOLDER)}
+        return found.get(self.seen[self._best][0]) if self.seen else None
+
+    def note(self, step: int, measured: Mapping[str, Any], averages: Mapping[str, dict[str, Tensor]]) -> None:
+        """Keep these averages if no probe was better.
+
+        Raises:
+            UsageError: the probe does not measure run.best. RunError: the disk is full.
+        """
+        if not self.run.best:
+            return
+        if self.run.best not in measured:
+            raise UsageError(f"this run's probe does not measure {self.run.best}; choose --best from "
+                             f"{', '.join(k for k in measured if k in BETTER) or 'nothing: leave it out'}")
+        value = distributed.batch_mean(torch.tensor(float(measured[self.run.best]), dtype=torch.float64))
+        self.seen.append((step, float(value)))  # one value for all processes
+        if self._best == len(self.seen) - 1:
+            checkpoint.save(checkpoint.State({}, {}, averages, {}), self.run.out / FOLDER, step)
+
+    def _forget(self) -> None:
+        """What steps left that the resumed run has not taken; and all that was seen, where the best of it is gone."""
+        taken = {step for step, _ in self.seen}
+        for place in checkpoint.all_checkpoints(self.run.out / FOLDER):
+            if _step(place) not in taken and distributed.first():
+                shutil.rmtree(place)
+        distributed.barrier()
+        if self.place is None:
+            self.seen = []
+
+    @property
+    def _best(self) -> int:
+        """The first of the best."""
+        values = [BETTER[self.run.best] * value for _, value in self.seen]
+        return max(range(len(values)), key=values.__getitem__)
+
+
+def _step(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))

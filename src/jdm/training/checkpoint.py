@@ -1,0 +1,207 @@
+"""Checkpoints: every tensor and counter a run needs to go on exactly, in safetensors and JSON, written atomically.
+
+    OUT/checkpoints/step-0000500/   state.safetensors  state.json
+
+Several processes write their shards with torch.distributed.checkpoint in place of state.safetensors; either kind is
+read by any number of processes.
+
+A checkpoint is written beside its place under a temporary name, flushed to disk and renamed, so that a folder
+named step-* is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from jdm.errors import RunError, UsageError, in_short
+from jdm.training import distributed
+
+KEPT, WHOLE = 2, "state.safetensors"
+
+
+@dataclass
+class State:
+    """What a run carries from step to step.
+
+    Attributes:
+        modules: what trains, by name; `trained` says what of each.
+        optimizers: by phase name.
+        averages: exponential moving averages, by module name, then as `trained` names them.
+        counters: numbers and strings that JSON can hold.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    averages: Mapping[str, dict[str, Tensor]]
+    counters: dict
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """What of a module training changes, by name: parameters that require gradients, and buffers. No copies."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def save(state: State, out: Path, step: int) -> Path:
+    """Write OUT/checkpoints/step-NNNNNNN and forget all but the last ones.
+
+    Raises:
+        RunError: the disk is full or cannot be written; what was there before is intact.
+    """
+    folder = out / "checkpoints"
+    place, draft = folder / f"step-{step:07d}", folder / f".draft-{step:07d}"
+    try:
+        if distributed.first():
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        if distributed.size() > 1:
+            distributed.barrier()
+            dcp.save(_tensors(state), checkpoint_id=draft)
+        else:
+            save_file({k: v.cpu().contiguous().clone() for k, v in _tensors(state).items()}, draft / WHOLE)
+        if distributed.first():
+            (draft / "state.json").write_text(json.dumps({"step": step, **state.counters, **_scalars(state)}))
+            for file in draft.iterdir():
+                _flush(file)
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+            _flush(folder)
+        distributed.barrier()
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunError(f"checkpoint of step {step} could not be written ({_cause(error)}); free some space and run the "
+                       f"same command again: it goes on from {last(out) or 'the start'}") from None
+    for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def load(state: State, place: Path, alone: bool = False) -> dict:
+    """Put a checkpoint into `state`; returns its JSON. alone: this process reads it without the others.
+
+    Raises:
+        UsageError: it belongs to another recipe (names or shapes differ), or is damaged.
+    """
+    try:
+        info = json.loads((place / "state.json").read_text())
+        tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
+    except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
+        raise UsageError(f"{place} is damaged ({_cause(error)}); delete it and run again: the run goes on from the one "
+                         "before it") from None
+    for group, held in _held(state).items():
+        _copy(held, _under(tensors, f"{group}."), place, group.partition(".")[2])
+    for name, optimizer in state.optimizers.items():
+        _load_optimizer(optimizer, _under(tensors, f"optimizer.{name}."), info["optimizers"][name])
+    if "rng.torch" in tensors:
+        torch.set_rng_state(tensors["rng.torch"])
+    return info
+
+
+def _cause(error: BaseException) -> str:
+    """In one line; of several processes' errors the first, which comes with its traceback as text."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        process, (first, *_) = next(iter(error.failures.items()))
+        return f"process {process}: {in_short(first)}"  # type: ignore[arg-type]
+    return in_short(error)  # type: ignore[arg-type]
+
+
+def all_checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(p for p in (out / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+
+
+def last(out: Path) -> Path | None:
+    found = all_checkpoints(out)
+    return found[-1] if found else None
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    tensors = {"rng.torch": torch.get_rng_state()}
+    for group, held in _held(state).items():
+        tensors |= {f"{group}.{k}": v for k, v in held.items()}
+    for name, optimizer in state.optimizers.items():
+        for i, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{i}.{k}": torch.as_tensor(v) for k, v in slots.items()}
+    return {k: v.detach() for k, v in tensors.items()}
+
+
+def _held(state: State) -> dict[str, dict[str, Tensor]]:
+    """Networks and averages: group of names in the file -> tensors."""
+    return {**{f"module.{name}": trained(module) for name, module in state.modules.items()},
+            **{f"average.{name}": average for name, average in state.averages.items()}}
+
+
+def _gathered(state: State, place: Path, alone: bool) -> dict[str, Tensor]:
+    """What several processes wrote, sharded as this run's tensors are."""
+    likes = {f"{group}.{k}": v for group, held in _held(state).items() for k, v in held.items()}
+    for name, optimizer in state.optimizers.items():
+        likes |= {f"optimizer.{name}.{i}": p for i, p in enumerate(_parameters(optimizer))}
+    tensors = {}
+    for key, known in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
+        like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is placed as its parameter
+        if isinstance(known, TensorStorageMetadata) and (like is not None or key == "rng.torch"):
+            empty = torch.zeros(known.size, dtype=known.properties.dtype)
+            tensors[key] = empty if like is None or not empty.ndim else distributed.placed_like(empty, like)
+    dcp.load(tensors, checkpoint_id=place, no_dist=alone or distributed.size() == 1)
+    return tensors
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _scalars(state: State) -> dict:
+    return {"optimizers": {n: {"groups": len(o.param_groups), "slots": sorted(
+        {k for s in o.state_dict()["state"].values() for k in s})} for n, o in state.optimizers.items()}}
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], place: Path, name: str) -> None:
+    wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
+    if wrong:
+        raise UsageError(f"{place} belongs to another recipe: {name}.{wrong[0]} does not fit; resume with the "
+                         "recipe in its run.json, or choose another --out")
+    for key, tensor in tensors.items():
+        distributed.local(own[key]).copy_(distributed.local(distributed.placed_like(tensor, own[key])))
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict) -> None:
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        i, slot = key.split(".", 1)
+        slots.setdefault(int(i), {})[slot] = value
+    parameters = _parameters(optimizer)
+    for i, values in slots.items():
+        for slot, value in values.items():
+            if value.ndim and not isinstance(value, DTensor):
+                values[slot] = distributed.placed_like(value, parameters[i])
+    own = optimizer.state_dict()
+    if info["groups"] != len(own["param_groups"]):
+        raise UsageError("the checkpoint's optimiser has other parameter groups; it belongs to another recipe")
+    optimizer.load_state_dict({"state": slots, "param_groups": own["param_groups"]})
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

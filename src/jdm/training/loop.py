@@ -1,0 +1,307 @@
+"""One loop for every method: phases in turn, each moving only its own parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from jdm.data.sources import fingerprint, load_pictures
+from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.files import write
+from jdm.models.execution import settle
+from jdm.run import Phase, Run, described, without_cache
+from jdm.sharing import sharing
+from jdm.training import checkpoint, distributed
+from jdm.training.best import Best
+from jdm.training.distributed import local
+from jdm.training.memory import out_of_memory
+
+
+class Trainer:
+    """A run in progress: the task's networks, their optimisers, averages and checkpoints.
+
+    Raises:
+        UsageError: the run cannot start.
+    """
+
+    def __init__(self, run: Run):
+        if run.steps < 1 or run.batch < 1:
+            raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
+        run = distributed.join(run)
+        torch.manual_seed(run.seed)
+        self.run, self.task = run, run.method.task(run)
+        settle(run, *self.task.frozen, *self.task.modules.values())
+        distributed.shard(self.task, run)
+        self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
+        self.averages = {n: _copied(self.task.modules[n]) for n in self.task.averaged}
+        self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
+        place = checkpoint.last(run.out)
+        if place:
+            _refuse_another(run)
+        self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
+        if self.start > run.steps:
+            raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
+        if distributed.first():
+            _record(run)
+        self.log = _Log(run.out / "metrics.jsonl", self.start)
+        distributed.barrier()  # the log is cut back before anyone reads it
+        self.best = Best(run, self.log.path, bool(self.task.probe))
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
+        run, clock, done = self.run, time.perf_counter(), step + 1
+        logs = self._phases(step)
+        for name, average in self.averages.items():
+            _average(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
+        probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
+        if probed and self.task.probe:
+            with averaged(self.task.modules, self.averages) as modules:
+                measured = self.task.probe(modules)
+            self.best.note(done, measured, self.averages)
+            logs |= {f"probe/{k}": v for k, v in measured.items()}
+        if probed or done % run.log_every == 0 or done == run.steps:
+            self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
+        if done % run.save_every == 0 or done == run.steps or self.best.ended:
+            checkpoint.save(self.state, run.out, done)
+        return logs
+
+    def export(self) -> Path:
+        """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
+
+        Where networks are sharded the first process builds it from its checkpoint, by itself.
+        """
+        folder, best = self.run.out / "model", self.best.place
+        if distributed.size() == 1:
+            if best:
+                checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
+            with averaged(self.task.modules, self.averages) as modules:
+                self.task.export(folder, modules)
+        elif distributed.first():
+            export_checkpoint(self.run, folder, best)
+        distributed.barrier()
+        return folder
+
+    def _phases(self, step: int) -> dict[str, Any]:
+        logs: dict[str, Any] = {}
+        begun = self._begun(step, 0) if self.run.accumulate == 1 else None
+        for phase in self.task.phases:
+            if step % phase.every:
+                continue
+            for repeat in range(phase.repeats):
+                gradients, loss, more = self._gradients(phase, step, repeat, begun)
+                norm = _step(phase, self.optimizers[phase.name], gradients, step, self.run)
+                if not math.isfinite(norm) or not math.isfinite(loss):
+                    raise self._not_finite(phase, step, norm)
+            logs |= more | {f"{phase.name}/loss": loss, f"{phase.name}/gradient": norm}
+        return logs
+
+    def _begun(self, step: int, turn: int) -> Any:
+        """This process's share of the batch, or a turn's part of that."""
+        turns = self.run.accumulate
+        with sharing(distributed.rank() * turns + turn, distributed.size() * turns):
+            return self.task.begin(step)
+
+    def _gradients(self, phase: Phase, step: int, repeat: int,
+                   begun: Any) -> tuple[list[Tensor | None], float, dict[str, Any]]:
+        """Gradients of the global batch's mean loss, that loss, and what the last part logs."""
+        turns, total, value, more = self.run.accumulate, None, torch.zeros(()), {}
+        for turn in range(turns):
+            loss, more = phase.loss(begun if begun is not None else self._begun(step, turn), repeat)
+            value = value.to(loss.device) + loss.detach() / turns
+            found = self._backward(loss / turns, phase)
+            total = found if total is None else [_sum(a, b) for a, b in zip(total, found, strict=True)]
+        assert total is not None
+        return total, float(distributed.batch_mean(value)), more
+
+    def _backward(self, loss: Tensor, phase: Phase) -> list[Tensor | None]:
+        if distributed.size() == 1:
+            return list(torch.autograd.grad(loss, phase.parameters, allow_unused=True))
+        trained = (p for module in self.task.modules.values() for p in module.parameters())
+        return distributed.averaged_gradients(loss, phase.parameters, trained)
+
+    def _not_finite(self, phase: Phase, step: int, norm: float) -> RunError:
+        what = "gradients that are" if not math.isfinite(norm) else "a loss that is"
+        return RunError(
+            f"phase {phase.name} gave {what} not finite at step {step}; last good checkpoint: "
+            f"{checkpoint.last(self.run.out) or 'none yet'}; lower its learning rate "
+            f"({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
+
+
+def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path:
+    """Train to run.steps, or until run.patience is out, resuming from the last checkpoint in run.out.
+
+    Returns the exported model's folder.
+
+    Args:
+        progress: called after every step with its number and the latest numbers.
+
+    Raises:
+        UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
+        TerminatedError: SIGTERM came; the step was finished and saved.
+    """
+    trainer, step = None, 0
+    try:
+        trainer = Trainer(run)
+        step = trainer.start
+        with distributed.Terminator() as terminator:
+            for step in range(trainer.start, run.steps):
+                if trainer.best.ended:
+                    break
+                logs = trainer.step(step)
+                if progress and distributed.first():
+                    progress(step + 1, logs)
+                if distributed.agreed(terminator.asked):
+                    place = checkpoint.save(trainer.state, run.out, step + 1)
+                    raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
+        return trainer.export()
+    except torch.OutOfMemoryError:
+        raise RunError(out_of_memory(run, trainer and trainer.task)) from None
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        raise RunError(f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it "
+                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from None
+    except OSError as error:  # the log, the pictures, the exported folder
+        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; free some space or mend the disk and "
+                       f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
+
+
+def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path:
+    """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
+    place = place or checkpoint.last(run.out)
+    assert place is not None
+    task = run.method.task(replace(run, device="cpu"))
+    averages = {name: task.modules[name].eval() for name in task.averaged}
+    checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
+                    alone=True)
+    task.export(folder, averages)
+    return folder
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], step: int,
+          run: Run) -> float:
+    """Clip and apply, unless the norm is not finite. Returns the norm before clipping."""
+    present = [g for g in gradients if g is not None]
+    total = torch.nn.utils.get_total_norm(present)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    if not math.isfinite(norm):
+        return norm
+    torch._foreach_mul_([distributed.local(g) for g in present], min(1.0, phase.groups[0][1].clip / (norm + 1e-6)))
+    for parameter, gradient in zip(phase.parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for group, (_, optimiser) in zip(optimizer.param_groups, phase.groups, strict=True):
+        group["lr"] = optimiser.rate(step, run.steps)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    """Parameters tend to the module's; buffers, which may count, are the module's."""
+    now, parameters = checkpoint.trained(module), dict(module.named_parameters())
+    moving = [name for name in average if name in parameters]
+    torch._foreach_lerp_([local(average[name]) for name in moving], [local(now[name]) for name in moving], 1 - decay)
+    for name in average.keys() - parameters.keys():
+        average[name].copy_(now[name])
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in checkpoint.trained(module).items()}
+
+
+@contextmanager
+def averaged(modules: Mapping[str, nn.Module],
+             averages: Mapping[str, dict[str, Tensor]]) -> Iterator[dict[str, nn.Module]]:
+    """The averaged modules themselves, holding their averages and in eval mode; put back at the end."""
+    chosen = {name: modules[name] for name in averages}
+    modes = {name: module.training for name, module in chosen.items()}
+    _exchange(chosen, averages)
+    try:
+        for module in chosen.values():
+            module.eval()
+        yield chosen
+    finally:
+        _exchange(chosen, averages)
+        for name, module in chosen.items():
+            module.train(modes[name])
+
+
+@torch.no_grad()
+def _exchange(modules: Mapping[str, nn.Module], averages: Mapping[str, dict[str, Tensor]]) -> None:
+    for name, module in modules.items():
+        for key, value in checkpoint.trained(module).items():
+            ours, theirs = local(value), local(averages[name][key])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+
+def _refuse_another(run: Run) -> None:
+    """UsageError where run.out holds a run on other data, of another model, batch or seed.
+
+    The method's own settings may change: a run that failed is often cured by a lower rate.
+    """
+    try:
+        before = without_cache(json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError):
+        return  # the tensors themselves still have to fit
+    now = without_cache(json.loads(json.dumps(described(run))))
+    changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
+    if changed:
+        raise UsageError(f"{run.out} holds a run with another {changed[0]}; choose another --out, or go on with it as "
+                         f"it was: jdm train {run.out / 'run.json'}")
+
+
+def _record(run: Run) -> None:
+    """run.json: the recipe and the versions a run can be repeated from."""
+    import platform
+
+    import diffusers
+    import transformers
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    pictures = load_pictures(run.data.source, run.data.split, run.data.size)
+    data = {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures)}
+    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads()}
+    write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+class _Log:
+    """metrics.jsonl, cut back to the step a run resumes from."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= start]
+        if distributed.first():
+            write(path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if not distributed.first():
+            return
+        row = {"step": step} | {k: float(v) for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf

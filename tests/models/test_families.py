@@ -1,0 +1,270 @@
+"""Tiny models of SD1.5's, SD2.1's and SDXL's classes: each trains, resumes, exports, and runs in stock diffusers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+import jdm.evaluation.evaluate
+import tiny
+from jdm.data.sources import load_pictures
+from jdm.errors import UsageError
+from jdm.evaluation.reference import references
+from jdm.evaluation.sampling import Sampler, generator
+from jdm.generator import starting_noise
+from jdm.library import load_model
+from jdm.models import nano
+from jdm.models.stable_diffusion import (
+    Denoiser,
+    StableDiffusion,
+    new_controlnet,
+    one_step_scheduler,
+    save_pipeline,
+)
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.text import TwoTextEncoders
+from jdm.recipes import all_recipes, recorded
+from jdm.space import unit
+from jdm.training import checkpoint
+from jdm.training.loop import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("untrained_judge")
+WIDTH = 16
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+PROMPTS = ["an ankle boot", "a coat"]
+STOCK = """
+import json, sys
+sys.modules["jdm"] = None  # importing it raises ImportError
+import diffusers
+from safetensors.torch import load_file, save_file
+folder, asked, out = sys.argv[1:]
+asked = load_file(asked)
+pipe = getattr(diffusers, json.load(open(folder + "/model_index.json"))["_class_name"]).from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+images = pipe(json.loads(sys.stdin.read()), image=asked["control"], latents=asked["z"], num_inference_steps=1,
+              guidance_scale=1, output_type="pt").images
+save_file({"images": images.float().contiguous()}, out)
+"""
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)
+
+
+def unet(**changes) -> UNet2DConditionModel:
+    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
+             "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2, "down_block_types": DOWN,
+             "up_block_types": UP, "cross_attention_dim": nano.TEXT_WIDTH}
+    return UNet2DConditionModel(**(shape | changes))
+
+
+def made(kind: str) -> StableDiffusion:
+    """Random weights in the shapes of a family, with its prediction and schedule."""
+    tokenizer = nano.tokenizer(["a photo of an ankle boot", "a coat"])
+    encoder = nano.text_encoder(tokenizer)
+    if kind == "sd15":
+        return StableDiffusion(unet(), autoencoder(), encoder, tokenizer, nano.SCHEDULER)
+    if kind == "sd21-v":  # linear projections, heads by block, v-prediction
+        net = unet(use_linear_projection=True, attention_head_dim=(2, 4))
+        return StableDiffusion(net, autoencoder(), encoder, tokenizer,
+                               {**nano.SCHEDULER, "prediction_type": "v_prediction"})
+    second = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=12, max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id))
+    net = unet(down_block_types=DOWN[::-1], up_block_types=UP[::-1], transformer_layers_per_block=(1, 2),
+               cross_attention_dim=nano.TEXT_WIDTH + WIDTH, addition_embed_type="text_time",
+               addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8, use_linear_projection=True)
+    return StableDiffusionXL(net, autoencoder(), encoder, tokenizer, nano.SCHEDULER, None, None, second, tokenizer)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd21-v", "sdxl"])
+def family(request, tmp_path_factory):
+    """(kind, folder of its tiny teacher, folder of a student trained three steps)."""
+    place = tmp_path_factory.mktemp(request.param)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made(request.param)
+    for part in model.modules().values():
+        part.eval().requires_grad_(False)
+    teacher = save_pipeline(model, place / "teacher")
+    recipe = all_recipes()["nano-canny"]()
+    loud = replace(recipe.method, controlnet=replace(recipe.method.controlnet, lr=0.1, warmup=0))  # zero no more
+    run = tiny.run(replace(recipe, method=loud), place / "run", teacher, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jdm.evaluation.evaluate, "judge", tiny.judge)
+        return request.param, teacher, train(run), run
+
+
+def test_a_folder_is_read_as_the_family_its_index_names(family):
+    kind, teacher, student, _ = family
+    wanted = StableDiffusionXL if kind == "sdxl" else StableDiffusion
+    assert type(load_model(str(teacher))) is wanted
+    assert type(load_model(str(student))) is wanted
+    assert load_model(str(student)).prediction == ("v_prediction" if kind == "sd21-v" else "epsilon")
+
+
+def reproduced(folder, place, size):
+    """Largest difference between our pictures [0, 1] and those of a stock pipeline that is not told their size."""
+    student = load_model(str(folder))
+    height, width = size
+    control = (torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(0)) < 0.2).float()
+    control = control.expand(-1, 3, -1, -1)
+    z = starting_noise(student.latent_shape(2, size), seed=5)
+    with torch.no_grad():
+        ours = unit(student.space.decode(Sampler(student).x(z, PROMPTS, control))).clamp(0, 1)
+        other = unit(student.space.decode(Sampler(student).x(z, PROMPTS, 1 - control))).clamp(0, 1)
+    assert (ours - other).abs().max() > 2e-3, "a control that changes nothing would prove nothing"
+    save_file({"z": z, "control": control.contiguous()}, place / "asked.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", STOCK, folder, place / "asked.safetensors", place / "out"],
+                          input=json.dumps(PROMPTS), text=True, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return (load_file(place / "out")["images"] - ours).abs().max()
+
+
+def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
+    assert reproduced(family[2], tmp_path, (32, 32)) < 1e-4
+
+
+def test_a_student_of_pictures_that_are_not_square_says_so_to_stock_diffusers(family, tmp_path):
+    kind, teacher, _, run = family
+    wide = replace(run, out=tmp_path / "run", data=replace(run.data, size=(28, 44)))  # latents of odd sides
+    folder = train(wide)
+    student = load_model(str(folder))
+    assert student.size == (28, 44)
+    model = load_model(str(teacher))
+    assert (model.at((28, 44)).size, model.size) == ((28, 44), 32)
+    if kind == "sdxl":
+        assert student.text()(["a"])[1]["time_ids"].tolist() == [[28, 44, 0, 0, 28, 44]]
+    assert reproduced(folder, tmp_path, (28, 44)) < 1e-4
+    assert recorded(wide.out / "run.json") == replace(wide, out=wide.out)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(family, tmp_path):
+    *_, run = family
+    halfway = Trainer(replace(run, out=tmp_path))
+    halfway.step(0)
+    del halfway
+    train(replace(run, out=tmp_path))
+    a, b = (load_file(checkpoint.last(out) / "state.safetensors") for out in (run.out, tmp_path))  # type: ignore[operator]
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
+    kind, teacher, *_ = family
+    model = load_model(str(teacher))
+    pipe = model.pipeline(DDIMScheduler.from_config(model.scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    z = starting_noise(model.latent_shape(2, 32), seed=1)
+    stock = pipe(["a coat", "an ankle boot"], latents=z, num_inference_steps=4, guidance_scale=3.0,  # type: ignore[operator]
+                 height=32, width=32, output_type="pt").images
+    sampler = Sampler(model, 4, 3.0)
+    with torch.no_grad():
+        ours = unit(model.space.decode(sampler.x(z, ["a coat", "an ankle boot"]))).clamp(0, 1)
+    assert (stock - ours).abs().max() < 1e-4, kind
+
+
+@torch.no_grad()
+def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+    pipe: Any = model.pipeline(DDIMScheduler.from_config(model.scheduler))
+    parts, prompts = (model.text_encoder, model.tokenizer, model.text_encoder_2, model.tokenizer_2), ["a coat", "", "a"]
+    for zeros in (True, False):
+        states, added = TwoTextEncoders(*parts, size=(48, 32), zeros=zeros)(prompts)
+        for i, prompt in enumerate(prompts):
+            exact, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+            quiet = 0 if zeros and not prompt else 1
+            torch.testing.assert_close(states[i], quiet * exact[0])
+            torch.testing.assert_close(added["text_embeds"][i], quiet * pooled[0])
+        ids = pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), torch.float32, text_encoder_projection_dim=12)
+        assert torch.equal(added["time_ids"], ids.expand(3, -1))
+    for size, told in ((32, (32, 32)), ((64, 48), (64, 48))):
+        assert model.at(size).text()(["a"])[1]["time_ids"].tolist() == [[*told, 0, 0, *told]]
+    for zeros in (True, False):
+        loaded = load_model(str(save_pipeline(replace(model, zeros=zeros), tmp_path / str(zeros))))
+        assert loaded.text()([""])[1]["text_embeds"].any() != zeros
+
+
+@pytest.mark.parametrize("name", ["nano-controlnet", "nano-posterior", "nano-text-guided", "nano-no-warm-up"])
+def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+    for part in model.modules().values():
+        part.eval().requires_grad_(False)
+    teacher = save_pipeline(model, tmp_path / "teacher")
+    card = {"kind": "one-step", "method": "diff-instruct", "control": None, "t_init": 625}
+    save_pipeline(model, tmp_path / "student", one_step_scheduler(nano.SCHEDULER, 625), card=card)
+    run = tiny.run(all_recipes()[name](), tmp_path / "run", teacher)
+    told, passed = [], Denoiser._denoised
+
+    def noted(self, x_t, index, text, control):
+        told.append(text[1]["time_ids"])
+        return passed(self, x_t, index, text, control)
+
+    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    Trainer(replace(run, data=replace(run.data, size=(28, 44)))).step(0)
+    assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
+
+
+def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(tmp_path, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
+    monkeypatch.setattr("jdm.evaluation.reference._cache", lambda: tmp_path / "cache")
+    told, passed = [], Denoiser._denoised
+
+    def noted(self, x_t, index, text, control):
+        told.append(text[1]["time_ids"])
+        return passed(self, x_t, index, text, control)
+
+    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    pictures = load_pictures("fashion-mnist", "test[:4]", (28, 44))
+    chosen = jdm.evaluation.evaluate.extractors("fashion-mnist", quick=True)
+    references(str(teacher), chosen, pictures, steps=1, samples=4)
+    generator(str(teacher), steps=1)("a coat", torch.zeros(3, 28, 44, dtype=torch.uint8))
+    assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
+
+
+def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made("sdxl")
+        controlnet = new_controlnet(model.unet, model.downscale)
+    folder = save_pipeline(model.with_parts(controlnet=controlnet), tmp_path / "model")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet"):
+        (file,) = (folder / part).glob("*.safetensors")
+        before, tensors = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}
+        del tensors[min(tensors)]
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(UsageError, match=r"could not be loaded as a SDXL model: 1 weights of the \w+ are missing"):
+            load_model(str(folder))
+        file.write_bytes(before)
+    whole = load_model(str(folder)).modules()  # as it was, once nothing is missing
+    for part, network in {**model.modules(), "controlnet": controlnet}.items():
+        assert all(torch.equal(v, whole[part].state_dict()[k]) for k, v in network.state_dict().items())
+
+
+def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = save_pipeline(made("sdxl"), tmp_path / "broken")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["text_encoder_2"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="is no SDXL model: it lacks text_encoder_2"):
+        load_model(str(folder))

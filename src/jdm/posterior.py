@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from jdm.run import Optimiser
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prompts, Score
 
@@ -48,3 +51,43 @@ class Posterior:
         with torch.no_grad():
             target = self(self.schedule.noised(x, before, eps), before, y)
         return (self(self.schedule.noised(x, t, eps), t, y) - target).square().mean()
+
+
+# Where a term takes its samples of p(x | x_t) from
+
+
+@dataclass(frozen=True)
+class ConsistencyPosterior:
+    """A LoRA on the fake score, trained by consistency on the student's samples (JDM Eq. 8).
+
+    Attributes:
+        rank: rank of the LoRA.
+        levels: K, the number of noise levels of consistency training.
+        low: smallest of those levels, in [0, 1].
+        high: largest of those levels, in [0, 1].
+        optimiser: how the LoRA moves.
+        clip: bound on the norm of its whole gradient.
+    """
+
+    rank: int = 16
+    levels: int = 18
+    low: float = 0.02
+    high: float = 0.98
+    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class FakePosterior:
+    """The fake score's own x0, the paper's easy way (JDM Sec. 3): nothing more to train."""
+
+
+@dataclass(frozen=True)
+class FrozenPosterior:
+    """A posterior trained beforehand on real pictures; in no paper.
+
+    Attributes:
+        model: folder of the posterior that `jdm train nano-posterior` left.
+    """
+
+    model: str = "runs/nano-posterior/model"

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol, get_type_hints
 from torch import Tensor, nn
 
 from jdm.size import Size
-from jdm.training.optimiser import AdamW
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,6 @@ class Optimiser:
     """AdamW with warm-up, decay and clipping; the learning rate is a pure function of the step.
 
     Attributes:
-        clip: bound on the norm of a phase's whole gradient; a phase takes it from its first group.
         states: of the moments it keeps: in the parameters' own dtype, or in 8 bits (`jdm.training.optimiser`).
     """
 
@@ -29,7 +27,6 @@ class Optimiser:
     weight_decay: float = 0.0
     warmup: int = 100
     decay: Literal["constant", "cosine", "linear"] = "cosine"
-    clip: float = 1.0
     states: Literal["float32", "8bit"] = "float32"
 
     def rate(self, step: int, steps: int) -> float:
@@ -47,7 +44,9 @@ class Phase:
     Attributes:
         groups: (parameters, optimiser) pairs; one backward serves all.
         loss: (state of the step, repeat number) -> scalar loss and what to log.
-        repeats: updates per step. every: steps between updates.
+        repeats: updates per step.
+        every: steps between updates.
+        clip: bound on the norm of the whole gradient, over all groups.
     """
 
     name: str
@@ -55,14 +54,24 @@ class Phase:
     loss: Callable[[Any, int], tuple[Tensor, dict[str, Any]]]
     repeats: int = 1
     every: int = 1
+    clip: float = 1.0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for parameters, _ in self.groups for p in parameters]
 
-    def optimizer(self) -> AdamW:
-        return AdamW({"params": p, "lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay, "states": o.states}
-                     for p, o in self.groups)
+
+@dataclass
+class Product:
+    """What a run is for: the networks that are averaged and exported, and how they become a folder.
+
+    Attributes:
+        modules: networks by name; averages are kept of each.
+        write: (folder, averages) -> writes the trained model for use; `averages` are these modules holding averages.
+    """
+
+    modules: dict[str, nn.Module]
+    write: Callable[[Path, dict[str, nn.Module]], object]
 
 
 @dataclass
@@ -71,9 +80,8 @@ class Task:
 
     Attributes:
         begin: step -> the state its phases share (batch, noise, the generator's sample).
-        modules: everything that trains, for the checkpoint.
-        averaged: names of the modules an exponential moving average is kept of.
-        export: (folder, averages) -> writes the trained model for use; `averages` are those modules, holding averages.
+        modules: everything that trains, for the checkpoint; the product's networks among them.
+        product: what is averaged and exported.
         probe: averages -> cheap measurements on validation pictures.
         frozen: networks that run and do not train, or hold what does; they are sharded with the others.
     """
@@ -81,16 +89,49 @@ class Task:
     phases: list[Phase]
     begin: Callable[[int], Any]
     modules: dict[str, nn.Module]
-    export: Callable[[Path, dict[str, nn.Module]], object]
-    averaged: tuple[str, ...] = ()
+    product: Product
     probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None
     frozen: Sequence[nn.Module] = ()
 
 
-class Method(Protocol):
-    """A frozen dataclass whose fields are its hyperparameters and whose body is its equation."""
+@dataclass(frozen=True)
+class Needs:
+    """What a run reads, apart from how it is wired: `estimate`, `prepare` and `export` ask for this alone.
 
-    def task(self, run: Run) -> Task: ...
+    Attributes:
+        models: role -> model's name, the teacher's first; a role is what the method asks for it by.
+        control: the control's name or import path; empty for none.
+        reward: the reward's name or import path; empty for none.
+        prompts: roles of the models whose text encoders read the prompts.
+        pictures: the training pictures, or their captions, are read.
+        latents: the teacher's autoencoder encodes every training picture once.
+    """
+
+    models: Mapping[str, str] = field(default_factory=dict)
+    control: str = ""
+    reward: str = ""
+    prompts: tuple[str, ...] = ("teacher",)
+    pictures: bool = True
+    latents: bool = False
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters and whose body is its equation.
+
+    `loaded` is a jdm.loading.Loaded: what `needs` names, read when it is first asked for.
+    """
+
+    def needs(self, run: Run) -> Needs:
+        """What a run with this method reads."""
+        ...
+
+    def product(self, loaded: Any) -> Product:
+        """The networks that are exported, built without what only training needs."""
+        ...
+
+    def task(self, loaded: Any) -> Task:
+        """Phases, batches and networks of training."""
+        ...
 
 
 @dataclass(frozen=True)

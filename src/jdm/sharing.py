@@ -1,10 +1,13 @@
-"""Which part of a step's global batch is computed here: by this process, and in this turn of it."""
+"""Which part of a step's global batch is computed here, and means over all parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,15 @@ def sharing(index: int, count: int) -> Iterator[None]:
         yield
     finally:
         _NOW.pop()
+
+
+def batch_mean(value: Tensor) -> Tensor:
+    """The mean over processes of a detached number that stands for this process's samples."""
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    return mean_over_processes_(value.detach().clone()) if many else value
+
+
+def mean_over_processes_(value: Tensor) -> Tensor:
+    """The mean over processes, in place."""
+    dist.all_reduce(value)
+    return value.div_(dist.get_world_size())

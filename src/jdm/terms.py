@@ -1,23 +1,30 @@
-"""The equations. A term is an ascent direction; terms add, and the sign flips once, in `ascend`.
+"""Terms: directions in which the student's samples ascend, and the equations they are made of.
 
-Terms on x_t are score-like: they reach x times alpha_t lambda_t (`on_x`). All of them come out detached.
+A term owns its weight, its noise levels, its lambda_t and normaliser, its bound, and the models it needs. Terms on x_t
+are score-like: they reach x times alpha_t lambda_t, in `NoisyTerm.on_x` alone. Terms add, and the sign flips once, in
+`ascend`. Every direction is detached.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
+from jdm.levels import Bound, Levels
+from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior
 from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, Prompts
-from jdm.training.distributed import batch_mean
 
-Weighting = Literal["constant", "x0", "dmd"]
+LambdaT = Literal["x0", "constant"]
+Normaliser = Literal["real", "fake", "none"]
+AnyPosterior = ConsistencyPosterior | FakePosterior | FrozenPosterior
+FLOOR = 0.1  # of the normaliser's mean, which tends to 0 at clean levels
 
 
 def distribution_matching(real: Estimate, fake: Estimate) -> Tensor:
@@ -120,41 +127,34 @@ def _gradient(value: Tensor, x: Tensor, n: int) -> Tensor:
     return torch.autograd.grad(value.sum(), x)[0]
 
 
-def lambda_t(weighting: Weighting, estimate: Estimate, x: Tensor | None = None, floor: float = 0.1) -> Tensor:
-    """lambda_t of JDM Eq. 3, as a choice; [B, 1, ...] float32.
+def lambda_t(kind: LambdaT, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """lambda_t of JDM Eq. 3; like alpha and sigma, float32.
 
-    constant: 1. x0: sigma^2 / alpha^2, so that alpha lambda (s_real - s_fake) = x0_real - x0_fake.
-    dmd: x0's, divided by mean|x0_real - x| per sample (DMD's normaliser), the mean bounded below by `floor`
-    because it tends to 0 at clean levels.
-
-    Args:
-        estimate: the real score's, of the x_t the term was taken on.
-        x: the generator's sample; needed by `dmd`.
+    constant: 1. x0: sigma^2 / alpha^2, with which alpha lambda (s_real - s_fake) = x0_real - x0_fake.
     """
-    ratio = (estimate.sigma / estimate.alpha) ** 2
-    if weighting == "constant":
-        return torch.ones_like(ratio)
-    if weighting == "x0":
+    ratio = (sigma / alpha) ** 2
+    if kind == "x0":
         return ratio
-    if weighting == "dmd" and x is not None:
-        mean = (estimate.x0 - precise(x)).abs().flatten(1).mean(1).clamp(min=floor)
-        return (ratio / mean.view_as(ratio)).detach()
-    raise UsageError(f"lambda_t must be constant, x0 or dmd (with x), got {weighting!r}")
+    if kind == "constant":
+        return torch.ones_like(ratio)
+    raise UsageError(f"lambda_t must be x0 or constant, got {kind!r}")
 
 
-def on_x(direction: Tensor, estimate: Estimate, weight: Tensor) -> Tensor:
-    """alpha_t lambda_t direction: the one place where a term on x_t becomes a term on x (JDM Eq. 5)."""
-    return estimate.alpha * weight * direction
+def mean_error(x0: Tensor, x: Tensor, floor: float = FLOOR) -> Tensor:
+    """DMD's normaliser: mean|x0 - x| of each sample, at least `floor`; [B, 1, ...], detached."""
+    mean = (x0 - precise(x)).abs().flatten(1).mean(1).clamp(min=floor)
+    return mean.view(-1, *[1] * (x.ndim - 1)).detach()
 
 
-def clipped_to(direction: Tensor, reference: Tensor, ratio: float) -> Tensor:
-    """`direction` with each sample's norm at most `ratio` times the mean norm of `reference` over the batch.
-
-    The batch's mean and not the sample's own norm: at clean levels the score difference vanishes, and that is where
-    a plug-in likelihood is right.
-    """
-    scale = (ratio * batch_mean(_norms(reference).mean()) / _norms(direction).clamp(min=1e-12)).clamp(max=1)
+def clipped(direction: Tensor, length: Tensor) -> Tensor:
+    """`direction` [B, ...] with each sample's norm at most `length`, a scalar."""
+    scale = (length / norms(direction).clamp(min=1e-12)).clamp(max=1)
     return direction * scale.view(-1, *[1] * (direction.ndim - 1))
+
+
+def norms(value: Tensor) -> Tensor:
+    """Euclidean norm of each sample, [B]."""
+    return value.flatten(1).norm(dim=1)
 
 
 def ascend(x: Tensor, direction: Tensor) -> Tensor:
@@ -162,5 +162,234 @@ def ascend(x: Tensor, direction: Tensor) -> Tensor:
     return -(precise(x) * direction.detach()).sum() / len(x)
 
 
-def _norms(value: Tensor) -> Tensor:
-    return value.flatten(1).norm(dim=1)
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over samples of the cosine between two directions; for the log."""
+    return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()
+
+
+# Terms
+
+
+class View(Protocol):
+    """What a term sees of a step: the student's sample, its noisy version at the term's levels, estimates of it.
+
+    Attributes:
+        x: the student's sample, detached. x_t: the same at level t, with alpha and sigma that broadcast over it.
+        y: prompts.
+    """
+
+    x: Tensor
+    x_t: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    y: Sequence[str]
+
+    def real(self, guidance: float | None = None) -> Estimate:
+        """The teacher's estimate of x_t, by default at the guidance of the method's fidelity term."""
+        ...
+
+    def fake(self) -> Estimate:
+        """The fake score's estimate of x_t."""
+        ...
+
+    def guidance_pair(self, teacher: str) -> tuple[Estimate, Estimate]:
+        """A teacher's estimates of x_t with and without the prompt, the run's own teacher where "" is given."""
+        ...
+
+    def likelihood(self, reference: bool) -> Callable[[Tensor], Tensor]:
+        """x -> log p(c | x), [B] in nats."""
+        ...
+
+    def reward(self) -> Callable[[Tensor], Tensor]:
+        """x -> the run's reward, [B]."""
+        ...
+
+    def through_posterior(self, value: Callable[[Tensor], Tensor], posterior: AnyPosterior, draws: int = 0) -> Tensor:
+        """Gradient over x_t of log E exp(value(x)) for x from p(x | x_t)."""
+        ...
+
+    def log(self, **values: Tensor) -> None:
+        """Add numbers to the step's log."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTerm:
+    """A term on x_t. Subclasses add a field for each setting of their own, and `direction`.
+
+    Attributes:
+        weight: factor on the whole term.
+        levels: the noise levels it is taken at; terms with equal levels share one x_t.
+        lambda_t: x0 for sigma^2 / alpha^2, constant for 1.
+        normaliser: whose x0 the term is divided by, as mean|x0 - x| per sample: the real score's, which is DMD's; the
+            fake score's, a pass cheaper at levels of the term's own; or none.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ()  # the fields that name a model to load
+
+    weight: float = 1.0
+    levels: Levels = field(default_factory=Levels)
+    lambda_t: LambdaT = "x0"
+    normaliser: Normaliser = "real"
+
+    def on_x(self, direction: Tensor, at: View) -> Tensor:
+        """weight alpha_t lambda_t direction: the one place where a term on x_t becomes a term on x (JDM Eq. 5)."""
+        scale = lambda_t(self.lambda_t, at.alpha, at.sigma)
+        if self.normaliser != "none":
+            estimate = at.real() if self.normaliser == "real" else at.fake()
+            scale = scale / mean_error(estimate.x0, at.x)
+        return at.alpha * scale * direction * self.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(NoisyTerm):
+    """s_real(x_t | y) - s_fake(x_t | y): distribution matching, blind to the control (JDM Eq. 5).
+
+    Attributes:
+        guidance: w of the real score, uncond + w (cond - uncond); 1 is none.
+    """
+
+    guidance: float = 2.0
+
+    def direction(self, at: View) -> Tensor:
+        real, fake = at.real(self.guidance), at.fake()
+        at.log(cos_real_fake=cosine(real.eps, fake.eps))
+        return self.on_x(distribution_matching(real, fake), at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFGAugmentation(NoisyTerm):
+    """s(x_t | y) - s(x_t) of a teacher: JDM's decoupled guidance (Sec. 3.1) and Decoupled DMD's CA term.
+
+    Its weight is w - 1 beside a fidelity term that sees the prompt, and w beside one that does not.
+
+    Attributes:
+        teacher: another teacher of the same latents, with its own text encoder and schedule; empty for the run's own.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: str = ""
+
+    def direction(self, at: View) -> Tensor:
+        return self.on_x(cfg_augmentation(*at.guidance_pair(self.teacher)), at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition(NoisyTerm):
+    """grad over x_t of log p(c | x_t): the condition term of JDM Eq. 5, through a posterior (Eqs. 7-8).
+
+    Attributes:
+        bound: how long the term may be beside the terms that have no bound.
+        posterior: where samples of p(x | x_t) come from, with what trains it.
+        draws: samples of p(x | x_t) in Eq. 7's integral; 0 is the plug-in f(x_t) alone, the paper's one sample.
+        reference: compare with the picture that c came from, where the control can; False uses c alone.
+    """
+
+    bound: Bound = field(default_factory=Bound)
+    posterior: AnyPosterior = field(default_factory=ConsistencyPosterior)
+    draws: int = 0
+    reference: bool = True
+
+    def direction(self, at: View) -> Tensor:
+        return self.on_x(at.through_posterior(at.likelihood(self.reference), self.posterior, self.draws), at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanCondition:
+    """grad over x of log p(c | x) on the clean sample: JDM's ablation without p(c | x_t).
+
+    Attributes:
+        weight: factor on the whole term.
+        bound: how long the term may be beside the terms that have no bound.
+        reference: compare with the picture that c came from, where the control can; False uses c alone.
+    """
+
+    levels: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
+
+    weight: float = 1.0
+    bound: Bound = field(default_factory=Bound)
+    reference: bool = True
+
+    def direction(self, at: View) -> Tensor:
+        return clean_alignment(at.likelihood(self.reference), at.x) * self.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(NoisyTerm):
+    """grad over x_t of r(f(x_t)): human-feedback learning on the noisy posterior (JDM Eq. 9).
+
+    Attributes:
+        model: a reward by name, or an import path, "my_rewards.py:brightness".
+        bound: how long the term may be beside the terms that have no bound.
+        posterior: where samples of p(x | x_t) come from, with what trains it.
+    """
+
+    model: str = "nano-reward"
+    bound: Bound = field(default_factory=Bound)
+    posterior: AnyPosterior = field(default_factory=ConsistencyPosterior)
+
+    def direction(self, at: View) -> Tensor:
+        return self.on_x(at.through_posterior(at.reward(), self.posterior), at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanReward:
+    """grad over x of r(x) on the clean sample, as Diff-Instruct++ has it.
+
+    Attributes:
+        model: a reward by name, or an import path, "my_rewards.py:brightness".
+        weight: factor on the whole term.
+        bound: how long the term may be beside the terms that have no bound.
+    """
+
+    levels: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
+
+    model: str = "nano-reward"
+    weight: float = 1.0
+    bound: Bound = field(default_factory=Bound)
+
+    def direction(self, at: View) -> Tensor:
+        return clean_alignment(at.reward(), at.x) * self.weight
+
+
+class Term(Protocol):
+    """A direction on x with everything that is its own. Further fields are found by name: bound, posterior, models."""
+
+    @property
+    def levels(self) -> Levels | None:
+        """The noise levels it is taken at; None for a term on the clean sample."""
+        ...
+
+    def direction(self, at: Any) -> Tensor:
+        """Ascent direction on x [B, ...], detached, weight and lambda_t included."""
+        ...
+
+
+def together(parts: Mapping[str, Tensor], bounds: Mapping[str, float],
+             batch_mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The parts with those that have a bound clipped to it, in units of the mean norm of the others' sum.
+
+    The batch's mean and not the sample's own norm: at clean levels the score difference vanishes, and that is where a
+    plug-in likelihood is right.
+
+    Args:
+        parts: directions on x by name.
+        bounds: bounds by name; 0 or missing for none.
+        batch_mean: the mean over all processes of a number that stands for this one's samples.
+    """
+    free = sum_of([part for name, part in parts.items() if name not in bounds])
+    length = batch_mean(norms(free).mean()) if any(bounds.values()) else None
+    return {name: clipped(part, bounds[name] * length) if length is not None and bounds.get(name) else part
+            for name, part in parts.items()}
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, in their order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

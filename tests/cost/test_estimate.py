@@ -15,7 +15,8 @@ from jdm.cost.counting import FORMULAS
 from jdm.cost.estimate import Rehearsal, estimate
 from jdm.cost.gpus import GPUS
 from jdm.library import load_model
-from jdm.models import known_configs, nano
+from jdm.cost import known_configs
+from jdm.models import nano
 from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes

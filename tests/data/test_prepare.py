@@ -17,8 +17,8 @@ from test_families import made
 import tiny
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
-from jdm.data import prepare as writing
-from jdm.data.prepare import prepare
+from jdm import prepare as writing
+from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model

@@ -13,7 +13,7 @@ from PIL import Image
 from test_prepare import cached
 
 import tiny
-from jdm.data.prepare import prepare
+from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.recipes.nano import nano_diff_instruct

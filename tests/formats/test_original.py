@@ -13,7 +13,8 @@ from jdm.errors import UsageError
 from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
-from jdm.models import known_configs, published
+from jdm.cost import known_configs
+from jdm.models import published
 
 
 def header(kind, said, more):

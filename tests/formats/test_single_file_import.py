@@ -17,7 +17,8 @@ from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
-from jdm.models import known_configs, published
+from jdm.cost import known_configs
+from jdm.models import published
 from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes

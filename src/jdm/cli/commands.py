@@ -90,7 +90,7 @@ def estimate(asked: argparse.Namespace) -> int:
 
 def prepare(asked: argparse.Namespace) -> int:
     """`jdm prepare`: prints the bytes of each part and the command that trains with them."""
-    from jdm.data.prepare import prepare as prepared
+    from jdm.prepare import prepare as prepared
 
     parser = _Parser(prog="jdm prepare", allow_abbrev=False, add_help=False)
     prepared_flags(parser)

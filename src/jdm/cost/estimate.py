@@ -11,39 +11,38 @@ peak times an ASSUMED utilisation: nothing here has run on such a GPU.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderTiny
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-import jdm.methods
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter, bytes_of, converted, copy_of
+from jdm.cost.counting import Meter, bytes_of, copy_of
 from jdm.cost.gpus import GPU, GPUS
+from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
 from jdm.errors import UsageError
-from jdm.models.adapters import Adapter, base_parameters
+from jdm.loading import Loaded
+from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
-from jdm.models.known_configs import dpt_hybrid, frozen, image_reward, without_weights
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, new_controlnet
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
 from jdm.size import Size, height_width
 from jdm.training.checkpoint import trained
+from jdm.training.optimiser import adamw
 
 RESERVE = 0.05  # of a GPU's memory
 UTILISATION = 0.4  # of a GPU's peak, assumed: eager mode, norms and activations bound by bandwidth
@@ -133,16 +132,17 @@ class Rehearsal:
 
     def __init__(self, run: Run):
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
-        self.models: dict[str, StableDiffusion] = {}
-        self.others: dict[str, nn.Module] = {}
-        self.notes: list[str] = []
+        self.shapes = Shapes(run, self.mode)
+        self.models, self.others = self.shapes.models, self.shapes.others
         self.phase, self.encoded = "", 0
 
     def estimate(self) -> Estimate:
-        with self.meter, self._stand_ins():
-            task: Task = self.run.method.task(self.run)
+        with self.meter, overwriting():
+            with self.mode:
+                task: Task = self.run.method.task(self.shapes)
             settle(self.run, *task.frozen)
-            averages = {name: [v.clone() for v in trained(task.modules[name]).values()] for name in task.averaged}
+            averages = {name: [v.clone() for v in trained(module).values()]
+                        for name, module in task.product.modules.items()}
             parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
 
@@ -182,7 +182,8 @@ class Rehearsal:
         kinds: Counter[str] = Counter()
         for (label, _, kind), n in totals.items():
             kinds[kind] += n if label != PROMPTS else 0
-        return Estimate(memory, top, gradient_bytes, saved, passes, once, dict(kinds), self.run.steps, self.notes)
+        return Estimate(memory, top, gradient_bytes, saved, passes, once, dict(kinds), self.run.steps,
+                        self.shapes.notes)
 
     def _parts(self, task: Task) -> dict[str, list[Tensor]]:
         """Every network's parameters and buffers, by what they are."""
@@ -204,89 +205,7 @@ class Rehearsal:
         if self.run.data.source == "fashion-mnist":
             n = min(n, sum(map(len, FASHION_CLASSES)) * len(TEMPLATES))
         return sum(min(float(REMEMBERED), n * 4.0 * model.tokenizer.model_max_length *
-                       model.unet.config["cross_attention_dim"]) for model in self.models.values())
-
-    # Stand-ins for what would read weights or pictures
-
-    @contextmanager
-    def _stand_ins(self) -> Iterator[None]:
-        """The methods' modules with everything that reads a file replaced by its shape."""
-        stand_ins: dict[str, Callable[..., Any]] = {
-            "load_model": self._model, "load_pictures": self._pictures, "loaded_control": self._control,
-            "load_reward": self._reward, "checked_reward": lambda reward, *_: reward, "guide_of": self._guide,
-            "_one_step": lambda name, teacher, t_init: teacher, "validation_probe": lambda *_: None,
-            "tiny_decoder": self._tiny, "copied": lambda module: copy_of(module).float().requires_grad_(True),
-            "new_controlnet": self._without_contents(new_controlnet), "Adapter": self._without_contents(Adapter)}
-        modules = [importlib.import_module(f"jdm.methods.{m.name}") for m in pkgutil.iter_modules(jdm.methods.__path__)]
-        changed = [patch.object(module, name, stand_in) for module in modules for name, stand_in in stand_ins.items()
-                   if hasattr(module, name)]
-        changed.append(patch.object(nn.Module, "_apply", converted))
-        for change in changed:
-            change.start()
-        try:
-            yield
-        finally:
-            for change in changed:
-                change.stop()
-
-    def _without_contents(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*args: Any, **kwargs: Any) -> Any:
-            with self.mode:
-                return make(*args, **kwargs)
-
-        return made
-
-    def _emptied(self, network: nn.Module) -> nn.Module:
-        """A network whose making looks at values, once it is made."""
-        with self.mode:
-            return copy_of(network)
-
-    def _model(self, name: str) -> StableDiffusion:
-        with self.mode:
-            model = without_weights(name).at(self.run.data.size)
-        role = "teacher" if not self.models else f"{len(self.models) + 1}. model {name}"
-        self.models[role] = model
-        return model
-
-    def _guide(self, name: str, teacher: StableDiffusion, run: Run) -> Any:
-        guide = self._model(name)
-        self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
-        return guide.score(guide.text(one_by_one=True))
-
-    def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
-        with self.mode:
-            self.others["tiny decoder"] = frozen(AutoencoderTiny(latent_channels=teacher.unet.config["in_channels"]))
-        return self.others["tiny decoder"]
-
-    def _pictures(self, source: str, split: str, size: Size) -> Pictures:
-        n = self.run.batch
-        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
-                        (("a picture",),) * n, None, torch.arange(n), size, source)
-
-    def _control(self, spec: str, size: Size) -> Any:
-        control = load_control(spec)
-        if isinstance(control, HED):
-            with self.mode:
-                control.__dict__["network"] = self.others["control: HED"] = frozen(HEDNetwork(control.widths))
-        elif isinstance(control, Depth):
-            network = self._emptied(dpt_hybrid())
-            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", 1.0, (0.5,) * 3,
-                                                                (0.5,) * 3)
-            self.others["control: DPT"] = network
-            if control.model != Depth.model:
-                self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")
-        return control
-
-    def _reward(self, spec: str, device: Any) -> Any:
-        if spec.partition(":")[0] != "image-reward":
-            reward = load_reward(spec, device)
-        else:
-            reward = self._emptied(image_reward())
-        if isinstance(reward, nn.Module):
-            self.others["reward"] = reward
-        else:
-            self.notes.append(f"the weights of reward {spec} are not counted")
-        return reward
+                       model.backbone.config["cross_attention_dim"]) for model in self.models.values())
 
     # Labels: which pass the FLOPs belong to
 
@@ -302,7 +221,7 @@ class Rehearsal:
             if isinstance(module, Denoiser):
                 role = self._role(module, task)
                 if role == "generator" and "trained: unet" not in parts:
-                    parts["student's frozen unet"] = tensors_of(module.unet)
+                    parts["student's frozen unet"] = tensors_of(module.backbone)
                 return self._named(role, module, len(args[0]))
             if id(module) in texts:
                 return PROMPTS
@@ -331,7 +250,7 @@ class Rehearsal:
         if any(adapter.name in ("fake", "posterior") for adapter in net.adapters) or net is fake:
             return "fake score"
         for name, model in self.models.items():
-            if net.unet is model.unet and not net.adapters:
+            if net.backbone is model.backbone and not net.adapters:
                 return "real score" if name == "teacher" else name
         return "generator"
 
@@ -351,6 +270,95 @@ class Rehearsal:
         return "posterior's training" if lora else "fake score's training"
 
 
+class Shapes(Loaded):
+    """What a run needs, with the right shapes and without contents: nothing is read but configurations.
+
+    Attributes:
+        models: by what they are in the estimate: "teacher", "guide", "2. model NAME".
+        others: further networks that run, by name.
+        notes: what could not be counted.
+    """
+
+    def __init__(self, run: Run, mode: FakeTensorMode):
+        super().__init__(run)
+        self.mode, self.models, self.others, self.notes = mode, {}, {}, []
+
+    def split(self, split: str) -> Pictures:
+        n, size = self.run.batch, self.run.data.size
+        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
+                        (("a picture",),) * n, None, torch.arange(n), size, self.run.data.source)
+
+    @cached_property
+    def held_out(self) -> Pictures:
+        """No validation pictures: the probe is not part of a step."""
+        return replace(self.split("validation"), indices=torch.arange(0))
+
+    def apart(self, role: str) -> float:
+        return 0.0
+
+    def student(self, role: str, levels: tuple[int, ...]) -> StableDiffusion:
+        """The teacher, whose shapes a student has."""
+        return self.teacher
+
+    def _model(self, role: str, name: str) -> StableDiffusion:
+        with self.mode:
+            model = without_weights(name).at(self.run.data.size)
+        known = {"teacher": "teacher", "guide": "guide"}.get(role.split()[0])
+        self.models[known or f"{len(self.models) + 1}. model {name}"] = model
+        return model
+
+    def _controlnet(self, name: str) -> nn.Module:
+        return self.teacher.new_controlnet(self.teacher.backbone)
+
+    def _decoder(self, name: str) -> nn.Module:
+        with self.mode:
+            net = AutoencoderTiny(latent_channels=self.teacher.backbone.config["in_channels"])
+            self.others["tiny decoder"] = frozen(net)
+        return self.others["tiny decoder"]
+
+    def _control(self, spec: str, size: Size) -> Any:
+        control = load_control(spec)
+        if isinstance(control, HED):
+            with self.mode:
+                control.__dict__["network"] = self.others["control: HED"] = frozen(HEDNetwork(control.widths))
+        elif isinstance(control, Depth):
+            network = self._emptied(dpt_hybrid)
+            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", 1.0, (0.5,) * 3,
+                                                                (0.5,) * 3)
+            self.others["control: DPT"] = network
+            if control.model != Depth.model:
+                self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")
+        return control
+
+    def _reward(self, spec: str) -> Any:
+        reward = self._emptied(image_reward) if spec.partition(":")[0] == "image-reward" else \
+            load_reward(spec, self.run.device)
+        if isinstance(reward, nn.Module):
+            self.others["reward"] = reward
+        else:
+            self.notes.append(f"the weights of reward {spec} are not counted")
+        return reward
+
+    def _emptied(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A network whose making looks at values: it is made outside the mode, then emptied."""
+        with unset_fake_temporarily():
+            real = make()
+        with self.mode:
+            return copy_of(real)
+
+
+@contextmanager
+def overwriting() -> Iterator[None]:
+    """Module.to and Module.float give a module new parameters in place of new contents: a fake tensor has none."""
+    future = torch.__future__
+    before = future.get_overwrite_module_params_on_conversion()
+    future.set_overwrite_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        future.set_overwrite_module_params_on_conversion(before)
+
+
 def state_bytes(phase: Phase) -> float:
     """Of a phase's optimiser states: what its optimiser keeps after a step on each shape, so that any will do."""
     total = 0.0
@@ -359,7 +367,7 @@ def state_bytes(phase: Phase) -> float:
             for (shape, dtype), n in Counter((p.shape, p.dtype) for p in parameters).items():
                 one = nn.Parameter(torch.empty(shape, dtype=dtype))
                 one.grad = torch.empty_like(one)
-                optimizer = replace(phase, groups=[([one], optimiser)]).optimizer()
+                optimizer = adamw(replace(phase, groups=[([one], optimiser)]))
                 optimizer.step()
                 total += n * bytes_of(v for v in optimizer.state[one].values() if isinstance(v, Tensor) and v.ndim)
     return total

@@ -16,8 +16,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.files import read_json
 from jdm.models.text import TextEncoder
-from jdm.run import Data, Run
+from jdm.run import Data
 from jdm.size import spelled
 from jdm.space import Space
 
@@ -38,24 +36,6 @@ MANIFEST = "manifest.json"
 LAYOUT = 2  # to be raised when the files, or the rule by which pictures are decoded and cut, change
 CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # facts, in a message
 Sign = list  # of a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
-
-
-def pictures(run: Run, loaded: Pictures) -> Pictures:
-    """A run's training pictures, from its prepared folder where it names one.
-
-    Raises:
-        UsageError: the folder holds no finished preparation, or one of other pictures or captions.
-    """
-    cache = _cache(run)
-    return loaded if cache is None else cache.pictures(run.data, loaded)
-
-
-def text(run: Run, encoder: TextEncoder) -> TextEncoder:
-    """The encoder itself, reading what the run's prepared folder holds of its states; the same errors."""
-    cache = _cache(run)
-    if cache is not None:
-        encoder.stored = cache.text(encoder)
-    return encoder
 
 
 class Cache:
@@ -153,23 +133,6 @@ class States(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.place)
-
-
-_making: ContextVar[Cache | None] = ContextVar("_making", default=None)
-
-
-@contextmanager
-def making(cache: Cache) -> Iterator[None]:
-    """Meanwhile every run reads this cache, one that makes what it is asked for."""
-    token = _making.set(cache)
-    try:
-        yield
-    finally:
-        _making.reset(token)
-
-
-def _cache(run: Run) -> Cache | None:
-    return _making.get() or (Cache.read(Path(run.data.prepared)) if run.data.prepared else None)
 
 
 def mapped(file: Path) -> Tensor:

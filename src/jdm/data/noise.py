@@ -47,6 +47,10 @@ class Noise:
         """In [0, 1), [n], likewise."""
         return self._rows(torch.rand(n * self.share.count, generator=self._generator(stream)))
 
+    def choice(self, stream: str, n: int) -> int:
+        """One number of 0..n-1, the same for every share of the batch."""
+        return int(torch.randint(n, (1,), generator=self._generator(stream)))
+
     def _rows(self, drawn: Tensor) -> Tensor:
         return drawn[self.share.rows(len(drawn))].to(self.device)
 

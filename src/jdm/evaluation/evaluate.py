@@ -31,12 +31,12 @@ from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.classifier import Classifier
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.rewards.classifier import PromptClassifier, nano_judge
-from jdm.run import Run
 from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
 
 if TYPE_CHECKING:
-    from jdm.methods.networks import Networks
+    from jdm.generator import Generator
+    from jdm.loading import Loaded
 
 FASHION = "fashion-mnist"
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # beside those every evaluation has
@@ -249,27 +249,27 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
     return row
 
 
-def validation_probe(networks: Networks, run: Run, control: Control | None,
+def validation_probe(loaded: Loaded, teacher: StableDiffusion, generator: Callable[[], Generator],
                      n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
     """averages -> consistency, distance and agreement of the averaged student on n validation pictures.
 
     None where the data holds fewer than two of them, or of the test pictures whose prompts the reference answers.
     """
-    held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
-    if len(held_out) < 2 or len(load_pictures(run.data.source, "test", run.data.size)) < 2:
+    run, control, held_out = loaded.run, loaded.control, loaded.held_out
+    if len(held_out) < 2 or len(loaded.split("test")) < 2:
         return None  # a folder too small to spare the two that a covariance needs
     extractor = extractors(run.data.source)[0]
 
     @cache
     def target() -> Statistics:
-        whole = load_pictures(run.data.source, "test", run.data.size)
+        whole = loaded.split("test")
         samples = SAMPLES if run.model in SHIPPED else PROBE_SAMPLES
         return references(run.model, [extractor], whole, samples=samples, device=run.device)[extractor.name].statistics
 
     def probe(_: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), 0, run.device)
-        sampler = Sampler(networks.teacher)
-        sampler.generator = networks.generator
+        sampler = Sampler(teacher)
+        sampler.generator = generator()
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}

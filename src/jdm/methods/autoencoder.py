@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
-from jdm.data.sources import Pictures, load_pictures
+from jdm.data.sources import Pictures
+from jdm.loading import Loaded
 from jdm.models import nano
 from jdm.models.stable_diffusion import placed
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.size import height_width
 from jdm.space import from_bytes
 
@@ -24,18 +24,31 @@ class Autoencoder:
     """Reconstruction (squared and absolute error) plus a small KL to N(0, I).
 
     Attributes:
-        absolute: weight of the absolute error; keeps edges.
+        absolute: weight of the absolute error, which keeps edges.
         kl: weight of the KL per pixel value, in nats.
+        optimiser: how the autoencoder moves.
+        clip: bound on the norm of its gradient.
     """
 
     absolute: float = 0.1
     kl: float = 1e-3
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-3, weight_decay=1e-4))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        vae: Any = placed(nano.vae(), run.device)
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+    def needs(self, run: Run) -> Needs:
+        return Needs()
+
+    def product(self, loaded: Loaded) -> Product:
+        def write(folder: Path, averages: dict[str, nn.Module]) -> None:
+            average = averages["vae"]
+            average.register_to_config(scaling_factor=1 / latent_std(average, loaded.pictures))  # type: ignore[operator]
+            average.save_pretrained(folder)  # type: ignore[operator]
+
+        return Product({"vae": placed(nano.vae(), loaded.run.device)}, write)
+
+    def task(self, loaded: Loaded) -> Task:
+        run, pictures, product = loaded.run, loaded.pictures, self.product(loaded)
+        vae: Any = product.modules["vae"]
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
             rows = rows_at(len(pictures), run.batch, run.seed, step)
@@ -51,16 +64,9 @@ class Autoencoder:
             total = squared + self.absolute * error.abs().mean() + self.kl * kl
             return total, {"squared_error": squared.detach(), "kl": kl.detach()}
 
-        def export(folder: Path, averages: dict[str, nn.Module]) -> None:
-            average = averages["vae"]
-            average.register_to_config(scaling_factor=1 / latent_std(average, pictures))  # type: ignore[operator]
-            average.save_pretrained(folder)  # type: ignore[operator]
-
-        return Task(
-            phases=[Phase("vae", [(list(vae.parameters()), self.optimiser)], loss)],
-            begin=begin, modules={"vae": vae}, averaged=("vae",), export=export,
-            probe=lambda averages: {"squared_error": reconstruction_error(averages["vae"], held_out)},
-        )
+        return Task([Phase("vae", [(list(vae.parameters()), self.optimiser)], loss, clip=self.clip)], begin,
+                    dict(product.modules), product,
+                    lambda averages: {"squared_error": reconstruction_error(averages["vae"], loaded.held_out)})
 
     def _latent(self, run: Run) -> tuple[int, int, int]:
         height, width = height_width(run.data.size)

@@ -8,30 +8,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
-from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
+from jdm.loading import Loaded
 from jdm.models.classifier import Classifier, ClassifierConfig
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.space import from_bytes
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy with flips and shifts of up to `shift` pixels."""
+    """Cross-entropy with flips and shifts.
+
+    Attributes:
+        config: the classifier's shape.
+        shift: how far a picture is moved at most, in pixels.
+        smoothing: label smoothing, in [0, 1).
+        optimiser: how the classifier moves.
+        clip: bound on the norm of its gradient.
+    """
 
     config: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(name="nano-classifier"))
     shift: int = 2
     smoothing: float = 0.05
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, weight_decay=1e-2))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+    def needs(self, run: Run) -> Needs:
+        return Needs()
+
+    def product(self, loaded: Loaded) -> Product:
+        model = Classifier(self.config).to(loaded.run.device)
+        return Product({"classifier": model}, lambda folder, averages: averages["classifier"].save(folder))  # type: ignore[operator]
+
+    def task(self, loaded: Loaded) -> Task:
+        run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
         if pictures.labels is None:
             raise UsageError(f"{run.data.source} has no class labels; a classifier needs them")
-        model = Classifier(self.config).to(run.device)
+        product = self.product(loaded)
+        model = product.modules["classifier"]
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
             rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step)
@@ -50,9 +65,8 @@ class Classification:
             labels = held_out.label(torch.arange(len(held_out))).to(run.device)  # type: ignore[union-attr]
             return {"accuracy": (guesses == labels).float().mean().item()}
 
-        return Task([Phase("classifier", [(list(model.parameters()), self.optimiser)], loss)], begin,
-                    {"classifier": model}, lambda folder, averages: averages["classifier"].save(folder),  # type: ignore[operator]
-                    averaged=("classifier",), probe=probe)
+        phase = Phase("classifier", [(list(model.parameters()), self.optimiser)], loss, clip=self.clip)
+        return Task([phase], begin, dict(product.modules), product, probe)
 
 
 def augmented(pixels: Tensor, shift: int, noise: Noise) -> Tensor:

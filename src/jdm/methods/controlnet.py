@@ -8,37 +8,49 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jdm.data import cache as prepared
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
-from jdm.data.sources import load_pictures
-from jdm.library import load_model
-from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
-from jdm.methods.networks import loaded_control
-from jdm.models.stable_diffusion import Denoiser, new_controlnet, placed, save_pipeline
-from jdm.run import Optimiser, Phase, Run, Task
-from jdm.score import ScoreModel
+from jdm.loading import Loaded
+from jdm.methods.denoising import Batch, denoising_batch, denoising_loss
+from jdm.models.stable_diffusion import placed, save_pipeline
+from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.space import from_bytes, unit
 
 
 @dataclass(frozen=True)
 class ControlNet:
-    """E || eps(x_t, t, y, c) - eps ||^2 over the ControlNet alone; prompts dropped at random for guidance."""
+    """E || eps(x_t, t, y, c) - eps ||^2 over the ControlNet alone; prompts dropped at random for guidance.
+
+    Attributes:
+        control: a control by name, or an import path, "my_controls.py:Posterize".
+        dropout: share of prompts replaced by "", in [0, 1].
+        optimiser: how the ControlNet moves.
+        clip: bound on the norm of its gradient.
+    """
 
     control: str = "canny"
     dropout: float = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, betas=(0.9, 0.95)))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        control = loaded_control(self.control, run.data.size)
-        teacher = load_model(run.model).at(run.data.size).to(run.device)
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
-        latents = encoded(teacher.space, pictures)
-        net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
-        text = prepared.text(run, teacher.text(one_by_one=True))
-        score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
+    def needs(self, run: Run) -> Needs:
+        return Needs({"teacher": run.model}, self.control, latents=True)
 
+    def product(self, loaded: Loaded) -> Product:
+        teacher = loaded.teacher
+
+        def write(folder: Path, averages: dict[str, nn.Module]) -> None:
+            card = {"kind": "many-step", "method": "controlnet", "control": self.control}
+            save_pipeline(teacher.with_networks(controlnet=averages["controlnet"]), folder, card=card)
+
+        return Product({"controlnet": placed(teacher.new_controlnet(teacher.backbone), loaded.run.device)}, write)
+
+    def task(self, loaded: Loaded) -> Task:
+        run, control, teacher, pictures = loaded.run, loaded.control, loaded.teacher, loaded.pictures
+        assert control is not None
+        latents, product = loaded.latents(), self.product(loaded)
+        net = product.modules["controlnet"]
+        score = teacher.score_of(loaded.text(), teacher.denoiser(teacher.backbone, net))
         batches = Batches(pictures, run.batch, run.seed)
 
         def shown(images: Tensor) -> Tensor:
@@ -53,15 +65,12 @@ class ControlNet:
             return denoising_loss(score, *state), {}
 
         def probe(_: dict[str, nn.Module]) -> dict[str, float]:
-            rows = torch.arange(min(512, len(held_out)))
-            x = teacher.space.encode(from_bytes(held_out.batch(rows)).to(run.device))
+            rows = torch.arange(min(512, len(loaded.held_out)))
+            images = loaded.held_out.batch(rows)
+            x = teacher.space.encode(from_bytes(images).to(run.device))
             with torch.no_grad():
-                batch = denoising_batch(x, held_out, rows, Noise(0, 0, run.device), score, 0.0)
-                return {"loss": denoising_loss(score, batch, shown(held_out.batch(rows))).item()}
+                batch = denoising_batch(x, loaded.held_out, rows, Noise(0, 0, run.device), score, 0.0)
+                return {"loss": denoising_loss(score, batch, shown(images)).item()}
 
-        def export(folder: Path, averages: dict[str, nn.Module]) -> None:
-            card = {"kind": "many-step", "method": "controlnet", "control": self.control}
-            save_pipeline(teacher.with_parts(controlnet=averages["controlnet"]), folder, card=card)
-
-        return Task([Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss)], begin,
-                    {"controlnet": net}, export, averaged=("controlnet",), probe=probe, frozen=[score.net])
+        phase = Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss, clip=self.clip)
+        return Task([phase], begin, dict(product.modules), product, probe, [score.net])

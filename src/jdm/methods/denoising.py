@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from jdm.data import cache as prepared
+from jdm.data.latents import encoded
 from jdm.data.noise import Noise, rows_at
-from jdm.data.sources import Pictures, load_pictures
+from jdm.data.sources import Pictures
+from jdm.loading import Loaded
 from jdm.models import nano
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
 from jdm.models.text import TextEncoder
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel
-from jdm.size import height_width
 from jdm.space import Space, from_bytes
 
 
@@ -37,21 +36,43 @@ class Denoising:
 
     Attributes:
         vae: folder of the trained autoencoder.
-        dropout: share of prompts replaced by "", which classifier-free guidance needs.
+        dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
+        optimiser: how both networks move.
+        clip: bound on the norm of their gradient.
     """
 
     vae: str = "runs/nano-vae/model"
     dropout: float = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
+    def needs(self, run: Run) -> Needs:
+        return Needs()
+
+    def product(self, loaded: Loaded) -> Product:
+        run, pictures = loaded.run, loaded.pictures
         vae = placed(nano.load_vae(self.vae), run.device)
-        latents = encoded(Space(vae), pictures)
         tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
         unet, encoder = placed(nano.unet(), run.device), placed(nano.text_encoder(tokenizer), run.device)
-        score = self._score(unet, encoder, tokenizer)
+
+        def write(folder: Path, averages: dict[str, nn.Module]) -> None:
+            model = StableDiffusion(averages["unet"], vae, averages["text_encoder"], tokenizer,  # type: ignore[arg-type]
+                                    nano.SCHEDULER)
+            save_pipeline(model.at(run.data.size), folder)
+
+        return Product({"unet": unet, "text_encoder": encoder}, write)
+
+    def task(self, loaded: Loaded) -> Task:
+        run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
+        space = Space(placed(nano.load_vae(self.vae), run.device))
+        latents, product = encoded(space, pictures), self.product(loaded)
+        tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
+
+        def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
+            text = TextEncoder(networks["text_encoder"], tokenizer)
+            return ScoreModel(Denoiser(networks["unet"]), nano.schedule(), text=text.encode)
+
+        score = score_of(product.modules)
 
         def begin(step: int) -> Batch:
             noise = Noise(run.seed, step, run.device)
@@ -61,41 +82,16 @@ class Denoising:
         def loss(batch: Batch, _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, batch), {}
 
-        def assembled(averages: dict[str, nn.Module]) -> StableDiffusion:
-            return StableDiffusion(averages["unet"], vae, averages["text_encoder"], tokenizer,  # type: ignore[arg-type]
-                                   nano.SCHEDULER)
-
         def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
-            model = self._score(averages["unet"], averages["text_encoder"], tokenizer)
-            rows = torch.arange(min(512, len(held_out)))
-            x = Space(vae).encode(from_bytes(held_out.batch(rows)).to(run.device))
+            model, rows = score_of(averages), torch.arange(min(512, len(held_out)))
+            x = space.encode(from_bytes(held_out.batch(rows)).to(run.device))
             with torch.no_grad():
                 batch = denoising_batch(x, held_out, rows, Noise(0, 0, run.device), model, 0.0)
                 return {"loss": denoising_loss(model, batch).item()}
 
-        return Task(
-            phases=[Phase("teacher", [([*unet.parameters(), *encoder.parameters()], self.optimiser)], loss)],
-            begin=begin, modules={"unet": unet, "text_encoder": encoder}, averaged=("unet", "text_encoder"),
-            export=lambda folder, averages: save_pipeline(assembled(averages).at(run.data.size), folder), probe=probe,
-            frozen=[score.net],
-        )
-
-    @staticmethod
-    def _score(unet: nn.Module, encoder: nn.Module, tokenizer) -> ScoreModel:
-        text = TextEncoder(encoder, tokenizer)
-        return ScoreModel(Denoiser(unet), nano.schedule(), text=text.encode)
-
-
-def encoded(space: Space, pictures: Pictures) -> Tensor:
-    """Latents of a whole split [N, C, h, w]; they must fit in memory where they are not prepared on disk."""
-    return pictures.latents(space) if pictures.latents else torch.cat([*encoded_parts(space, pictures)])
-
-
-def encoded_parts(space: Space, pictures: Pictures) -> Iterator[Tensor]:
-    """The same piece by piece: 500 pictures, or as many as have 4 million pixels; laid out as on disk, for the bits."""
-    device = next(space.vae.parameters()).device if space.vae is not None else "cpu"
-    for rows in torch.arange(len(pictures)).split(max(1, min(500, 2**22 // prod(height_width(pictures.size))))):
-        yield space.encode(from_bytes(pictures.batch(rows)).to(device)).cpu().contiguous()
+        trained = [p for network in product.modules.values() for p in network.parameters()]
+        phase = Phase("teacher", [(trained, self.optimiser)], loss, clip=self.clip)
+        return Task([phase], begin, dict(product.modules), product, probe, [score.net])
 
 
 def denoising_batch(x: Tensor, pictures: Pictures, rows: Tensor, noise: Noise, score: ScoreModel,

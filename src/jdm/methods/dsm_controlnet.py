@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from jdm.data import cache as prepared
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
-from jdm.data.sources import load_pictures
 from jdm.evaluation.evaluate import validation_probe
-from jdm.methods.denoising import encoded
-from jdm.methods.networks import Networks, loaded_control
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.loading import Loaded
+from jdm.methods.networks import Branch, Networks, Student, controlnet_need
+from jdm.run import Needs, Phase, Product, Run, Task
 from jdm.space import from_bytes, unit
 
 
@@ -32,22 +30,32 @@ class DSMControlNet:
     """E || G(x_T, y, c) - x ||^2 with x_T = alpha_T x + sigma_T eps, the NOISED picture; the ControlNet alone trains.
 
     Attributes:
-        base: the frozen one-step generator; the multi-step teacher's own UNet where empty. Paper: its text says the
+        control: a control by name, or an import path, "my_controls.py:Posterize".
+        base: the frozen one-step generator; the multi-step teacher's own backbone where empty. Paper: its text says the
             former, its subscript phi the latter; here: both can be had.
+        level: level index at which the base denoises.
+        controlnet: the ControlNet that is trained.
+        clip: bound on the norm of the ControlNet's gradient.
     """
 
     control: str = "canny"
     base: str = ""
-    t_init: int = 625
-    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
+    level: int = 625
+    controlnet: Branch = field(default_factory=Branch)
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        control = loaded_control(self.control, run.data.size)
-        networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        latents, batches = encoded(networks.space, pictures), Batches(pictures, run.batch, run.seed)
-        net = networks.student.controlnet
-        assert net is not None
+    def needs(self, run: Run) -> Needs:
+        start = {"start": self.base} if self.base else {}
+        return Needs({"teacher": run.model} | start | controlnet_need(self.controlnet), self.control, latents=True)
+
+    def product(self, loaded: Loaded) -> Product:
+        return self._product(self._networks(loaded))
+
+    def task(self, loaded: Loaded) -> Task:
+        run, control, pictures = loaded.run, loaded.control, loaded.pictures
+        assert control is not None
+        networks = self._networks(loaded)
+        latents, batches = loaded.latents(), Batches(pictures, run.batch, run.seed)
 
         def begin(step: int) -> Pair:
             (rows, images), noise = batches(step), Noise(run.seed, step, run.device)
@@ -59,13 +67,19 @@ class DSMControlNet:
         def loss(pair: Pair, _: int) -> tuple[Tensor, dict]:
             return self.loss(networks, pair), {}
 
-        return Task([Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss)], begin, {"controlnet": net},
-                    networks.exporter("dsm-controlnet", self.control, base=self.base or "teacher"),
-                    averaged=("controlnet",), probe=validation_probe(networks, run, control),
-                    frozen=networks.running)
+        phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
+        return Task([phase], begin, networks.modules, self._product(networks),
+                    validation_probe(loaded, networks.teacher, lambda: networks.generator), networks.running)
+
+    def _networks(self, loaded: Loaded) -> Networks:
+        return Networks(loaded, Student((self.level,), self.base, optimiser=None), self.controlnet,
+                        teacher_may_start=True)
+
+    def _product(self, networks: Networks) -> Product:
+        return networks.product("dsm-controlnet", self.control, base=self.base or "teacher")
 
     def loss(self, networks: Networks, pair: Pair) -> Tensor:
         """|| G(x_T, y, c) - x ||^2, the mean over components; scalar."""
-        t = networks.schedule.t(self.t_init).to(pair.x.device).expand(len(pair.x))
+        t = networks.schedule.t(self.level).to(pair.x.device).expand(len(pair.x))
         x_T = networks.schedule.noised(pair.x, t, pair.eps)
         return (networks.generator(x_T, pair.y, pair.shown) - pair.x).square().mean()

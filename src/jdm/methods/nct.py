@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control
-from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
-from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.evaluate import validation_probe
-from jdm.methods.networks import Networks, loaded_control
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.loading import Loaded
+from jdm.methods.networks import Branch, Networks, Student, controlnet_need
+from jdm.run import Needs, Phase, Product, Run, Task
+from jdm.sharing import batch_mean
 from jdm.space import unit
-from jdm.training.distributed import batch_mean
 
 
 class Multiplier(nn.Module):
@@ -41,16 +40,24 @@ class NCT:
     is what diffuses: z_s = sqrt(1 - s^2) z + s eps, at both levels with the SAME z and eps.
 
     Attributes:
-        base: the frozen one-step generator. levels: K; s_k = k / K.
-        consistency: False leaves L_con out, and boundary: False L_bound: two of the paper's ablations.
-        xi: bound on L_bound, in d's units.
-        multiplier: lambda at the start. dual_rate: how fast it moves; 0 keeps it there, the third ablation.
+        control: a control by name, or an import path, "my_controls.py:Posterize".
+        base: the frozen generator, by name or folder.
+        base_levels: level indices at which the base denoises.
+        controlnet: the ControlNet that is trained.
+        levels: K, the number of noise levels; s_k = k / K.
+        consistency: keep L_con; False is one of the paper's ablations.
+        boundary: keep L_bound; False is another.
+        xi: bound on L_bound, in units of d.
+        multiplier: lambda at the start.
+        dual_rate: how fast lambda moves; 0 keeps it where it is, the third ablation.
         huber: c of d(a, b) = sqrt(mean |a - b|^2 + c^2) - c, the mean over a sample's components.
+        clip: bound on the norm of the ControlNet's gradient.
     """
 
     control: str = "canny"
     base: str = "nano-diff-instruct"
-    t_init: int = 625
+    base_levels: tuple[int, ...] = (625,)
+    controlnet: Branch = field(default_factory=Branch)
     levels: int = 18
     consistency: bool = True
     boundary: bool = True
@@ -58,28 +65,34 @@ class NCT:
     multiplier: float = 1.0
     dual_rate: float = 0.05
     huber: float = 0.03
-    controlnet: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
+    def needs(self, run: Run) -> Needs:
         if not self.consistency and not self.boundary:
             raise UsageError("NCT without both of its losses learns nothing; keep --consistency or --boundary")
-        control = loaded_control(self.control, run.data.size)
-        networks = Networks.of(run, self.t_init, start=self.base, train_unet=False).with_controlnet()
-        prompts = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        multiplier = Multiplier(self.multiplier)
-        net = networks.student.controlnet
-        assert net is not None
+        return Needs({"teacher": run.model, "start": self.base} | controlnet_need(self.controlnet), self.control)
+
+    def product(self, loaded: Loaded) -> Product:
+        return self._networks(loaded).product("nct", self.control, base=self.base)
+
+    def task(self, loaded: Loaded) -> Task:
+        control = loaded.control
+        assert control is not None
+        networks, multiplier = self._networks(loaded), Multiplier(self.multiplier)
 
         def begin(step: int) -> Noises:
-            return Noises.of(networks, run, prompts, control, step)
+            return Noises.of(networks, control, step)
 
         def loss(noises: Noises, _: int) -> tuple[Tensor, dict]:
             return self.loss(networks, multiplier, noises)
 
-        return Task([Phase("controlnet", [(list(net.parameters()), self.controlnet)], loss)], begin,
-                    {"controlnet": net, "multiplier": multiplier},
-                    networks.exporter("nct", self.control, base=self.base), averaged=("controlnet",),
-                    probe=validation_probe(networks, run, control), frozen=networks.running)
+        phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
+        return Task([phase], begin, networks.modules | {"multiplier": multiplier},
+                    networks.product("nct", self.control, base=self.base),
+                    validation_probe(loaded, networks.teacher, lambda: networks.generator), networks.running)
+
+    def _networks(self, loaded: Loaded) -> Networks:
+        return Networks(loaded, Student(self.base_levels, self.base, optimiser=None), self.controlnet)
 
     def loss(self, networks: Networks, multiplier: Multiplier, noises: Noises) -> tuple[Tensor, dict]:
         """L_con + lambda (L_bound - xi), and the dual step."""
@@ -118,7 +131,8 @@ class Noises:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, networks: Networks, run: Run, prompts: Pictures, control: Control, step: int) -> Noises:
+    def of(cls, networks: Networks, control: Control, step: int) -> Noises:
+        run, prompts = networks.loaded.run, networks.loaded.pictures
         noise = Noise(run.seed, step, run.device)
         rows = rows_at(len(prompts), run.batch, run.seed, step)
         y = prompts.prompts(rows, noise.uniform("caption", len(rows)).cpu())

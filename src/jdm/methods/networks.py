@@ -1,132 +1,193 @@
-"""What distillation methods share: the four networks, the batch of a step, and the fake score's phase."""
+"""The networks of a distillation around one teacher: student, fake score and posteriors, shared where they can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from jdm.controls import Control, checked, load_control
-from jdm.data import cache as prepared
-from jdm.data.batches import Batches
-from jdm.data.noise import Noise
-from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
-from jdm.library import load_controlnet, load_model, tiny_decoder
+from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.stable_diffusion import (
-    Denoiser,
-    StableDiffusion,
-    copied,
-    new_controlnet,
-    one_step_scheduler,
-    placed,
-    save_pipeline,
-    with_merged,
-)
-from jdm.models.text import TextEncoder
-from jdm.posterior import Posterior
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion, copied, placed, save_pipeline, with_merged
+from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
+from jdm.run import Optimiser, Product
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
-from jdm.size import Size
-from jdm.space import Space, from_bytes, unit
-from jdm.terms import ascend, picture_by_picture
+from jdm.space import Space
+from jdm.terms import AnyPosterior, picture_by_picture
+
+Groups = list[tuple[list[nn.Parameter], Optimiser]]
+
+
+# Paper: no rate is printed; here: those of the same group's nearest work, for SD1.5. Smaller models raise them.
+def _slow() -> Optimiser:
+    return Optimiser(lr=2e-6, betas=(0.0, 0.95))
+
+
+def _fast() -> Optimiser:
+    return Optimiser(lr=1e-5, betas=(0.0, 0.95))
+
+
+def _control() -> Optimiser:
+    return Optimiser(lr=1e-5, betas=(0.9, 0.95))
 
 
 @dataclass(frozen=True)
-class Networks:
-    """Teacher (real), student (generator), fake and posterior, around one text encoder.
+class Student:
+    """The generator that is trained.
 
     Attributes:
-        student: UNet, or UNet + ControlNet. t_init: level index it runs at.
-        train_unet: False freezes the student's UNet: only its ControlNet is trained, saved and averaged.
-        tiny: the decoder inside the likelihood, where it is not the teacher's own. one_by_one: pictures are decoded
-            and measured one after the other, each with its gradient.
-        adapters: the LoRAs that train, by name: "student" and "fake", where these are not networks of their own, and
-            "posterior", where it is not frozen or absent.
+        levels: level indices at which it denoises, falling; one level is a one-step generator. sigma / alpha is 2.5 at
+            SD's 625.
+        start: a generator at the same levels whose backbone it begins as; empty for the teacher's.
+        rank: rank of a LoRA on the frozen backbone it starts as; 0 trains a full copy.
+        optimiser: how its backbone moves; None freezes the backbone, which must then be a generator's: phase 2 of the
+            shared generator (JDM Sec. 3.2.1).
+        clip: bound on the norm of the whole student's gradient, its ControlNet's included.
     """
 
-    teacher: StableDiffusion
-    text: TextEncoder
-    real: ScoreModel[Denoiser]
-    fake: ScoreModel[Denoiser]
-    student: Denoiser
-    t_init: int
-    train_unet: bool = True
-    posterior: Posterior | None = None
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    tiny: nn.Module | None = None
-    one_by_one: bool = False
+    levels: tuple[int, ...] = (625,)
+    start: str = ""
+    rank: int = 0
+    optimiser: Optimiser | None = field(default_factory=_slow)
+    clip: float = 1.0
 
-    @classmethod
-    def of(cls, run: Run, t_init: int, guidance: float = 1.0, start: str | None = None, train_unet: bool = True,
-           student_rank: int = 0, fake_rank: int = 0) -> Networks:
-        """Student and fake start as the teacher, the student as `start`'s UNet if one is named.
 
-        Args:
-            guidance: of the real score.
-            start: a one-step generator at the same t_init: Diff-Instruct's, or phase 1 of a shared one (Sec. 3.2.1).
-            student_rank, fake_rank: of a LoRA on the frozen network it starts as; 0 is a full copy, trained whole.
-        """
-        if student_rank and not train_unet:
-            raise UsageError(f"a frozen UNet has no LoRA to train; leave out --student-rank {student_rank} or "
-                             "--no-train-unet")
-        teacher = load_model(run.model).at(run.data.size).to(run.device)
-        text = prepared.text(run, teacher.text(one_by_one=True))
-        first = placed(_one_step(start, teacher, t_init).at(run.data.size).unet, run.device) if start else teacher.unet
-        student, fake, adapters = Denoiser(first), Denoiser(teacher.unet), {}
-        if not student_rank:
-            student = Denoiser(copied(first).requires_grad_(train_unet))
-        if not fake_rank:
-            fake = Denoiser(copied(teacher.unet))
-        for name, net, rank in (("student", student, student_rank), ("fake", fake, fake_rank)):
-            if rank:
-                adapters[name] = Adapter(net.unet, name, rank)
-                net.adapters = (adapters[name],)
-        return cls(teacher, text, teacher.score(text, guidance=guidance), teacher.score_of(text, fake), student, t_init,
-                   train_unet, adapters=adapters,
-                   tiny=placed(tiny_decoder(run.decoder, teacher), run.device) if run.decoder else None,
-                   one_by_one=run.checkpointing)
+@dataclass(frozen=True)
+class Branch:
+    """The student's ControlNet, which shows it the control (JDM Eq. 10).
 
-    def with_controlnet(self, start: str = "") -> Networks:
-        """The student with a new ControlNet, zero convolutions and all (Eq. 10), or with that of `start`."""
-        net = copied(load_controlnet(start, self.teacher)[0]) if start else \
-            new_controlnet(self.student.unet, self.teacher.downscale)  # type: ignore[arg-type]
-        net = placed(net, self._device).requires_grad_(True)
-        return replace(self, student=Denoiser(self.student.unet, net, adapters=self.student.adapters))
+    Attributes:
+        start: a model or folder whose ControlNet it begins as; empty for the teacher's own where it has one, else for
+            a new one whose zero convolutions change nothing at first.
+        optimiser: how the ControlNet moves.
+    """
 
-    def with_controlled_fake(self) -> Networks:
-        """The fake score with a ControlNet of its own: s_fake(x_t | y, c). Before `with_posterior`."""
-        net = placed(new_controlnet(self.teacher.unet, self.teacher.downscale), self._device).requires_grad_(True)
-        fake = Denoiser(self.fake.net.unet, net, adapters=self.fake.net.adapters)
-        return replace(self, fake=self.teacher.score_of(self.text, fake))
+    start: str = ""
+    optimiser: Optimiser = field(default_factory=_control)
 
-    def with_posterior(self, rank: int, levels: int, span: tuple[float, float]) -> Networks:
-        """A posterior of LoRA `rank` on the fake score, at `levels` noise levels in `span` (Eq. 8)."""
-        adapter = Adapter(self.fake.net.unet, "posterior", rank)
-        net = Denoiser(self.fake.net.unet, adapters=(*self.fake.net.adapters, adapter))
-        posterior = Posterior(self.teacher.score_of(self.text, net), self.schedule, levels, *span)
-        return replace(self, posterior=posterior, adapters=self.adapters | {"posterior": adapter})
 
-    def with_frozen_posterior(self, model: str) -> Networks:
-        """A posterior trained beforehand, by `methods/posterior_training.py`."""
-        loaded = load_model(model).to(self._device)
-        if loaded.unet.config["in_channels"] != self.teacher.unet.config["in_channels"]:
-            raise UsageError(f"{model} works on other latents than the teacher; train a posterior for this teacher: "
-                             "jdm train nano-posterior")
-        return replace(self, posterior=Posterior(self.teacher.score(self.text, loaded.unet), self.schedule))
+@dataclass(frozen=True)
+class Fake:
+    """The score of the student's own samples (JDM Eq. 6).
+
+    Attributes:
+        prompt: whether it, and with it the real score of the fidelity term, sees the prompt; False is Eq. 5 to the
+            letter where the prompt itself is the condition.
+        controlnet: how a ControlNet of its own moves, through which it sees the control; None for a fake score that is
+            blind to the control, as JDM's is.
+        rank: rank of a LoRA on the teacher's frozen backbone; 0 trains a full copy.
+        updates: updates per step of the student.
+        low: smallest noise level it is trained at, in [0, 1].
+        high: largest noise level it is trained at, in [0, 1].
+        optimiser: how it moves.
+        clip: bound on the norm of its whole gradient.
+    """
+
+    prompt: bool = True
+    controlnet: Optimiser | None = None
+    rank: int = 0
+    updates: int = 1
+    low: float = 0.0
+    high: float = 1.0
+    optimiser: Optimiser = field(default_factory=_fast)
+    clip: float = 1.0
+
+
+class Networks:
+    """Teacher, student, fake score and posteriors; networks are shared wherever a LoRA makes a copy needless.
+
+    Args:
+        controlled: the teacher's own ControlNet is part of the real score, and student and fake begin with it.
+        teacher_may_start: a frozen backbone may be the multi-step teacher's.
+
+    Attributes:
+        real: the teacher's denoiser.
+        student: the student's denoiser, with its ControlNet where it has one.
+        fake: the fake score; None where only the product is wanted.
+        adapters: the LoRAs that train, by name: "student", "fake", "posterior".
+        guides: scores of further teachers, by role.
+        posteriors: by the settings they were made from.
+    """
+
+    def __init__(self, loaded: Loaded, student: Student, branch: Branch | None = None, fake: Fake | None = None,
+                 controlled: bool = False, teacher_may_start: bool = False):
+        if student.optimiser is None and student.rank:
+            raise UsageError(f"a frozen backbone has no LoRA to train; leave out --student.rank {student.rank}")
+        if student.optimiser is None and not student.start and not teacher_may_start:
+            raise UsageError("a frozen backbone must be a one-step generator's; name it with --student.start, such as "
+                             "nano-canny")
+        self.loaded, self.settings, self.teacher = loaded, student, loaded.teacher
+        self.text = loaded.text() if fake else None
+        self.own = self.teacher.controlnet if controlled else None
+        self.real = self.teacher.denoiser(self.teacher.backbone, self.own)
+        self.adapters: dict[str, Adapter] = {}
+        self.guides: dict[str, ScoreModel] = {}
+        self.posteriors: dict[AnyPosterior, Posterior | None] = {}
+        first = loaded.student("start", student.levels).backbone if student.start else self.teacher.backbone
+        self.student = self._denoiser("student", first, student.rank, student.optimiser is not None)
+        if fake:
+            net = self._denoiser("fake", self.teacher.backbone, fake.rank)
+        if branch:
+            self._add_controlnet(self.student, self._controlnet(branch.start, self.student.backbone))
+        self.fake = None
+        if fake:
+            if fake.controlnet:
+                self._add_controlnet(net, self._controlnet("", self.teacher.backbone))
+            self.fake = self.teacher.score_of(self.text, net)
+
+    def _denoiser(self, name: str, backbone: nn.Module, rank: int, trains: bool = True) -> Denoiser:
+        """A LoRA of that name on the backbone itself, or a full copy of it."""
+        if not rank:
+            return self.teacher.denoiser(copied(backbone).requires_grad_(trains))
+        self.adapters[name] = Adapter(backbone, name, rank, self.teacher.lora_targets)
+        return self.teacher.denoiser(backbone, adapters=(self.adapters[name],))
+
+    def _controlnet(self, start: str, backbone: nn.Module) -> nn.Module:
+        own = self.loaded.controlnet("controlnet") if start else self.own
+        return copied(own) if own is not None else self.teacher.new_controlnet(backbone)
+
+    def _add_controlnet(self, net: Denoiser, controlnet: nn.Module) -> None:
+        net.controlnet = placed(controlnet, self.loaded.run.device).requires_grad_(True)
+
+    def add_posterior(self, settings: AnyPosterior) -> None:
+        """Make the posterior of these settings, once."""
+        if settings in self.posteriors:
+            return
+        if isinstance(settings, FrozenPosterior):
+            model = self.loaded.model("posterior")
+            if model.backbone.config["in_channels"] != self.teacher.backbone.config["in_channels"]:
+                raise UsageError(f"{settings.model} works on other latents than the teacher; train a posterior for "
+                                 "this teacher: jdm train nano-posterior")
+            score = self.teacher.score_of(self.text, self.teacher.denoiser(model.backbone))
+            self.posteriors[settings] = Posterior(score, self.schedule)
+        elif isinstance(settings, ConsistencyPosterior):
+            if "posterior" in self.adapters:
+                raise UsageError("two terms have posteriors of different settings; give them the same")
+            base = self.fake.net
+            self.adapters["posterior"] = Adapter(base.backbone, "posterior", settings.rank, self.teacher.lora_targets)
+            net = self.teacher.denoiser(base.backbone, adapters=(*base.adapters, self.adapters["posterior"]))
+            self.posteriors[settings] = Posterior(self.teacher.score_of(self.text, net), self.schedule,
+                                                  settings.levels, settings.low, settings.high)
+        else:
+            assert isinstance(settings, FakePosterior)
+            if self.fake.net.controlnet is not None:
+                raise UsageError("a fake score that sees the control has no x0 blind to it; use a consistency "
+                                 "posterior")
+            self.posteriors[settings] = None
+
+    def add_guide(self, role: str) -> None:
+        """Load another teacher's score, with its own text encoder and schedule, for guidance on these latents."""
+        self.guides[role] = guide(self.loaded, role)
 
     @property
     def generator(self) -> Generator:
-        return self.teacher.generator(self.text, self.student, self.t_init)
+        return self.teacher.generator(self.text or self.loaded.text(), self.student, self.settings.levels)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -134,195 +195,100 @@ class Networks:
 
     @property
     def decoder(self) -> nn.Module:
-        return self.tiny or self.teacher.vae
+        return self.loaded.decoder or self.teacher.vae
 
     @property
     def space(self) -> Space:
         return Space(self.decoder, self.student.autocast)
 
     def of_pictures(self, value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
-        """A likelihood or reward of (x of some rows, the rows) -> x [B, ...] -> [B], as memory allows."""
-        return picture_by_picture(value) if self.one_by_one else lambda x: value(x, slice(None))
+        """A function of (x of some rows, the rows) as one of x [B, ...] -> [B], picture by picture to save memory."""
+        return picture_by_picture(value) if self.loaded.run.checkpointing else lambda x: value(x, slice(None))
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What trains. A posterior's LoRA on a full fake score is part of that network."""
-        unet = self.adapters.get("student", self.student.unet if self.train_unet else None)
-        parts = {"unet": unet, "controlnet": self.student.controlnet, "fake": self.adapters.get("fake", self.fake.net)}
-        if "fake" in self.adapters:
-            parts |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
-        return {k: v for k, v in parts.items() if v is not None}
+        """What trains. The posterior's LoRA on a full fake score is part of that network."""
+        trains = self.settings.optimiser is not None
+        found = {"unet": self.adapters.get("student", self.student.backbone if trains else None),
+                 "controlnet": self.student.controlnet}
+        if self.fake is not None:
+            found["fake"] = self.adapters.get("fake", self.fake.net)
+            if "fake" in self.adapters:
+                found |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
+        return {name: module for name, module in found.items() if module is not None}
 
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """Names of the modules that are exported."""
-        return tuple(k for k in self.modules if k in ("unet", "controlnet"))
-
-    @property
-    def fake_parameters(self) -> list[nn.Parameter]:
-        """What trains in the fake score, the posterior's LoRA apart."""
-        return [p for parameters, _ in self.fake_groups(Optimiser(lr=0.0)) for p in parameters]
-
-    def fake_groups(self, fake: Optimiser, controlnet: Optimiser | None = None) -> list:
-        """(parameters, optimiser) of what trains in the fake score; its ControlNet's own, where one is given."""
-        own = self.adapters["fake"].parameters() if "fake" in self.adapters else base_parameters(self.fake.net.unet)
-        sees = [] if self.fake.net.controlnet is None else list(self.fake.net.controlnet.parameters())
-        if not sees or controlnet is None:
-            return [([*own, *sees], fake)]
-        return [(list(own), fake), (sees, controlnet)]
-
-    def student_groups(self, unet: Optimiser, controlnet: Optimiser | None = None) -> list:
+    def student_groups(self, branch: Branch | None) -> Groups:
         """(parameters, optimiser) of what trains in the student."""
-        trained = self.modules.get("unet")
-        groups = [] if trained is None else [(list(trained.parameters()), unet)]
-        if self.student.controlnet is not None and controlnet is not None:
-            groups.append((list(self.student.controlnet.parameters()), controlnet))
+        groups: Groups = []
+        if self.settings.optimiser is not None:
+            groups.append((list(self.modules["unet"].parameters()), self.settings.optimiser))
+        if branch and self.student.controlnet is not None:
+            groups.append((list(self.student.controlnet.parameters()), branch.optimiser))
         return groups
 
-    def with_averages(self, averages: dict[str, nn.Module]) -> StableDiffusion:
-        """The teacher's folder with the student's averaged networks in it."""
-        unet = self.student.unet if "student" in self.adapters else averages.get("unet", self.student.unet)
-        if unet is self.teacher.unet or "student" in self.adapters:
-            unet = with_merged(unet, self.adapters.get("student"))  # type: ignore[arg-type]
-        return self.teacher.with_parts(unet=unet, controlnet=averages.get("controlnet", self.student.controlnet))
+    def fake_groups(self, fake: Fake) -> Groups:
+        """(parameters, optimiser) of what trains in the fake score, the posterior's LoRA apart."""
+        own = self.adapters["fake"].parameters() if "fake" in self.adapters else \
+            base_parameters(self.fake.net.backbone)
+        groups: Groups = [(list(own), fake.optimiser)]
+        if fake.controlnet:
+            groups.append((list(self.fake.net.controlnet.parameters()), fake.controlnet))
+        return groups
 
-    def exporter(self, method: str, control: str | None, **more: Any) -> Callable[[Path, dict[str, nn.Module]], object]:
-        """(folder, averages) -> writes the one-step student as a folder that stock diffusers runs in one step."""
-        scheduler = one_step_scheduler(self.teacher.scheduler, self.t_init)
-        card = {"kind": "one-step", "method": method, "control": control, "t_init": self.t_init, **more}
-        return lambda folder, averages: save_pipeline(self.with_averages(averages), folder, scheduler, card=card)
+    def product(self, method: str, control: str, **more: Any) -> Product:
+        """The student as a folder that stock diffusers runs at its levels.
+
+        Args:
+            method: its name in the model's card.
+            more: further entries of the card.
+        """
+        levels = self.settings.levels
+        card = {"kind": "one-step" if len(levels) == 1 else "few-step", "method": method, "control": control or None,
+                "levels": list(levels), **more}
+
+        def write(folder: Path, averages: dict[str, nn.Module]) -> object:
+            return save_pipeline(self._with(averages), folder, self.teacher.step_scheduler(levels), card=card)
+
+        modules = {name: module for name, module in self.modules.items() if name in ("unet", "controlnet")}
+        return Product(modules, write)
+
+    def _with(self, averages: dict[str, nn.Module]) -> StableDiffusion:
+        """The teacher's folder with the student's averaged networks in it."""
+        lora = self.adapters.get("student")
+        backbone: Any = self.student.backbone if lora else averages.get("unet", self.student.backbone)
+        if lora or backbone is self.teacher.backbone:
+            backbone = with_merged(backbone, lora)
+        return self.teacher.with_networks(backbone=backbone,
+                                          controlnet=averages.get("controlnet", self.student.controlnet))
 
     @property
     def running(self) -> list[nn.Module]:
-        """Every network that runs in a step: student, real and fake score, posterior where there is one, decoder."""
-        scores = [self.real, self.fake, *([self.posterior.score] if self.posterior else [])]
-        return [self.student, *(score.net for score in scores), self.decoder]  # type: ignore[union-attr]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.teacher.unet.parameters()).device
+        """Every network that runs in a step: student, real and fake score, posteriors, guides, decoder."""
+        if self.fake is None:
+            return [self.student, self.decoder]
+        scores = [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
+        return [self.student, self.real, *(score.net for score in scores), self.decoder]  # type: ignore[attr-defined]
 
 
-def _one_step(name: str, teacher: StableDiffusion, t_init: int) -> StableDiffusion:
-    """A one-step generator to start from, of the teacher's kind and at the level asked for.
+def guide(loaded: Loaded, role: str) -> ScoreModel:
+    """Another teacher's score, for guidance on this teacher's latents.
 
     Raises:
-        UsageError: it is no such generator.
+        UsageError: its latents are not this teacher's: the autoencoders' configurations or encodings differ.
     """
-    model = load_model(name)
-    if not model.one_step:
-        raise UsageError(f"{name} is no one-step generator; name one, such as nano-canny, or train one first: "
-                         "jdm train nano-diff-instruct")
-    if model.schedule.n - 1 != t_init:
-        raise UsageError(f"{name} runs at level {model.schedule.n - 1}, asked for t_init {t_init}; use "
-                         f"--t-init {model.schedule.n - 1}")
-    if model.unet.config["in_channels"] != teacher.unet.config["in_channels"]:
-        raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
-    return model
+    model, teacher, name = loaded.model(role), loaded.teacher, loaded.needs.models[role]
+    for key in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"):
+        ours, theirs = teacher.vae.config.get(key), model.vae.config.get(key)
+        if ours != theirs:
+            raise UsageError(f"{name} cannot guide this teacher: its autoencoder has {key} {theirs}, the teacher's "
+                             f"{ours}; both must share one latent space")
+    apart = loaded.apart(role)
+    if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
+        raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
+                         f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
+    return model.score_of(loaded.text(role), model.denoiser(model.backbone))
 
 
-class Step:
-    """One step's batch. (y, c) come from ONE picture; x = G(z, y, c) is computed once, with its graph.
-
-    Attributes:
-        y: prompts. c: control [B, k, H, W] or None; shown: as the ControlNet takes it, [B, 3, H, W] in [0, 1].
-        images: the pictures c came from, [B, 3, H, W] in [0, 1].
-        z: generator noise. noise: every other random number of the step, by stream name.
-        progress: share of the run that is done, in [0, 1).
-    """
-
-    def __init__(self, networks: Networks, run: Run, batches: Batches, control: Control | None, step: int):
-        self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
-        rows, images = batches(step)
-        self.images = unit(from_bytes(images)).to(run.device)
-        self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
-        self.c = None if control is None else control.h(self.images)
-        self.shown = None if control is None or self.c is None else control.image(self.c)
-        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
-        self._networks = networks
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The student's sample, differentiable in its parameters."""
-        return self._networks.generator(self.z, self.y, self.shown)
-
-    def noised(self, stream: str, schedule: NoiseSchedule, span: tuple[float, float]) -> tuple[Tensor, ...]:
-        """(x_t, t, eps) of the detached sample, t uniform on the grid points of `span`."""
-        x = self.x.detach()
-        t = schedule.grid(self.noise.uniform(f"t/{stream}", len(x)), *span)
-        eps = self.noise.normal(f"eps/{stream}", x.shape)
-        return schedule.noised(x, t, eps), t, eps
-
-
-def steps_of(networks: Networks, run: Run, control: Control | None) -> Callable[[int], Step]:
-    pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-    batches = Batches(pictures, run.batch, run.seed)
-    return lambda step: Step(networks, run, batches, control, step)
-
-
-def distillation(networks: Networks, run: Run, control: Control | None, phases: list[Phase],
-                 export: Callable[[Path, dict[str, nn.Module]], object], also: Sequence[nn.Module] = ()) -> Task:
-    """The task of these phases: one batch a step for all of them, the student saved, averaged, probed and exported.
-
-    Args:
-        also: further frozen networks that run.
-    """
-    return Task(phases, steps_of(networks, run, control), networks.modules, export, networks.averaged,
-                validation_probe(networks, run, control), [*networks.running, *also])
-
-
-def fake_phase(networks: Networks, optimiser: Optimiser, repeats: int, span: tuple[float, float],
-               every: int = 1, blind: bool = False, controlnet: Optimiser | None = None) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6).
-
-    A fake score with a ControlNet sees c as well; a new one's zero convolutions want a rate of their own, `controlnet`.
-    blind: it does not see the prompt either.
-    """
-    controlled = networks.fake.net.controlnet is not None
-
-    def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
-        x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, span)
-        y = [""] * len(x_t) if blind else step.y
-        estimate = networks.fake(x_t, t, y, step.shown if controlled else None)
-        return (estimate.eps - eps).square().mean(), {}
-
-    return Phase("fake", networks.fake_groups(optimiser, controlnet), loss, repeats, every)
-
-
-def posterior_phase(networks: Networks, optimiser: Optimiser) -> Phase:
-    """Consistency training of the posterior's LoRA on the student's samples (JDM Eq. 8)."""
-    posterior = networks.posterior
-    assert posterior is not None
-
-    def loss(step: Step, _: int) -> tuple[Tensor, dict]:
-        uniform = step.noise.uniform("k", len(step.z))
-        eps = step.noise.normal("eps/posterior", step.z.shape)
-        return posterior.consistency_loss(step.x, step.y, uniform, eps), {}
-
-    return Phase("posterior", [(list(networks.adapters["posterior"].parameters()), optimiser)], loss)
-
-
-def generator_phase(networks: Networks, direction: Callable[[Step], tuple[Tensor, dict]], unet: Optimiser,
-                    controlnet: Optimiser | None = None) -> Phase:
-    """The student's samples move along `direction`."""
-
-    def loss(step: Step, _: int) -> tuple[Tensor, dict]:
-        along, logs = direction(step)
-        return ascend(step.x, along), logs | {"std_x": step.x.detach().std()}
-
-    return Phase("generator", networks.student_groups(unet, controlnet), loss)
-
-
-def loaded_control(spec: str, size: Size) -> Control:
-    """A control by name or import path, probed at the size it will see."""
-    return checked(load_control(spec), size)
-
-
-def rms(direction: Tensor) -> Tensor:
-    """Root mean square, over samples and components; for the log."""
-    return direction.square().mean().sqrt()
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Mean cosine between two directions, over samples; for the log."""
-    return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()
+def controlnet_need(branch: Branch) -> dict[str, str]:
+    """The model whose ControlNet a branch begins as, by its role; nothing for a new one."""
+    return {"controlnet": branch.start} if branch.start else {}

@@ -7,53 +7,62 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
-from jdm.data.sources import load_pictures
-from jdm.library import load_model
-from jdm.methods.denoising import Batch, denoising_batch, encoded
+from jdm.loading import Loaded
+from jdm.methods.denoising import Batch, denoising_batch
 from jdm.models.stable_diffusion import copied, save_pipeline
 from jdm.posterior import Posterior
-from jdm.run import Optimiser, Phase, Run, Task
+from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 
 
 @dataclass(frozen=True)
 class PosteriorTraining:
-    """Consistency training (JDM Eq. 8) on real pictures, from the teacher's weights; for `JDM.frozen_posterior`.
+    """Consistency training (JDM Eq. 8) on real pictures, from the teacher's weights; for a `FrozenPosterior`.
 
     Paper: the posterior learns from the student's samples and moves with it; here: from pictures, because the exact
     joint KL asks for the teacher's p(c | x_t).
 
     Attributes:
-        levels: K of Eq. 8. t_range: of those levels.
+        levels: K of Eq. 8, the number of noise levels.
+        low: smallest of those levels, in [0, 1].
+        high: largest of those levels, in [0, 1].
+        optimiser: how the posterior moves.
+        clip: bound on the norm of its gradient.
     """
 
     levels: int = 18
-    t_range: tuple[float, float] = (0.02, 0.98)
+    low: float = 0.02
+    high: float = 0.98
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
+    clip: float = 1.0
 
-    def task(self, run: Run) -> Task:
-        teacher = load_model(run.model).at(run.data.size).to(run.device)
-        pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
-        latents = encoded(teacher.space, pictures)
-        unet = copied(teacher.unet)
-        text = prepared.text(run, teacher.text(one_by_one=True))
-        low, high = self.t_range
-        score = teacher.score(text, unet)
-        posterior = Posterior(score, teacher.schedule, self.levels, low, high)
+    def needs(self, run: Run) -> Needs:
+        return Needs({"teacher": run.model}, latents=True)
+
+    def product(self, loaded: Loaded) -> Product:
+        teacher = loaded.teacher
+
+        def write(folder: Path, averages: dict[str, nn.Module]) -> None:
+            card = {"kind": "posterior", "method": "consistency training", "control": None}
+            save_pipeline(teacher.with_networks(backbone=averages["unet"], controlnet=None), folder, card=card)
+
+        return Product({"unet": copied(teacher.backbone)}, write)
+
+    def task(self, loaded: Loaded) -> Task:
+        run, teacher, pictures = loaded.run, loaded.teacher, loaded.pictures
+        latents, product = loaded.latents(), self.product(loaded)
+        unet = product.modules["unet"]
+        score = teacher.score_of(loaded.text(), teacher.denoiser(unet))
+        posterior = Posterior(score, teacher.schedule, self.levels, self.low, self.high)
 
         def begin(step: int) -> tuple[Batch, Tensor]:
             rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step, run.device)
-            batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, teacher.score(text), 0.0)
+            batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, 0.0)
             return batch, noise.uniform("k", len(rows))
 
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
             batch, uniform = state
             return posterior.consistency_loss(batch.x, batch.y, uniform, batch.eps), {}
 
-        def export(folder: Path, averages: dict[str, nn.Module]) -> None:
-            card = {"kind": "posterior", "method": "consistency training", "control": None}
-            save_pipeline(teacher.with_parts(unet=averages["unet"], controlnet=None), folder, card=card)
-
-        return Task([Phase("posterior", [(list(unet.parameters()), self.optimiser)], loss)], begin,
-                    {"unet": unet}, export, averaged=("unet",), frozen=[score.net])
+        phase = Phase("posterior", [(list(unet.parameters()), self.optimiser)], loss, clip=self.clip)
+        return Task([phase], begin, dict(product.modules), product, frozen=[score.net])

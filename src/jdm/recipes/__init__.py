@@ -20,27 +20,56 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe's place: a function without arguments, annotated as returning Run. summary: its first line."""
+    """A recipe's place in the source.
+
+    Attributes:
+        summary: the first line of its docstring.
+        scale: the scale it is laid over; empty for a function without arguments.
+    """
 
     name: str
     summary: str
     module: str
     function: str
+    scale: str = ""
 
     def load(self) -> Callable[[], Run]:
-        return getattr(importlib.import_module(self.module), self.function)
+        recipe = getattr(importlib.import_module(self.module), self.function)
+        if not self.scale:
+            return recipe
+        scales = importlib.import_module(f"{__name__}.scales").SCALES
+        return lambda: recipe(scales[self.scale])
+
+
+SCALES = ("nano", "sd15")  # the keys of scales.SCALES, which is not imported for its names
+FILES = ("students", "yardsticks", "ablations", "blocks")  # in the order in which they are shown
+
+
+def groups() -> dict[str, list[Entry]]:
+    """The package's recipes under the first line of their file, from the source alone."""
+    found: dict[str, list[Entry]] = {}
+    for stem in FILES:
+        tree = ast.parse((Path(__file__).parent / f"{stem}.py").read_text(encoding="utf-8"))
+        title = (ast.get_docstring(tree) or stem).split("\n")[0]
+        found[title] = [entry for node in tree.body for entry in _entries(node, f"{__name__}.{stem}")]
+    return found
 
 
 def entries() -> dict[str, Entry]:
     """Every recipe of the package, by name, from the source alone."""
-    found = {}
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and file.stem != "__init__" and _is_recipe(node):
-                name = node.name.replace("_", "-")
-                summary = (ast.get_docstring(node) or "").split("\n")[0]
-                found[name] = Entry(name, summary, f"{__name__}.{file.stem}", node.name)
-    return found
+    return {entry.name: entry for group in groups().values() for entry in group}
+
+
+def _entries(node: ast.stmt, module: str) -> list[Entry]:
+    """The recipes of a function: one without arguments is one, one that takes a scale is one for each scale."""
+    if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+        return []
+    name, summary = node.name.replace("_", "-"), (ast.get_docstring(node) or "").split("\n")[0]
+    if _is_recipe(node):
+        return [Entry(name, summary, module, node.name)]
+    if _returns_run(node) and [ast.unparse(a.annotation) for a in node.args.args if a.annotation] == ["Scale"]:
+        return [Entry(f"{scale}-{name}", summary, module, node.name, scale) for scale in SCALES]
+    return []
 
 
 def all_recipes() -> dict[str, Callable[[], Run]]:
@@ -91,7 +120,7 @@ def _types() -> dict[str, type]:
     """The dataclasses a record may name: the run's own and those of every method."""
     import jdm.methods
 
-    modules = ["jdm.run", "jdm.models.classifier",
+    modules = ["jdm.run", "jdm.models.classifier", "jdm.levels", "jdm.posterior", "jdm.terms",
                *(f"jdm.methods.{m.name}" for m in pkgutil.iter_modules(jdm.methods.__path__))]
     found = [v for m in modules for v in vars(importlib.import_module(m)).values()]
     return {v.__name__: v for v in found if isinstance(v, type) and is_dataclass(v)}
@@ -115,5 +144,9 @@ def _from_file(path: str) -> Callable[[], Run]:
 def _is_recipe(node: ast.FunctionDef) -> bool:
     arguments = node.args
     wanted = any([arguments.posonlyargs, arguments.args, arguments.kwonlyargs, arguments.vararg, arguments.kwarg])
+    return not wanted and not node.name.startswith("_") and _returns_run(node)
+
+
+def _returns_run(node: ast.FunctionDef) -> bool:
     returns = ast.unparse(node.returns) if node.returns else ""
-    return not wanted and not node.name.startswith("_") and returns.strip("'\"").split(".")[-1] == "Run"
+    return returns.strip("'\"").split(".")[-1] == "Run"

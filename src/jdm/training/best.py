@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jdm.errors import UsageError
 from jdm.run import Run
+from jdm.sharing import batch_mean
 from jdm.training import checkpoint, distributed
 
 BETTER = {"judge": 1.0, "prompt_agreement": 1.0, "fd": -1.0, "consistency": -1.0}  # sign of what a probe measures
@@ -70,7 +71,7 @@ class Best:
         if self.run.best not in measured:
             raise UsageError(f"this run's probe does not measure {self.run.best}; choose --best from "
                              f"{', '.join(k for k in measured if k in BETTER) or 'nothing: leave it out'}")
-        value = distributed.batch_mean(torch.tensor(float(measured[self.run.best]), dtype=torch.float64))
+        value = batch_mean(torch.tensor(float(measured[self.run.best]), dtype=torch.float64))
         self.seen.append((step, float(value)))  # one value for all processes
         if self._best == len(self.seen) - 1:
             checkpoint.save(checkpoint.State({}, {}, averages, {}), self.run.out / FOLDER, step)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
+from jdm.sharing import mean_over_processes_
 
 PATIENCE = timedelta(minutes=10)  # for a collective, before a silent process counts as lost
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
@@ -118,18 +119,8 @@ def averaged_gradients(loss: Tensor, parameters: Sequence[nn.Parameter],
         p.grad = None
     for gradient in gradients:
         if gradient is not None and not isinstance(gradient, DTensor):
-            _mean_(gradient)
+            mean_over_processes_(gradient)
     return gradients
-
-
-def batch_mean(value: Tensor) -> Tensor:
-    """The mean over processes of a detached number that stands for this process's samples."""
-    return _mean_(value.detach().clone()) if size() > 1 else value
-
-
-def _mean_(value: Tensor) -> Tensor:
-    dist.all_reduce(value)
-    return value.div_(size())
 
 
 def agreed(flag: bool) -> bool:

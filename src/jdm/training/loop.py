@@ -18,13 +18,15 @@ from torch.distributed.tensor import DTensor
 from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import RunError, TerminatedError, UsageError, in_short
 from jdm.files import write
+from jdm.loading import Loaded
 from jdm.models.execution import settle
 from jdm.run import Phase, Run, described, without_cache
-from jdm.sharing import sharing
+from jdm.sharing import batch_mean, sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.best import Best
 from jdm.training.distributed import local
 from jdm.training.memory import out_of_memory
+from jdm.training.optimiser import adamw
 
 
 class Trainer:
@@ -39,11 +41,11 @@ class Trainer:
             raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
         run = distributed.join(run)
         torch.manual_seed(run.seed)
-        self.run, self.task = run, run.method.task(run)
+        self.run, self.task = run, run.method.task(Loaded(run))
         settle(run, *self.task.frozen, *self.task.modules.values())
         distributed.shard(self.task, run)
-        self.optimizers = {p.name: p.optimizer() for p in self.task.phases}
-        self.averages = {n: _copied(self.task.modules[n]) for n in self.task.averaged}
+        self.optimizers = {p.name: adamw(p) for p in self.task.phases}
+        self.averages = {n: _copied(self.task.modules[n]) for n in self.task.product.modules}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
         place = checkpoint.last(run.out)
         if place:
@@ -85,7 +87,7 @@ class Trainer:
             if best:
                 checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
             with averaged(self.task.modules, self.averages) as modules:
-                self.task.export(folder, modules)
+                self.task.product.write(folder, modules)
         elif distributed.first():
             export_checkpoint(self.run, folder, best)
         distributed.barrier()
@@ -121,7 +123,7 @@ class Trainer:
             found = self._backward(loss / turns, phase)
             total = found if total is None else [_sum(a, b) for a, b in zip(total, found, strict=True)]
         assert total is not None
-        return total, float(distributed.batch_mean(value)), more
+        return total, float(batch_mean(value)), more
 
     def _backward(self, loss: Tensor, phase: Phase) -> list[Tensor | None]:
         if distributed.size() == 1:
@@ -180,11 +182,11 @@ def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path
     """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
     place = place or checkpoint.last(run.out)
     assert place is not None
-    task = run.method.task(replace(run, device="cpu"))
-    averages = {name: task.modules[name].eval() for name in task.averaged}
+    product = run.method.product(Loaded(replace(run, device="cpu")))
+    averages = {name: module.eval() for name, module in product.modules.items()}
     checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
                     alone=True)
-    task.export(folder, averages)
+    product.write(folder, averages)
     return folder
 
 
@@ -200,7 +202,7 @@ def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Te
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         return norm
-    torch._foreach_mul_([distributed.local(g) for g in present], min(1.0, phase.groups[0][1].clip / (norm + 1e-6)))
+    torch._foreach_mul_([distributed.local(g) for g in present], min(1.0, phase.clip / (norm + 1e-6)))
     for parameter, gradient in zip(phase.parameters, gradients, strict=True):
         parameter.grad = gradient
     for group, (_, optimiser) in zip(optimizer.param_groups, phase.groups, strict=True):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw as fused_adamw
 
 from jdm.errors import UsageError
+from jdm.run import Phase
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 BLOCK = 256  # elements of a row that share a scale, at most
@@ -80,7 +81,7 @@ class AdamW(torch.optim.AdamW):
         steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in parameters]
         means = [self._moment(p, "exp_avg") for p in parameters] if beta1 else gradients
         squares = [self._moment(p, "exp_avg_sq") for p in parameters]
-        adamw(parameters, gradients, means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+        fused_adamw(parameters, gradients, means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
               beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
         for parameter in parameters:
             slots = self.state[parameter]
@@ -166,3 +167,9 @@ def _sharded(local: Tensor, like: Tensor) -> Tensor:
     shape = torch.Size((like.shape[0], *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def adamw(phase: Phase) -> AdamW:
+    """The optimiser of a phase, a group for each of its own."""
+    return AdamW({"params": p, "lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay, "states": o.states}
+                 for p, o in phase.groups)

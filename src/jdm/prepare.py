@@ -1,7 +1,7 @@
 """`jdm prepare`: what every run of a recipe would compute again, computed once and left on disk (prepared.py).
 
-The method's own code is asked: its task is built, and whatever it wants of text states, pictures and latents is made
-as it asks. So a preparation takes the memory of the run's networks, though of no gradient or optimiser.
+The method's needs say which text states and latents are made; of its networks only text encoders and the teacher's
+autoencoder are loaded.
 
 Bits are those of training on the same device, with the same versions and threads: prompts are encoded one by one, and
 pictures in the pieces that `encoded` takes.
@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -36,17 +36,17 @@ from jdm.data.cache import (
     distinct,
     encoder_signs,
     facts,
-    making,
     sha256,
     signs,
     space_sign,
 )
-from jdm.data.sources import Pictures, load_pictures
+from jdm.data.latents import encoded_parts
+from jdm.data.sources import Pictures
 from jdm.errors import RunError, UsageError
 from jdm.files import alone, read_json, write
-from jdm.methods.denoising import encoded_parts
+from jdm.loading import Loaded
 from jdm.models.text import TextEncoder, tensors_of
-from jdm.run import Data, Run
+from jdm.run import Run
 from jdm.space import Space
 
 PART = re.compile(r"\.?(text|pictures|latents|prompts|files)-[0-9a-f]{16}(\.json)?(\.draft)?")
@@ -73,9 +73,9 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
         raise UsageError(f"{folder} holds another program's {MANIFEST}; choose another --out")
     try:
         with _alone(folder), _swept(folder):
-            draft = Draft(replace(run, data=replace(run.data, prepared="")), folder, recipe, progress)
-            with making(draft):
-                run.method.task(draft.run)
+            run = replace(run, data=replace(run.data, prepared=""))
+            draft = Draft(Loaded(run), folder, recipe, progress)
+            draft.make()
             return draft.finish()
     except OSError as error:
         raise RunError(f"{error.filename or folder}: {error.strerror or error}; free some space or choose another "
@@ -85,46 +85,45 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
 class Draft(Cache):
     """A preparation in the making: what a method asks for is made first where it is not there yet."""
 
-    def __init__(self, run: Run, folder: Path, recipe: str, progress: Progress | None):
-        self.run, self.progress = run, progress or (lambda *_: None)
-        self.loaded = load_pictures(run.data.source, run.data.split, run.data.size)
-        found = signs(self.loaded, _known_signs(folder))
-        self.prompts = distinct(self.loaded)
-        self.content = sha256([[sign[-1] for sign in found], self.loaded.indices.tolist()])
-        data = facts(run.data, self.loaded) | {
+    def __init__(self, needed: Loaded, folder: Path, recipe: str, progress: Progress | None):
+        self.needed, self.progress = needed, progress or (lambda *_: None)
+        run, loaded = needed.run, needed.pictures
+        found = signs(loaded, _known_signs(folder))
+        self.prompts = distinct(loaded)
+        self.content = sha256([[sign[-1] for sign in found], loaded.indices.tolist()])
+        data = facts(run.data, loaded) | {
             "pictures": self.content, "captions": self._list(folder, "prompts", self.prompts),
             "files": self._list(folder, "files", found)}
         super().__init__(folder, {"layout": LAYOUT, "recipe": recipe, "source": run.data.source, "data": data,
                                   "made with": made_with(run), "text": [], "pictures": None, "latents": []})
 
-    def pictures(self, data: Data, loaded: Pictures) -> Pictures:
+    def make(self) -> None:
+        """Make every part that the run needs."""
+        needs, run, loaded = self.needed.needs, self.needed.run, self.needed.pictures
         rows = torch.arange(len(loaded)).split(AT_ONCE)
-        part = self._part("pictures", [data.size, self.content], len(loaded), ((loaded.batch(r),) for r in rows))
+        part = self._part("pictures", [run.data.size, self.content], len(loaded), ((loaded.batch(r),) for r in rows))
         self.manifest["pictures"] = {"part": part}
-        stored = super().pictures(data, loaded)
-        return replace(stored, latents=lambda space: self._latents(space, stored))
+        for role in [role for role in needs.prompts if role in needs.models]:
+            self._text(self.needed.text(role))
+        if needs.latents:
+            self._latents(self.needed.teacher.space, replace(super().pictures(run.data, loaded), latents=None))
 
-    def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
+    def _text(self, encoder: TextEncoder) -> None:
         asked = encoder_signs(encoder)
         part = self._part("text", [asked, self.manifest["data"]["captions"]], len(self.prompts), self._states(encoder))
         self.manifest["text"].append({**asked, "part": part})
-        return super().text(encoder)
 
     def finish(self) -> dict[str, int]:
         """The manifest, which makes the parts a cache; what no longer belongs is removed."""
-        if not self.manifest["pictures"]:
-            raise UsageError(f"{type(self.run.method).__name__} reads nothing that is prepared; train it without")
         write(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
         _sweep(self.folder)
         parts = sorted(place for place in self.folder.iterdir() if place.is_dir() and PART.fullmatch(place.name))
         return {place.name: sum(file.stat().st_size for file in place.iterdir()) for place in parts}
 
-    def _latents(self, space: Space, stored: Pictures) -> Tensor:
-        sign = space_sign(space)
-        pieces = ((piece,) for piece in encoded_parts(space, replace(stored, latents=None)))
+    def _latents(self, space: Space, stored: Pictures) -> None:
+        sign, pieces = space_sign(space), ((piece,) for piece in encoded_parts(space, stored))
         part = self._part("latents", [stored.size, self.content, sign], len(stored), pieces)
         self.manifest["latents"].append({"autoencoder": sign, "part": part})
-        return self.latents(space)
 
     @torch.no_grad()
     def _states(self, encoder: TextEncoder) -> Iterator[tuple[Tensor, ...]]:

@@ -1,0 +1,48 @@
+"""Noise levels at which a term looks at the student's sample, and how tightly a term is bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jdm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Levels:
+    """t uniform on the teacher's grid points in [low, high], with noise from one named random stream.
+
+    Two terms share one x_t exactly when their levels are equal, stream included.
+
+    Attributes:
+        low: smallest noise level, in [0, 1]; 0 is clean and is itself never drawn.
+        high: largest noise level, in [0, 1]; 1 is the teacher's last level.
+        stream: name of the random numbers; a term with another stream draws a level and noise of its own.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    stream: str = "generator"
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high <= 1 or self.high == 0:
+            raise UsageError(f"noise levels must satisfy 0 <= low <= high <= 1 with high above 0, got low {self.low} "
+                             f"and high {self.high}")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How long a term may be, in units of the mean norm over the batch of the terms that have no bound.
+
+    Paper: none is printed; here: a bound, because likelihoods and scores differ by orders of magnitude.
+
+    Attributes:
+        early: bound in the first half of the run; 0 for none.
+        late: bound in the second half, when rates have fallen and the fake score keeps up; 0 for none.
+    """
+
+    early: float = 1.0
+    late: float = 1.0
+
+    def at(self, progress: float) -> float:
+        """The bound where `progress`, in [0, 1), is the share of the run that is done."""
+        return self.early if progress < 0.5 else self.late

@@ -1,0 +1,149 @@
+"""What a run needs, loaded: models, control, reward, pictures; each is read when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jdm.controls import Control, checked, load_control
+from jdm.data.cache import Cache
+from jdm.data.latents import encoded
+from jdm.data.sources import Pictures, load_pictures
+from jdm.errors import UsageError
+from jdm.library import load_controlnet, load_model, tiny_decoder
+from jdm.models.stable_diffusion import StableDiffusion, placed
+from jdm.models.text import TextEncoder
+from jdm.rewards import Reward, checked_reward, load_reward
+from jdm.run import Needs, Run
+from jdm.size import Size, height_width
+
+
+class Loaded:
+    """The needs of a run, on its device and at its picture size.
+
+    Subclasses replace how a thing is read, such as `jdm.cost.estimate`'s, whose tensors have shapes and no contents.
+
+    Args:
+        needs: what may be asked for; anything else is an error of the method.
+    """
+
+    def __init__(self, run: Run, needs: Needs | None = None):
+        self.run, self.needs = run, needs or run.method.needs(run)
+        self._models: dict[str, StableDiffusion] = {}
+        self._texts: dict[str, TextEncoder] = {}
+
+    def model(self, role: str) -> StableDiffusion:
+        """The model of a role, at the run's picture size and on its device."""
+        if role not in self._models:
+            model = self._model(role, self.needs.models[role]).at(self.run.data.size)
+            if role == "teacher" or role in self.needs.prompts:
+                model.to(self.run.device)
+            else:  # nothing else of it runs
+                placed(model.backbone, self.run.device)
+            self._models[role] = model
+        return self._models[role]
+
+    def has(self, role: str) -> bool:
+        """Whether a model of that role is among the needs."""
+        return role in self.needs.models
+
+    @property
+    def teacher(self) -> StableDiffusion:
+        return self.model("teacher")
+
+    def text(self, role: str = "teacher") -> TextEncoder:
+        """The text encoder of a role's model; its states come from the prepared folder where the run names one."""
+        if role not in self._texts:
+            encoder = self.model(role).text(one_by_one=True)
+            if self.cache is not None:
+                encoder.stored = self.cache.text(encoder)
+            self._texts[role] = encoder
+        return self._texts[role]
+
+    def student(self, role: str, levels: tuple[int, ...]) -> StableDiffusion:
+        """The trained student of a role, which must share the teacher's latents and run at these levels.
+
+        Raises:
+            UsageError: it is a multi-step model, runs at other levels, or works on other latents.
+        """
+        model, name = self.model(role), self.needs.models[role]
+        if model.levels is None:
+            raise UsageError(f"{name} is not a one-step generator; name one, such as nano-canny, or train one first: "
+                             "jdm train nano-diff-instruct")
+        if model.levels != levels:
+            raise UsageError(f"{name} runs at levels {list(model.levels)}, asked for {list(levels)}; use --levels "
+                             f"{' '.join(map(str, model.levels))}")
+        if model.backbone.config["in_channels"] != self.teacher.backbone.config["in_channels"]:
+            raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
+        return model
+
+    def controlnet(self, role: str) -> nn.Module:
+        """The ControlNet of a role: of a model or of a folder that is one; it must fit the teacher."""
+        return self._controlnet(self.needs.models[role])
+
+    @cached_property
+    def cache(self) -> Cache | None:
+        """The prepared folder; None where the run names none."""
+        return Cache.read(Path(self.run.data.prepared)) if self.run.data.prepared else None
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The training split, from the prepared folder where the run names one."""
+        loaded = self.split(self.run.data.split)
+        return loaded if self.cache is None else self.cache.pictures(self.run.data, loaded)
+
+    @cached_property
+    def held_out(self) -> Pictures:
+        """The validation split."""
+        return self.split(self.run.data.validation)
+
+    def latents(self) -> Tensor:
+        """The teacher's latents of the whole training split, [N, C, h, w] on the CPU."""
+        return encoded(self.teacher.space, self.pictures)
+
+    @cached_property
+    def control(self) -> Control | None:
+        """The control, tried at the size it will see; None where the run needs none."""
+        return self._control(self.needs.control, self.run.data.size) if self.needs.control else None
+
+    @cached_property
+    def reward(self) -> Reward | None:
+        """The reward, tried on two pictures; None where the run needs none."""
+        return self._reward(self.needs.reward) if self.needs.reward else None
+
+    @cached_property
+    def decoder(self) -> nn.Module | None:
+        """The tiny decoder of run.decoder; None for the teacher's own."""
+        return placed(self._decoder(self.run.decoder), self.run.device) if self.run.decoder else None
+
+    def apart(self, role: str) -> float:
+        """How far a role's autoencoder encodes a probe picture from the teacher's, as a share of the latents' size."""
+        size = height_width(self.run.data.size)
+        probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.run.device) * 2 - 1
+        a, b = self.teacher.space.encode(probe), self.model(role).space.encode(probe)
+        return float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-6))
+
+    # How each is read
+
+    def split(self, split: str) -> Pictures:
+        """A split of the run's pictures."""
+        return load_pictures(self.run.data.source, split, self.run.data.size)
+
+    def _model(self, role: str, name: str) -> StableDiffusion:
+        return load_model(name)
+
+    def _controlnet(self, name: str) -> nn.Module:
+        return load_controlnet(name, self.teacher)[0]
+
+    def _control(self, spec: str, size: Size) -> Control:
+        return checked(load_control(spec), size)
+
+    def _reward(self, spec: str) -> Reward:
+        prompts = self.pictures.prompts(torch.zeros(1).long(), torch.zeros(1))
+        return checked_reward(load_reward(spec, self.run.device), self.run.data.size, prompts)
+
+    def _decoder(self, name: str) -> nn.Module:
+        return tiny_decoder(name, self.teacher)

@@ -29,11 +29,11 @@ from unittest.mock import patch
 import torch
 from torch._dynamo.utils import counters
 
+from jdm import loading
 from jdm.cost.estimate import estimate
-from jdm.methods import networks
+from jdm.cost.known_configs import without_weights
 from jdm.models import execution, published
-from jdm.models.known_configs import without_weights
-from jdm.recipes.sd15 import sd15_canny
+from jdm.recipes import find
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
 
@@ -52,12 +52,13 @@ TINY = {
 
 def run_of(row: str, args: argparse.Namespace, out: Path) -> Run:
     """The recipe's run, as the row has it, on packaged pictures."""
-    run = sd15_canny()
+    run = find("sd15-canny")()
     data = Data(split="test[:256]", validation="test[:256]", size=64 if args.tiny else 512)
     run = replace(run, out=out, data=data, batch=args.batch, accumulate=1, shard=1, device=args.device,
                   precision="bf16", steps=10**6, save_every=10**6, log_every=10**6, probe_every=0)
     if row == "plain":
-        return replace(run, checkpointing=False, compile=False, method=replace(run.method, student_rank=0, fake_rank=0))
+        method = replace(run.method, fake=replace(run.method.fake, rank=0))
+        return replace(run, checkpointing=False, compile=False, method=method)
     return replace(run, compile=row == "compiled")
 
 
@@ -70,7 +71,7 @@ def stand_ins(run: Run, row: str, tiny: bool) -> Iterator[None]:
 
     kept = patch.object(execution, "_cast_frozen", lambda *_: None) if row == "plain" else nullcontext()
     configs = {run.model: TINY} if tiny else {}
-    with patch.dict(published.KNOWN, configs), patch.object(networks, "load_model", at_random), kept:
+    with patch.dict(published.KNOWN, configs), patch.object(loading, "load_model", at_random), kept:
         yield
 
 

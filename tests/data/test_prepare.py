@@ -15,16 +15,16 @@ from test_data import folder_of
 from test_families import made
 
 import tiny
+from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
-from jdm import prepare as writing
-from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
 from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.text import TextEncoder
+from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import essence
 from jdm.run import Data, Run

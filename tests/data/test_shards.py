@@ -13,11 +13,11 @@ from PIL import Image
 from test_prepare import cached
 
 import tiny
-from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.recipes.nano import nano_diff_instruct
+from jdm.prepare import prepare
 from jdm.training.loop import Trainer
+from tiny import nano_diff_instruct
 
 
 @pytest.fixture(autouse=True)

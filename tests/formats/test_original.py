@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from test_single_file_import import refused
 
+from jdm.cost import known_configs
 from jdm.errors import UsageError
 from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
-from jdm.cost import known_configs
 from jdm.models import published
 
 

@@ -12,12 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import tiny
 from jdm.cli import parser as cli
+from jdm.cost import known_configs
 from jdm.errors import UsageError
 from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
-from jdm.cost import known_configs
 from jdm.models import published
 from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL

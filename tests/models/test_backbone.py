@@ -13,11 +13,10 @@ from jdm.methods.jdm import JDM
 from jdm.models import execution
 from jdm.models.adapters import Adapter, switched_on
 from jdm.models.stable_diffusion import Denoiser, with_merged
-from jdm.recipes.nano import nano_canny, nano_diff_instruct
-from jdm.recipes.nano_text import nano_text_reward
 from jdm.reproduce.models import LATER, essence
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
+from tiny import nano_canny, nano_diff_instruct, nano_text_reward
 
 LORA = {"student_rank": 2, "fake_rank": 2}
 

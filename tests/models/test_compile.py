@@ -14,10 +14,10 @@ import tiny
 from jdm.models import execution
 from jdm.models.adapters import Adapter
 from jdm.models.stable_diffusion import Denoiser
-from jdm.recipes.nano import nano_canny
 from jdm.run import Run
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer
+from tiny import nano_canny
 
 LORA = {"student_rank": 2, "fake_rank": 2}
 

@@ -17,12 +17,13 @@ import torch
 import tiny
 from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
+from jdm.levels import Bound
 from jdm.library import load_model
-from jdm.recipes.nano import nano_canny
 from jdm.sharing import sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
 from several import run_of
+from tiny import nano_canny
 
 HERE = Path(__file__).parents[1]
 
@@ -216,7 +217,7 @@ def test_accumulation_changes_no_gradient_where_no_bound_looks_at_the_batch(tmp_
     found = []
     for turns in (1, 2):
         run = run_of(tmp_path / str(turns), teacher, 1, ranks, accumulate=turns)
-        trainer = Trainer(replace(run, method=replace(run.method, condition_clip=(0.0, 0.0))))
+        trainer = Trainer(replace(run, method=replace(run.method, condition=replace(run.method.condition, bound=Bound(0.0, 0.0)))))
         begun = trainer._begun(0, 0) if turns == 1 else None
         found.append([trainer._gradients(phase, 0, 0, begun)[0] for phase in trainer.task.phases])
     for whole, parts in zip(*found, strict=True):

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jdm.errors import UsageError
 from jdm.recipes import recorded
-from jdm.recipes.nano import nano_controlnet
 from jdm.run import Optimiser, Phase, described
 from jdm.training import checkpoint
 from jdm.training.optimiser import BLOCK, AdamW, dequantised, quantised
+from tiny import nano_controlnet
 
 SHAPES = (64, 96), (33, 5), (7,), (), (16, 8, 3, 3), (40, 300)  # the first and the last are large enough for 8 bits
 

@@ -22,10 +22,11 @@ from jdm.evaluation.evaluate import cost, judge, measured
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.reference import Reference, references
 from jdm.evaluation.sampling import Sampler
+from jdm.levels import Bound
 from jdm.library import load_model
 from jdm.metrics.extractors import ClassifierFeatures
 from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
-from jdm.recipes.nano import nano_canny
+from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
 from jdm.training.loop import train
@@ -43,8 +44,8 @@ def recipe(out: Path, steps: int, batch: int = 32) -> Run:
 
     The condition term gets a looser bound: a few hundred steps must learn the control at once.
     """
-    run = nano_canny()
-    method = replace(run.method, condition_clip=(1.0, 1.0))
+    run = find("nano-canny")()
+    method = replace(run.method, condition=replace(run.method.condition, bound=Bound(1.0, 1.0)))
     return replace(run, method=method, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100,
                    log_every=5, probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
 

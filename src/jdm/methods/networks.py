@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jdm.controls import Control
 from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.stable_diffusion import Denoiser, StableDiffusion, copied, placed, save_pipeline, with_merged
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
+from jdm.rewards import Reward
 from jdm.run import Optimiser, Product
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
@@ -184,6 +186,26 @@ class Networks:
     def add_guide(self, role: str) -> None:
         """Load another teacher's score, with its own text encoder and schedule, for guidance on these latents."""
         self.guides[role] = guide(self.loaded, role)
+
+    def real_score(self, guidance: float) -> ScoreModel[Denoiser]:
+        """The teacher's score at a guidance."""
+        return self.teacher.score_of(self.text, self.real, guidance)
+
+    @property
+    def real_sees_control(self) -> bool:
+        return self.real.controlnet is not None
+
+    @property
+    def fake_sees_control(self) -> bool:
+        return self.fake is not None and self.fake.net.controlnet is not None
+
+    @property
+    def control(self) -> Control | None:
+        return self.loaded.control
+
+    @property
+    def reward(self) -> Reward | None:
+        return self.loaded.reward
 
     @property
     def generator(self) -> Generator:

@@ -32,14 +32,14 @@ def _savings(run: Run, task: Task | None) -> list[str]:
     if task and run.precision == "fp32":
         frozen = _bytes(p for network in task.frozen for p in network.parameters() if not p.requires_grad)
         found.append(f"--precision bf16, {frozen / 2 / GIB:.1f} GiB of frozen weights and half the activations")
-    if task and "fake" in task.modules and getattr(method, "fake_rank", None) == 0:
+    if task and "fake" in task.modules and getattr(getattr(method, "fake", None), "rank", None) == 0:
         weights = _bytes(task.modules["fake"].parameters())
-        found.append(f"--method.fake-rank 64, about {3 * weights / GIB:.1f} GiB of weights, gradients and moments")
+        found.append(f"--method.fake.rank 64, about {3 * weights / GIB:.1f} GiB of weights, gradients and moments")
     wide = sum(_bytes(parameters) * (1 if optimiser.betas[0] == 0 else 2)
                for phase in (task.phases if task else ()) for parameters, optimiser in phase.groups
                if optimiser.states == "float32")
     if wide:
-        found.append(f"8-bit moments (--method.unet.states 8bit and the others), {wide * 0.75 / GIB:.1f} GiB")
+        found.append(f"8-bit moments (--method.student.optimiser.states 8bit and the others), {wide * 0.75 / GIB:.1f} GiB")
     if run.batch // run.accumulate > 1:
         found.append(f"--accumulate {2 * run.accumulate}, half the activations")
     return found

@@ -217,7 +217,8 @@ def test_accumulation_changes_no_gradient_where_no_bound_looks_at_the_batch(tmp_
     found = []
     for turns in (1, 2):
         run = run_of(tmp_path / str(turns), teacher, 1, ranks, accumulate=turns)
-        trainer = Trainer(replace(run, method=replace(run.method, condition=replace(run.method.condition, bound=Bound(0.0, 0.0)))))
+        condition = replace(run.method.condition, bound=Bound(0.0, 0.0))
+        trainer = Trainer(replace(run, method=replace(run.method, condition=condition)))
         begun = trainer._begun(0, 0) if turns == 1 else None
         found.append([trainer._gradients(phase, 0, 0, begun)[0] for phase in trainer.task.phases])
     for whole, parts in zip(*found, strict=True):

@@ -39,7 +39,8 @@ def _savings(run: Run, task: Task | None) -> list[str]:
                for phase in (task.phases if task else ()) for parameters, optimiser in phase.groups
                if optimiser.states == "float32")
     if wide:
-        found.append(f"8-bit moments (--method.student.optimiser.states 8bit and the others), {wide * 0.75 / GIB:.1f} GiB")
+        found.append("8-bit moments (--method.student.optimiser.states 8bit and the others), "
+                     f"{wide * 0.75 / GIB:.1f} GiB")
     if run.batch // run.accumulate > 1:
         found.append(f"--accumulate {2 * run.accumulate}, half the activations")
     return found

@@ -114,7 +114,7 @@ def test_the_record_of_a_run_makes_the_same_run_again(teacher, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(entries()))
 def test_every_recipe_survives_its_own_record(name, tmp_path):
-        from jdm.run import described
+    from jdm.run import described
 
     (tmp_path / "run.json").write_text(json.dumps({"run": described(RECIPES[name]())}))
     assert recorded(tmp_path / "run.json") == RECIPES[name]()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jdm.models.family import Denoiser
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +24,6 @@ import tiny
 from jdm.cli.parser import _failed
 from jdm.errors import RunError
 from jdm.methods.jdm import JDM
-from jdm.models.stable_diffusion import Denoiser
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer

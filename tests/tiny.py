@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from jdm.models.folder import save_pipeline
 
 from jdm.loading import Loaded
 from jdm.methods.networks import Networks
 from jdm.models import nano
 from jdm.models.classifier import Classifier, ClassifierConfig
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler, save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
 from jdm.recipes import find
 from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run

@@ -14,7 +14,8 @@ from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.library import load_controlnet, load_model, tiny_decoder
-from jdm.models.stable_diffusion import StableDiffusion, placed
+from jdm.models.family import placed
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Needs, Run

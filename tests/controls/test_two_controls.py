@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jdm.models.family import Denoiser
 from PIL import Image
 
 from jdm.cli.parser import main
@@ -16,7 +17,6 @@ from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
-from jdm.models.stable_diffusion import Denoiser
 
 
 @pytest.fixture

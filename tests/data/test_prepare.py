@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jdm.models.folder import save_pipeline
 from PIL import Image
 from test_data import folder_of
 from test_families import made
@@ -22,7 +23,6 @@ from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
-from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded

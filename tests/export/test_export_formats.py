@@ -11,6 +11,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+from jdm.models.folder import save_pipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ from jdm.formats import lora_file
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
-from jdm.models.stable_diffusion import ControlNetModel, save_pipeline
+from jdm.models.stable_diffusion import ControlNetModel
 from jdm.recipes import all_recipes
 from jdm.run import described
 from jdm.schedule import NoiseSchedule

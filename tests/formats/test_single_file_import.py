@@ -6,6 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from jdm.models.folder import save_pipeline
 from safetensors.torch import load_file, save_file
 from test_families import made
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -19,7 +20,6 @@ from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
 from jdm.models import published
-from jdm.models.stable_diffusion import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes
 

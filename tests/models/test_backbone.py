@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from jdm.models.family import Denoiser, with_merged
 
 import tiny
 from jdm.errors import UsageError
@@ -12,7 +13,6 @@ from jdm.library import load_model
 from jdm.methods.jdm import JDM
 from jdm.models import execution
 from jdm.models.adapters import Adapter, switched_on
-from jdm.models.stable_diffusion import Denoiser, with_merged
 from jdm.reproduce.models import LATER, essence
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from jdm.models.family import Denoiser
 from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 import tiny
 from jdm.models import execution
 from jdm.models.adapters import Adapter
-from jdm.models.stable_diffusion import Denoiser
 from jdm.run import Run
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer

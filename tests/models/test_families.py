@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jdm.models.family import Denoiser
+from jdm.models.folder import save_pipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -22,13 +24,7 @@ from jdm.evaluation.sampling import Sampler, generator
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
-from jdm.models.stable_diffusion import (
-    Denoiser,
-    StableDiffusion,
-    new_controlnet,
-    one_step_scheduler,
-    save_pipeline,
-)
+from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from jdm import loading
 from jdm.errors import RunError, UsageError
+from jdm.loading import Loaded
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Networks
 from jdm.models.stable_diffusion import StableDiffusion
-from jdm import loading
 from jdm.recipes import all_recipes, entries, recorded
-from jdm.loading import Loaded
 from jdm.run import Needs, Optimiser, Product, Run, Task
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train

@@ -32,7 +32,8 @@ from jdm.errors import RunError, UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
-from jdm.models.stable_diffusion import StableDiffusion, placed
+from jdm.models.family import placed
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.size import height_width, size_of, sized, spelled

@@ -36,7 +36,8 @@ from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion
+from jdm.models.family import Denoiser
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task

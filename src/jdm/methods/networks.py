@@ -14,7 +14,9 @@ from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, copied, placed, save_pipeline, with_merged
+from jdm.models.family import Denoiser, copied, placed, with_merged
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
 from jdm.rewards import Reward
 from jdm.run import Optimiser, Product

@@ -17,7 +17,8 @@ from typing import Any
 from jdm.errors import UsageError
 from jdm.files import ASSETS, alone, read_json, write
 from jdm.library import SHIPPED, load_model
-from jdm.models.stable_diffusion import CARD, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import CARD
 from jdm.recipes import recorded
 from jdm.reproduce.scales import Scale
 from jdm.run import Run, described, without_cache

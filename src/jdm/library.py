@@ -12,8 +12,14 @@ from torch import nn
 from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import load_single_file
-from jdm.models.folder import lone_controlnet, model_index, whole_network
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion
+from jdm.models.stable_diffusion import (
+    CARD,
+    ControlNetModel,
+    StableDiffusion,
+    lone_controlnet,
+    model_index,
+    whole_network,
+)
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 SHIPPED = {

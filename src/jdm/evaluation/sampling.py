@@ -14,8 +14,7 @@ from jdm.controls import Control
 from jdm.errors import UsageError
 from jdm.generator import starting_noise
 from jdm.library import load_model
-from jdm.models.family import Denoiser
-from jdm.models.stable_diffusion import StableDiffusion, ddim_scheduler
+from jdm.models.stable_diffusion import Denoiser, StableDiffusion, ddim_scheduler
 from jdm.score import ScoreModel
 from jdm.size import Size, size_of
 from jdm.space import to_bytes

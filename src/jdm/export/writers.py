@@ -20,8 +20,7 @@ from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, 
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
-from jdm.models.folder import lone_controlnet
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod
+from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod, lone_controlnet
 from jdm.recipes import recorded
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized

@@ -14,8 +14,9 @@ from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
 from jdm.library import FAMILIES, SHIPPED
+from jdm.models.folder import folder_json, model_index
 from jdm.models.published import KNOWN, networks
-from jdm.models.stable_diffusion import StableDiffusion, _json, model_index
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 
@@ -65,9 +66,9 @@ def _of_folder(name: str) -> dict[str, dict]:
         files["text_encoder_2"] = "text_encoder_2/config.json"
     if index.get("controlnet", [None])[0] is not None:
         files["controlnet"] = "controlnet/config.json"
-    found = {part: _json(str(path), file) for part, file in files.items()}
+    found = {part: folder_json(str(path), file) for part, file in files.items()}
     if controlnet:
-        found["controlnet"] = _json(str(ASSETS / controlnet), "config.json")
+        found["controlnet"] = folder_json(str(ASSETS / controlnet), "config.json")
     missing = [part for part, config in found.items() if config is None and part not in ("card", "scheduler")]
     if missing:
         raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")

@@ -36,11 +36,11 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     nets = nets.with_posterior(method.rank, method.levels, method.t_range)
     step: Step = steps_of(nets, run, control)(0)
     x_t, t, _ = step.noised("bench", nets.schedule, method.t_range)
-    index, text = nets.schedule.index(t), nets.text(step.y)
+    index, text = nets.schedule.timestep(t), nets.text(step.y)
     both_x, both_index = torch.cat([x_t, x_t]), torch.cat([index, index])
     both_text = torch.cat([text, nets.text([""] * len(step.y))])
     shown = control.image(step.c)
-    at = nets.schedule.index(nets.schedule.t(method.t_init).expand(len(x_t)))
+    at = nets.schedule.timestep(nets.schedule.t(method.t_init).expand(len(x_t)))
     student, posterior = [*nets.student.parameters()], nets.running[3]
     fake, lora = nets.fake_parameters, list(nets.adapters["posterior"].parameters())
 

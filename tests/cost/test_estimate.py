@@ -16,7 +16,8 @@ from jdm.cost.estimate import Rehearsal, estimate
 from jdm.cost.gpus import GPUS
 from jdm.library import load_model
 from jdm.models import known_configs, nano
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes
 from jdm.training.loop import Trainer

@@ -23,7 +23,7 @@ from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
-from jdm.models.stable_diffusion import save_pipeline
+from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import essence

@@ -29,7 +29,8 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
 from jdm.metrics.spread import bootstrap
 from jdm.models.classifier import Classifier
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes.nano import nano_canny, nano_diff_instruct
 from jdm.rewards.classifier import nano_judge
 from jdm.run import Data

@@ -154,7 +154,7 @@ class OwnSchedules(Rows):
     """Of each stream one noise level: the middle of the range it asks for."""
 
     def noised(self, stream, schedule, span):
-        t = schedule.t(schedule.index(torch.full_like(self.t, sum(span) / 2)))
+        t = schedule.t(schedule.timestep(torch.full_like(self.t, sum(span) / 2)))
         return schedule.noised(self.x.detach(), t, self.eps), t, self.eps
 
 

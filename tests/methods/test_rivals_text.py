@@ -10,10 +10,11 @@ from torch import Tensor
 import tiny
 from jdm.errors import UsageError
 from jdm.methods.diff_instruct import DiffInstruct
-from jdm.methods.text_to_image import TextToImage, guidance_of, guide_of, matched
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.methods.text_to_image import TextToImage, guidance_of, guide_of
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import all_recipes
-from jdm.schedule import NoiseSchedule
+from jdm.schedule import NoiseSchedule, matched
 from jdm.score import Estimate, ScoreModel
 from jdm.terms import cfg_augmentation, picture_by_picture
 from jdm.training.loop import Trainer
@@ -26,7 +27,7 @@ PROMPTS = ("a", "coat", "dress")
 
 
 def log_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    return torch.logit(schedule.alphas_cumprod[schedule.index(t)])
+    return torch.logit(schedule.alphas_cumprod[schedule.timestep(t)])
 
 
 def every(schedule: NoiseSchedule) -> Tensor:
@@ -87,8 +88,9 @@ def test_matched_levels_of_two_schedules_agree_in_signal_to_noise_to_half_a_leve
     assert ((found - wanted).abs() <= half + 1e-9).all()
 
 
-def test_a_ratio_beyond_a_schedule_gets_its_last_level():
-    assert float(matched(NoiseSchedule(OURS.alphas_cumprod[:500]), OURS, tensor([1.0]))) == 1
+def test_a_ratio_beyond_the_guides_schedule_is_refused():
+    with pytest.raises(UsageError, match="lies outside the other schedule's"):
+        matched(NoiseSchedule(OURS.alphas_cumprod[:500]), OURS, tensor([1.0]))
 
 
 def test_a_teacher_that_guides_itself_gives_its_own_guidance():
@@ -207,7 +209,7 @@ def test_the_fake_score_learns_with_the_prompt_unless_fidelity_is_blind_to_it(fi
     loaded = StableDiffusion.load(str(teacher))
     x_t, t, eps = step.noised("fake/0", loaded.schedule, run.method.fake_range)
     with torch.no_grad():  # at the start the fake score is the teacher's
-        errors = {kind: loaded.score(loaded.text())(x_t, t, y).eps - eps
+        errors = {kind: loaded.score_of(loaded.text(), loaded.denoiser())(x_t, t, y).eps - eps
                   for kind, y in (("prompt", step.y), ("blind", [""] * 4))}
     torch.testing.assert_close(loss.detach(), errors[fidelity].square().mean(), atol=1e-6, rtol=1e-5)
     assert abs(float(errors["prompt"].square().mean() / errors["blind"].square().mean()) - 1) > 1e-3
@@ -234,7 +236,7 @@ def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):
     x_t, t, y = torch.randn(2, 8, 8, 8), OURS.t(torch.tensor([30, 800])), ["a coat", ""]
     with torch.no_grad():
         guided = guide_of(str(teacher), loaded, run)(x_t, t, y)  # type: ignore[arg-type]
-        eps = loaded.unet(x_t, OURS.index(t), loaded.text()(y)).sample
+        eps = loaded.unet(x_t, OURS.timestep(t), loaded.text()(y)).sample
     torch.testing.assert_close(guided.eps, eps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(guided.score, -eps / OURS.sigma(t, eps), atol=1e-4, rtol=1e-4)
     other = StableDiffusion.load(str(teacher))

@@ -31,14 +31,15 @@ import jdm.methods
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter, bytes_of, converted, copy_of
+from jdm.cost.counting import Meter, bytes_of, converted
 from jdm.cost.gpus import GPU, GPUS
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.execution import settle
+from jdm.models.family import Denoiser, copied
 from jdm.models.known_configs import dpt_hybrid, frozen, image_reward, without_weights
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, new_controlnet
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
@@ -215,12 +216,13 @@ class Rehearsal:
             "load_model": self._model, "load_pictures": self._pictures, "loaded_control": self._control,
             "load_reward": self._reward, "checked_reward": lambda reward, *_: reward, "guide_of": self._guide,
             "_one_step": lambda name, teacher, t_init: teacher, "validation_probe": lambda *_: None,
-            "tiny_decoder": self._tiny, "copied": lambda module: copy_of(module).float().requires_grad_(True),
-            "new_controlnet": self._without_contents(new_controlnet), "Adapter": self._without_contents(Adapter)}
+            "tiny_decoder": self._tiny, "Adapter": self._without_contents(Adapter)}
         modules = [importlib.import_module(f"jdm.methods.{m.name}") for m in pkgutil.iter_modules(jdm.methods.__path__)]
         changed = [patch.object(module, name, stand_in) for module in modules for name, stand_in in stand_ins.items()
                    if hasattr(module, name)]
         changed.append(patch.object(nn.Module, "_apply", converted))
+        changed.append(patch.object(StableDiffusion, "new_controlnet",
+                                    self._without_contents(StableDiffusion.new_controlnet)))
         for change in changed:
             change.start()
         try:
@@ -239,7 +241,7 @@ class Rehearsal:
     def _emptied(self, network: nn.Module) -> nn.Module:
         """A network whose making looks at values, once it is made."""
         with self.mode:
-            return copy_of(network)
+            return copied(network).requires_grad_(False)
 
     def _model(self, name: str) -> StableDiffusion:
         with self.mode:
@@ -251,7 +253,7 @@ class Rehearsal:
     def _guide(self, name: str, teacher: StableDiffusion, run: Run) -> Any:
         guide = self._model(name)
         self.models["guide"] = self.models.pop(next(k for k, m in self.models.items() if m is guide))
-        return guide.score(guide.text(one_by_one=True))
+        return guide.score_of(guide.text(one_by_one=True), guide.denoiser())
 
     def _tiny(self, name: str, teacher: StableDiffusion) -> nn.Module:
         with self.mode:
@@ -302,7 +304,7 @@ class Rehearsal:
             if isinstance(module, Denoiser):
                 role = self._role(module, task)
                 if role == "generator" and "trained: unet" not in parts:
-                    parts["student's frozen unet"] = tensors_of(module.unet)
+                    parts["student's frozen unet"] = tensors_of(module.backbone)
                 return self._named(role, module, len(args[0]))
             if id(module) in texts:
                 return PROMPTS
@@ -331,7 +333,7 @@ class Rehearsal:
         if any(adapter.name in ("fake", "posterior") for adapter in net.adapters) or net is fake:
             return "fake score"
         for name, model in self.models.items():
-            if net.unet is model.unet and not net.adapters:
+            if net.backbone is model.unet and not net.adapters:
                 return "real score" if name == "teacher" else name
         return "generator"
 

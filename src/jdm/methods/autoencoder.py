@@ -13,7 +13,7 @@ from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures, load_pictures
 from jdm.models import nano
-from jdm.models.stable_diffusion import placed
+from jdm.models.family import placed
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.size import height_width
 from jdm.space import from_bytes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jdm.errors import UsageError
 from jdm.methods.networks import Networks, Step, cosine, distillation, fake_phase, generator_phase, loaded_control, rms
-from jdm.models.stable_diffusion import Denoiser, copied
+from jdm.models.family import copied
 from jdm.run import Optimiser, Run, Task
 from jdm.score import ScoreModel
 from jdm.terms import Weighting, distribution_matching, lambda_t, on_x
@@ -59,14 +59,14 @@ class ControlledTeacher:
     def _networks(self, run: Run) -> Networks:
         networks = Networks.of(replace(run, model=self.teacher), self.t_init)
         controlnet = networks.teacher.controlnet
-        if controlnet is None or networks.teacher.one_step:
+        if controlnet is None or networks.teacher.levels:
             raise UsageError(f"{self.teacher} is no multi-step model with a ControlNet; train one first: jdm train "
                              "nano-controlnet")
 
         def score(unet: nn.Module, controlnet: nn.Module, guidance: float = 1.0) -> ScoreModel:
             teacher = networks.teacher
-            return ScoreModel(Denoiser(unet, controlnet), teacher.schedule, teacher.prediction, networks.text, guidance)
+            return teacher.score_of(networks.text, teacher.denoiser(unet, controlnet), guidance)
 
-        return replace(networks, student=Denoiser(networks.student.unet, copied(controlnet)),
-                       fake=score(networks.fake.net.unet, copied(controlnet)),  # type: ignore[attr-defined]
-                       real=score(networks.teacher.unet, controlnet, self.guidance))
+        return replace(networks, student=networks.teacher.denoiser(networks.student.backbone, copied(controlnet)),
+                       fake=score(networks.fake.net.backbone, copied(controlnet)),
+                       real=score(networks.teacher.backbone, controlnet, self.guidance))

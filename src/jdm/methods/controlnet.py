@@ -15,9 +15,9 @@ from jdm.data.sources import load_pictures
 from jdm.library import load_model
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss, encoded
 from jdm.methods.networks import loaded_control
-from jdm.models.stable_diffusion import Denoiser, new_controlnet, placed, save_pipeline
+from jdm.models.family import placed
+from jdm.models.folder import save_pipeline
 from jdm.run import Optimiser, Phase, Run, Task
-from jdm.score import ScoreModel
 from jdm.space import from_bytes, unit
 
 
@@ -35,9 +35,9 @@ class ControlNet:
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         held_out = load_pictures(run.data.source, run.data.validation, run.data.size)
         latents = encoded(teacher.space, pictures)
-        net = placed(new_controlnet(teacher.unet, teacher.downscale), run.device)
+        net = placed(teacher.new_controlnet(), run.device)
         text = prepared.text(run, teacher.text(one_by_one=True))
-        score = ScoreModel(Denoiser(teacher.unet, net), teacher.schedule, teacher.prediction, text)
+        score = teacher.score_of(text, teacher.denoiser(controlnet=net))
 
         batches = Batches(pictures, run.batch, run.seed)
 
@@ -61,7 +61,7 @@ class ControlNet:
 
         def export(folder: Path, averages: dict[str, nn.Module]) -> None:
             card = {"kind": "many-step", "method": "controlnet", "control": self.control}
-            save_pipeline(teacher.with_parts(controlnet=averages["controlnet"]), folder, card=card)
+            save_pipeline(teacher.with_networks(controlnet=averages["controlnet"]), folder, card=card)
 
         return Task([Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss)], begin,
                     {"controlnet": net}, export, averaged=("controlnet",), probe=probe, frozen=[score.net])

@@ -13,7 +13,9 @@ from jdm.data import cache as prepared
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures, load_pictures
 from jdm.models import nano
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
+from jdm.models.family import placed
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.text import TextEncoder
 from jdm.run import Optimiser, Phase, Run, Task
 from jdm.score import ScoreModel
@@ -83,7 +85,7 @@ class Denoising:
     @staticmethod
     def _score(unet: nn.Module, encoder: nn.Module, tokenizer) -> ScoreModel:
         text = TextEncoder(encoder, tokenizer)
-        return ScoreModel(Denoiser(unet), nano.schedule(), text=text.encode)
+        return ScoreModel(UNetDenoiser(unet), nano.schedule(), text=text.encode)
 
 
 def encoded(space: Space, pictures: Pictures) -> Tensor:

@@ -21,16 +21,8 @@ from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.stable_diffusion import (
-    Denoiser,
-    StableDiffusion,
-    copied,
-    new_controlnet,
-    one_step_scheduler,
-    placed,
-    save_pipeline,
-    with_merged,
-)
+from jdm.models.family import Denoiser, Family, copied, placed, with_merged
+from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.posterior import Posterior
 from jdm.run import Optimiser, Phase, Run, Task
@@ -54,7 +46,7 @@ class Networks:
             "posterior", where it is not frozen or absent.
     """
 
-    teacher: StableDiffusion
+    teacher: Family
     text: TextEncoder
     real: ScoreModel[Denoiser]
     fake: ScoreModel[Denoiser]
@@ -81,52 +73,54 @@ class Networks:
                              "--no-train-unet")
         teacher = load_model(run.model).at(run.data.size).to(run.device)
         text = prepared.text(run, teacher.text(one_by_one=True))
-        first = placed(_one_step(start, teacher, t_init).at(run.data.size).unet, run.device) if start else teacher.unet
-        student, fake, adapters = Denoiser(first), Denoiser(teacher.unet), {}
+        first = placed(_one_step(start, teacher, t_init).at(run.data.size).backbone, run.device) if start else \
+            teacher.backbone
+        student, fake, adapters = teacher.denoiser(first), teacher.denoiser(), {}
         if not student_rank:
-            student = Denoiser(copied(first).requires_grad_(train_unet))
+            student = teacher.denoiser(copied(first).requires_grad_(train_unet))
         if not fake_rank:
-            fake = Denoiser(copied(teacher.unet))
+            fake = teacher.denoiser(copied(teacher.backbone))
         for name, net, rank in (("student", student, student_rank), ("fake", fake, fake_rank)):
             if rank:
-                adapters[name] = Adapter(net.unet, name, rank)
+                adapters[name] = Adapter(net.backbone, name, rank, teacher.lora_targets)
                 net.adapters = (adapters[name],)
-        return cls(teacher, text, teacher.score(text, guidance=guidance), teacher.score_of(text, fake), student, t_init,
-                   train_unet, adapters=adapters,
+        real = teacher.score_of(text, teacher.denoiser(), guidance)
+        return cls(teacher, text, real, teacher.score_of(text, fake), student, t_init, train_unet, adapters=adapters,
                    tiny=placed(tiny_decoder(run.decoder, teacher), run.device) if run.decoder else None,
                    one_by_one=run.checkpointing)
 
     def with_controlnet(self, start: str = "") -> Networks:
         """The student with a new ControlNet, zero convolutions and all (Eq. 10), or with that of `start`."""
         net = copied(load_controlnet(start, self.teacher)[0]) if start else \
-            new_controlnet(self.student.unet, self.teacher.downscale)  # type: ignore[arg-type]
+            self.teacher.new_controlnet(self.student.backbone)
         net = placed(net, self._device).requires_grad_(True)
-        return replace(self, student=Denoiser(self.student.unet, net, adapters=self.student.adapters))
+        return replace(self, student=self.teacher.denoiser(self.student.backbone, net, self.student.adapters))
 
     def with_controlled_fake(self) -> Networks:
         """The fake score with a ControlNet of its own: s_fake(x_t | y, c). Before `with_posterior`."""
-        net = placed(new_controlnet(self.teacher.unet, self.teacher.downscale), self._device).requires_grad_(True)
-        fake = Denoiser(self.fake.net.unet, net, adapters=self.fake.net.adapters)
+        net = placed(self.teacher.new_controlnet(), self._device).requires_grad_(True)
+        fake = self.teacher.denoiser(self.fake.net.backbone, net, self.fake.net.adapters)
         return replace(self, fake=self.teacher.score_of(self.text, fake))
 
     def with_posterior(self, rank: int, levels: int, span: tuple[float, float]) -> Networks:
         """A posterior of LoRA `rank` on the fake score, at `levels` noise levels in `span` (Eq. 8)."""
-        adapter = Adapter(self.fake.net.unet, "posterior", rank)
-        net = Denoiser(self.fake.net.unet, adapters=(*self.fake.net.adapters, adapter))
+        adapter = Adapter(self.fake.net.backbone, "posterior", rank, self.teacher.lora_targets)
+        net = self.teacher.denoiser(self.fake.net.backbone, adapters=(*self.fake.net.adapters, adapter))
         posterior = Posterior(self.teacher.score_of(self.text, net), self.schedule, levels, *span)
         return replace(self, posterior=posterior, adapters=self.adapters | {"posterior": adapter})
 
     def with_frozen_posterior(self, model: str) -> Networks:
         """A posterior trained beforehand, by `methods/posterior_training.py`."""
         loaded = load_model(model).to(self._device)
-        if loaded.unet.config["in_channels"] != self.teacher.unet.config["in_channels"]:
+        if loaded.latent_shape(1, loaded.size)[1] != self.teacher.latent_shape(1, self.teacher.size)[1]:
             raise UsageError(f"{model} works on other latents than the teacher; train a posterior for this teacher: "
                              "jdm train nano-posterior")
-        return replace(self, posterior=Posterior(self.teacher.score(self.text, loaded.unet), self.schedule))
+        net = self.teacher.denoiser(loaded.backbone)
+        return replace(self, posterior=Posterior(self.teacher.score_of(self.text, net), self.schedule))
 
     @property
     def generator(self) -> Generator:
-        return self.teacher.generator(self.text, self.student, self.t_init)
+        return self.teacher.generator(self.text, self.student, (self.t_init,))
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -134,7 +128,7 @@ class Networks:
 
     @property
     def decoder(self) -> nn.Module:
-        return self.tiny or self.teacher.vae
+        return self.tiny or self.teacher.space.vae  # type: ignore[return-value]
 
     @property
     def space(self) -> Space:
@@ -147,7 +141,7 @@ class Networks:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What trains. A posterior's LoRA on a full fake score is part of that network."""
-        unet = self.adapters.get("student", self.student.unet if self.train_unet else None)
+        unet = self.adapters.get("student", self.student.backbone if self.train_unet else None)
         parts = {"unet": unet, "controlnet": self.student.controlnet, "fake": self.adapters.get("fake", self.fake.net)}
         if "fake" in self.adapters:
             parts |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
@@ -165,7 +159,7 @@ class Networks:
 
     def fake_groups(self, fake: Optimiser, controlnet: Optimiser | None = None) -> list:
         """(parameters, optimiser) of what trains in the fake score; its ControlNet's own, where one is given."""
-        own = self.adapters["fake"].parameters() if "fake" in self.adapters else base_parameters(self.fake.net.unet)
+        own = self.adapters["fake"].parameters() if "fake" in self.adapters else base_parameters(self.fake.net.backbone)
         sees = [] if self.fake.net.controlnet is None else list(self.fake.net.controlnet.parameters())
         if not sees or controlnet is None:
             return [([*own, *sees], fake)]
@@ -179,17 +173,17 @@ class Networks:
             groups.append((list(self.student.controlnet.parameters()), controlnet))
         return groups
 
-    def with_averages(self, averages: dict[str, nn.Module]) -> StableDiffusion:
+    def with_averages(self, averages: dict[str, nn.Module]) -> Family:
         """The teacher's folder with the student's averaged networks in it."""
-        unet = self.student.unet if "student" in self.adapters else averages.get("unet", self.student.unet)
-        if unet is self.teacher.unet or "student" in self.adapters:
-            unet = with_merged(unet, self.adapters.get("student"))  # type: ignore[arg-type]
-        return self.teacher.with_parts(unet=unet, controlnet=averages.get("controlnet", self.student.controlnet))
+        unet = self.student.backbone if "student" in self.adapters else averages.get("unet", self.student.backbone)
+        if unet is self.teacher.backbone or "student" in self.adapters:
+            unet = with_merged(unet, self.adapters.get("student"))
+        return self.teacher.with_networks(backbone=unet, controlnet=averages.get("controlnet", self.student.controlnet))
 
     def exporter(self, method: str, control: str | None, **more: Any) -> Callable[[Path, dict[str, nn.Module]], object]:
         """(folder, averages) -> writes the one-step student as a folder that stock diffusers runs in one step."""
-        scheduler = one_step_scheduler(self.teacher.scheduler, self.t_init)
-        card = {"kind": "one-step", "method": method, "control": control, "t_init": self.t_init, **more}
+        scheduler = self.teacher.step_scheduler((self.t_init,))
+        card = {"kind": "one-step", "method": method, "control": control, "levels": [self.t_init], **more}
         return lambda folder, averages: save_pipeline(self.with_averages(averages), folder, scheduler, card=card)
 
     @property
@@ -200,23 +194,23 @@ class Networks:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.teacher.unet.parameters()).device
+        return next(self.teacher.backbone.parameters()).device
 
 
-def _one_step(name: str, teacher: StableDiffusion, t_init: int) -> StableDiffusion:
+def _one_step(name: str, teacher: Family, t_init: int) -> Family:
     """A one-step generator to start from, of the teacher's kind and at the level asked for.
 
     Raises:
         UsageError: it is no such generator.
     """
     model = load_model(name)
-    if not model.one_step:
+    if not model.levels:
         raise UsageError(f"{name} is no one-step generator; name one, such as nano-canny, or train one first: "
                          "jdm train nano-diff-instruct")
-    if model.schedule.n - 1 != t_init:
-        raise UsageError(f"{name} runs at level {model.schedule.n - 1}, asked for t_init {t_init}; use "
-                         f"--t-init {model.schedule.n - 1}")
-    if model.unet.config["in_channels"] != teacher.unet.config["in_channels"]:
+    if model.levels != (t_init,):
+        raise UsageError(f"{name} runs at level {model.levels[0]}, asked for t_init {t_init}; use "
+                         f"--t-init {model.levels[0]}")
+    if model.latent_shape(1, model.size)[1] != teacher.latent_shape(1, teacher.size)[1]:
         raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
     return model
 

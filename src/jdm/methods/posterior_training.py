@@ -12,7 +12,8 @@ from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import load_pictures
 from jdm.library import load_model
 from jdm.methods.denoising import Batch, denoising_batch, encoded
-from jdm.models.stable_diffusion import copied, save_pipeline
+from jdm.models.family import copied
+from jdm.models.folder import save_pipeline
 from jdm.posterior import Posterior
 from jdm.run import Optimiser, Phase, Run, Task
 
@@ -36,15 +37,15 @@ class PosteriorTraining:
         teacher = load_model(run.model).at(run.data.size).to(run.device)
         pictures = prepared.pictures(run, load_pictures(run.data.source, run.data.split, run.data.size))
         latents = encoded(teacher.space, pictures)
-        unet = copied(teacher.unet)
+        unet = copied(teacher.backbone)
         text = prepared.text(run, teacher.text(one_by_one=True))
         low, high = self.t_range
-        score = teacher.score(text, unet)
+        score = teacher.score_of(text, teacher.denoiser(unet))
         posterior = Posterior(score, teacher.schedule, self.levels, low, high)
 
         def begin(step: int) -> tuple[Batch, Tensor]:
             rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step, run.device)
-            batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, teacher.score(text), 0.0)
+            batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, 0.0)
             return batch, noise.uniform("k", len(rows))
 
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
@@ -53,7 +54,7 @@ class PosteriorTraining:
 
         def export(folder: Path, averages: dict[str, nn.Module]) -> None:
             card = {"kind": "posterior", "method": "consistency training", "control": None}
-            save_pipeline(teacher.with_parts(unet=averages["unet"], controlnet=None), folder, card=card)
+            save_pipeline(teacher.with_networks(backbone=averages["unet"], controlnet=None), folder, card=card)
 
         return Task([Phase("posterior", [(list(unet.parameters()), self.optimiser)], loss)], begin,
                     {"unet": unet}, export, averaged=("unet",), frozen=[score.net])

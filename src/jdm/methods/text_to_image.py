@@ -23,10 +23,10 @@ from jdm.methods.networks import (
     posterior_phase,
     rms,
 )
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.family import Family
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Optimiser, Run, Task
-from jdm.schedule import NoiseSchedule, precise
+from jdm.schedule import NoiseSchedule, matched, precise
 from jdm.score import Estimate, ScoreModel
 from jdm.size import height_width
 from jdm.space import unit
@@ -136,7 +136,7 @@ class TextToImage:
         return fidelity + aligned, logs | {"reward": now, "reward_direction": rms(aligned)}
 
 
-def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
+def guide_of(name: str, teacher: Family, run: Run) -> ScoreModel:
     """Another teacher's score, with its own text encoder and schedule, for guidance on this teacher's latents.
 
     Raises:
@@ -145,7 +145,7 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
     guide = load_model(name).at(run.data.size).to(run.device)
     keys = ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor")
     for key in keys:
-        ours, theirs = teacher.vae.config.get(key), guide.vae.config.get(key)
+        ours, theirs = (model.space.vae.config.get(key) for model in (teacher, guide))  # type: ignore[union-attr]
         if ours != theirs:
             raise UsageError(f"{name} cannot guide this teacher: its autoencoder has {key} {theirs}, the teacher's "
                              f"{ours}; both must share one latent space")
@@ -155,7 +155,7 @@ def guide_of(name: str, teacher: StableDiffusion, run: Run) -> ScoreModel:
     if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
-    return guide.score(prepared.text(run, guide.text(one_by_one=True)))
+    return guide.score_of(prepared.text(run, guide.text(one_by_one=True)), guide.denoiser())
 
 
 def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,
@@ -171,10 +171,3 @@ def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tens
     both = guide.conditional_and_unconditional(x_t * scale, own, y)
     cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
     return cond, uncond
-
-
-def matched(theirs: NoiseSchedule, ours: NoiseSchedule, t: Tensor) -> Tensor:
-    """The t of `theirs` whose signal-to-noise ratio is nearest to that of `ours` at t [B]."""
-    snr = torch.logit(theirs.alphas_cumprod)
-    wanted = torch.logit(ours.alphas_cumprod[ours.index(t).cpu()])
-    return theirs.t((snr[None] - wanted[:, None]).abs().argmin(1)).to(t.device)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--efflite0", action="store_true", help="the second extractor too; 10 ms a picture")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model = load_model(args.model).with_parts(controlnet=None)
+    model = load_model(args.model).with_networks(controlnet=None)
     pictures = load_pictures("fashion-mnist", "test", model.size)
     real = pictures.batch(torch.arange(len(pictures)))
     labels = pictures.label(torch.arange(len(pictures)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jdm.models.family import Denoiser
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -24,6 +23,7 @@ import tiny
 from jdm.cli.parser import _failed
 from jdm.errors import RunError
 from jdm.methods.jdm import JDM
+from jdm.models.stable_diffusion import UNetDenoiser
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
@@ -151,18 +151,18 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
 
 def in_double() -> None:
     """Every network computes in float64: its weights, and what comes in."""
-    settle, forward = jdm.training.loop.settle, Denoiser.forward
+    settle, forward = jdm.training.loop.settle, UNetDenoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
         settle(run, *networks)
         for network in networks:
             network.double()
 
-    def cast(self: Denoiser, x_t, index, text, control=None):
+    def cast(self: UNetDenoiser, x_t, index, text, control=None):
         return forward(self, x_t.double(), index, text.double(), None if control is None else control.double())
 
     torch.set_default_dtype(torch.float64)
-    jdm.training.loop.settle, Denoiser.forward = doubled, cast
+    jdm.training.loop.settle, UNetDenoiser.forward = doubled, cast
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule
-from jdm.score import Estimate, ScoreModel
+from jdm.score import Estimate
 from jdm.terms import (
     Fidelity,
     NoisyTerm,
@@ -21,7 +21,7 @@ from jdm.terms import (
     picture_by_picture,
     together,
 )
-from worlds import LinearGaussianWorld, MixtureWorld, coarse_schedule, tensor
+from worlds import LinearGaussianWorld, MixtureWorld, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 WORLD = LinearGaussianWorld.example(SCHEDULE)
@@ -262,65 +262,3 @@ def test_ascend_carries_no_gradient_into_the_direction():
     x, direction = torch.randn(8, 3).requires_grad_(), torch.randn(8, 3).requires_grad_()
     ascend(x, direction).backward()
     assert direction.grad is None
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_eps_x0_v_and_score_are_four_readings_of_one_estimate(prediction):
-    x, x_t, t, _ = rows()
-    x, x_t = x.float(), x_t.float()
-    alpha, sigma = SCHEDULE.alpha(t, x), SCHEDULE.sigma(t, x)
-    eps = (x_t - alpha * x) / sigma
-    output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "sample": x}[prediction]
-    estimate = Estimate.of(output, prediction, x_t, t, SCHEDULE)
-    # Float32: reading x from eps divides its rounding by alpha, at worst .068 at t = 1.
-    for ours, exact in ((estimate.eps, eps), (estimate.x0, x), (estimate.v, alpha * eps - sigma * x),
-                        (estimate.score, -eps / sigma)):
-        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
-
-
-def test_estimate_refuses_an_unknown_prediction():
-    x, _, t, _ = rows()
-    with pytest.raises(UsageError, match="prediction must be"):
-        Estimate.of(x, "velocity", x, t, SCHEDULE)
-
-
-class Net:
-    """eps = text [B, 1] x_t + index; counts its calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x_t, index, text):
-        self.calls += 1
-        return (0 if text is None else text) * x_t + index[:, None]
-
-
-def lengths(y):
-    return torch.tensor([[float(len(prompt))] for prompt in y])
-
-
-def test_guidance_is_uncond_plus_w_times_the_difference_with_the_conditional_half_first():
-    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
-    model = ScoreModel(net, SCHEDULE, text=lengths, guidance=3.0)
-    index = torch.tensor([[10.0], [700.0]])
-    prompts = ("a", "cat")
-    cond, uncond = model.conditional_and_unconditional(x_t, t, prompts)
-    assert net.calls == 1
-    size = torch.tensor([[1.0], [3.0]])
-    torch.testing.assert_close(cond.eps, size * x_t + index)
-    torch.testing.assert_close(uncond.eps, index.expand(-1, 3))
-    torch.testing.assert_close(model.guided(x_t, t, prompts).eps, 3 * size * x_t + index)
-    torch.testing.assert_close(model(x_t, t, prompts).eps, cond.eps)
-    torch.testing.assert_close(model(x_t, t).eps, uncond.eps)
-
-
-def test_guidance_of_one_is_one_plain_pass():
-    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
-    model = ScoreModel(net, SCHEDULE, text=lengths)
-    torch.testing.assert_close(model.guided(x_t, t, ("a", "cat")).eps, model(x_t, t, ("a", "cat")).eps)
-    assert net.calls == 2
-
-
-def test_a_coarse_schedule_keeps_every_twentieth_level():
-    torch.testing.assert_close(coarse_schedule().alphas_cumprod[-1], SCHEDULE.alphas_cumprod[-1])
-    assert coarse_schedule().n == 50

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from jdm.models.folder import save_pipeline
 
 from jdm.loading import Loaded
 from jdm.methods.networks import Networks
 from jdm.models import nano
 from jdm.models.classifier import Classifier, ClassifierConfig
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import find
 from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run
@@ -47,16 +47,16 @@ def model() -> StableDiffusion:
 
 def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
     """With a ControlNet that speaks up: no convolution of it is zero."""
-    controlnet = new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False)
+    controlnet = teacher.new_controlnet().eval().requires_grad_(False)
     for parameter in controlnet.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    return teacher.with_parts(controlnet=controlnet)
+    return teacher.with_networks(controlnet=controlnet)
 
 
 def student(teacher: StableDiffusion, folder: Path) -> Path:
     """The folder of a one-step student with a ControlNet."""
-    card = {"kind": "one-step", "method": "jdm", "control": "canny", "t_init": 625}
-    return save_pipeline(with_controlnet(teacher), folder, one_step_scheduler(nano.SCHEDULER, 625), card=card)
+    card = {"kind": "one-step", "method": "jdm", "control": "canny", "levels": [625]}
+    return save_pipeline(with_controlnet(teacher), folder, teacher.step_scheduler([625]), card=card)
 
 
 def family(folder: Path) -> Path:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from jdm.models.folder import save_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
@@ -18,6 +17,7 @@ from jdm.cost.estimate import Rehearsal, estimate
 from jdm.cost.gpus import GPUS
 from jdm.library import load_model
 from jdm.models import nano
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes

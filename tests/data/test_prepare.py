@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jdm.models.folder import save_pipeline
 from PIL import Image
 from test_data import folder_of
 from test_families import made
@@ -23,6 +22,7 @@ from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
+from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded

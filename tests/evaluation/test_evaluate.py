@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from jdm.models.folder import save_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,6 +29,7 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
 from jdm.metrics.spread import bootstrap
 from jdm.models.classifier import Classifier
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.rewards.classifier import nano_judge
 from jdm.run import Data

@@ -11,7 +11,6 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
-from jdm.models.folder import save_pipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from jdm.formats import lora_file
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import ControlNetModel
 from jdm.recipes import all_recipes
 from jdm.run import described
@@ -109,7 +109,7 @@ def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teache
     (tmp_path / "out.json").write_text(json.dumps({"model": str(run), "fd": 12.345678, "control": "canny", "nfe": 1}))
     out = export(run, tmp_path / "mine", metrics=tmp_path / "out.json")
     text = (out / "README.md").read_text()
-    for said in ("| base model | teacher |", "| method | jdm |", "| t_init | 625 (sigma / alpha = 2.5017) |",
+    for said in ("| base model | teacher |", "| method | jdm |", "| levels | 625 (sigma / alpha = 2.5017) |",
                  "| method.condition_weight | 1 |", "| method.unet.lr |", "| steps | 2 |", "| fd | 12.3457 |",
                  "| model | mine |", "Inherit from the base model (teacher)", "license_name: inherit-from-base-model"):
         assert said in text, said
@@ -149,7 +149,7 @@ def test_the_settings_for_comfyui_and_a1111_compute_the_student(run, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["euler", "lcm"])
 def test_stock_samplers_on_the_full_schedule_compute_the_student(sampler, run, tmp_path):
-    """diffusers' Euler with A1111's multiplier ("leading"), and LCM at timesteps=[t_init]; from the single files."""
+    """diffusers' Euler with A1111's multiplier ("leading"), and LCM at timesteps=[625]; from the single files."""
     out = export(run, tmp_path / "mine", format="single-file")
     net = ControlNetModel.from_single_file(str(out / "mine_controlnet.safetensors"), config=str(out / "config"),
                                            subfolder="controlnet")

@@ -15,6 +15,7 @@ from jdm.errors import UsageError
 from jdm.formats import lora_file
 from jdm.formats.lora_file import DIFFUSERS_FILE, LoRA
 from jdm.models.adapters import Adapter
+from jdm.models.stable_diffusion import StableDiffusion
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
 TEXT = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
@@ -67,7 +68,7 @@ def merged(net, lora):
 
 def random_lora(net, rank=3):
     """An adapter whose every tensor speaks up, and its tensors."""
-    adapter = Adapter(net, "student", rank)
+    adapter = Adapter(net, "student", rank, StableDiffusion.lora_targets)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in adapter.parameters():

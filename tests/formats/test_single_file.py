@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as stock
-from jdm.models.folder import save_pipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -13,6 +12,7 @@ import tiny
 from jdm.errors import UsageError
 from jdm.formats import single_file
 from jdm.library import load_model
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 FOUR = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),

@@ -6,7 +6,6 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from jdm.models.folder import save_pipeline
 from safetensors.torch import load_file, save_file
 from test_families import made
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -20,6 +19,7 @@ from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
 from jdm.models import published
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes
 
@@ -103,7 +103,7 @@ def answers(model):
     states = model.text()(PROMPTS)
     x = torch.randn(model.latent_shape(3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        eps = model.score(model.text())(x, torch.full((3,), 0.5), PROMPTS).eps
+        eps = model.score_of(model.text(), model.denoiser())(x, torch.full((3,), 0.5), PROMPTS).eps
         return states, eps, model.space.decode(x)
 
 
@@ -136,7 +136,7 @@ def test_an_exported_student_brings_its_controlnet_and_its_card(student, tmp_pat
     model, theirs = load_model(str(out / "mine.safetensors")), load_model(str(student))
     same(model, theirs)
     assert model.controlnet is not None
-    assert model.one_step
+    assert model.levels == (625,)
     assert model.card == theirs.card
     assert model.schedule.n == 626, "the one-step schedule"
     (out / "mine_controlnet.safetensors").unlink()

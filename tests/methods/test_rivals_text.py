@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from jdm.models.folder import save_pipeline
 from torch import Tensor
 
 import tiny
@@ -16,6 +15,7 @@ from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.engine import Distillation, guidance_of
 from jdm.methods.networks import Fake, Student, guide
 from jdm.methods.text_to_image import TextToImage
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.posterior import ConsistencyPosterior
 from jdm.recipes import all_recipes

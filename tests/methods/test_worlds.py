@@ -23,7 +23,7 @@ def levels_of(schedule: NoiseSchedule, low: float = 0.02, high: float = 0.98) ->
 
 def weights_of(weighting: str, schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     """lambda_t in closed form: 1, or sigma^2 / alpha^2."""
-    acp = schedule.alphas_cumprod[schedule.index(t)]
+    acp = schedule.alphas_cumprod[schedule.timestep(t)]
     return {"constant": torch.ones_like(acp), "x0": (1 - acp) / acp}[weighting]
 
 

@@ -213,7 +213,7 @@ def test_a_composed_model_is_the_one_s_unet_with_the_other_s_controlnet(filled):
     one, many, both = (load_model(str(filled.setting.out / name)) for name in (
         "nano-diff-instruct-seed0/model", "nano-controlnet-canny-seed0/model",
         "nano-diff-instruct-seed0+nano-controlnet-canny-seed0"))
-    assert both.one_step
+    assert both.levels == (625,)
     assert both.controlnet is not None
     assert many.controlnet is not None
     for own, origin in ((both.unet, one.unet), (both.controlnet, many.controlnet)):

@@ -99,7 +99,7 @@ def test_sharded_networks_train_probe_and_export_as_a_plain_folder(done):
     place = checkpoint.last(done / "model")
     assert place
     assert not (place / checkpoint.WHOLE).exists()
-    assert exported.one_step
+    assert exported.levels == (625,)
     parts = {"unet": exported.unet, "controlnet": exported.controlnet}
     found = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     averages = kept(done, "model")

@@ -32,8 +32,7 @@ from jdm.errors import RunError, UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
-from jdm.models.family import placed
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.family import Family, placed
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.size import height_width, size_of, sized, spelled
@@ -185,11 +184,12 @@ def sample(asked: argparse.Namespace) -> int:
     if also:
         shown = _beside(shown, [spec for _, spec in also], asked)
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
-    sampler = Sampler(model, asked.steps or (1 if model.one_step else 50), guidance,
+    sampler = Sampler(model, asked.steps, guidance,
                       [placed(net, asked.device) for net, _ in also], asked.strength)
     out = _writable(Path(asked.out))
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
-    images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1))
+    images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),
+                     seed=asked.seed)
     pictures.save_pictures(images, out)
     sheet = images
     try:
@@ -205,7 +205,7 @@ def sample(asked: argparse.Namespace) -> int:
     return 0
 
 
-def shown_control(model: StableDiffusion, image: str | None, control_map: str | None,
+def shown_control(model: Family, image: str | None, control_map: str | None,
                   control: str | None) -> Tensor | None:
     """What the ControlNet is shown, [1, 3, H, W] in [0, 1]: measured on a picture, or read from a ready map.
 

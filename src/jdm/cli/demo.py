@@ -25,7 +25,6 @@ from jdm.evaluation.sampling import Sampler
 from jdm.levels import Bound
 from jdm.library import load_model
 from jdm.metrics.extractors import ClassifierFeatures
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
@@ -86,7 +85,7 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     say(f"2. Training a fresh student from the teacher with JDM: {steps} steps of batch {run.batch}")
     folder = train(run, progress)
     say("3. The same questions to the fresh student")
-    samplers["fresh_after"] = Sampler(StableDiffusion.load(str(folder)))
+    samplers["fresh_after"] = Sampler(load_model(str(folder)))
     ask("fresh_after")
     files.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     sheet = _sheet(questions, control, pictures)
@@ -106,10 +105,8 @@ def _untrained(run: Run) -> Sampler:
     """The fresh student as training will find it: the teacher's UNet, a silent ControlNet, one step."""
     torch.manual_seed(run.seed)
     teacher = load_model(run.model)
-    student = teacher.with_parts(
-        controlnet=new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False),
-        scheduler=one_step_scheduler(teacher.scheduler, run.method.t_init), card={"kind": "one-step"})
-    return Sampler(student)
+    student = teacher.with_networks(controlnet=teacher.new_controlnet().eval().requires_grad_(False))
+    return Sampler(student.with_parts(card={"levels": [run.method.t_init]}))
 
 
 def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict[str, Reference],

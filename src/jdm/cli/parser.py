@@ -190,7 +190,7 @@ def _sample_flags(sample: _Parser) -> None:
     sample.add_argument("--size", type=_positive, nargs="+", metavar="PIXELS",
                         help="a square's side, or height and width; the model's own where not given")
     sample.add_argument("--seed", type=_seed, default=0)
-    sample.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
+    sample.add_argument("--steps", type=_positive, help="a student's own, 50 for others where not given")
     sample.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
     sample.add_argument("--out", default="samples", help="folder for control.png, 000.png, ... and grid.png")
     sample.add_argument("--device", default="cpu")
@@ -205,7 +205,7 @@ def _evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("--json", help="file for the numbers")
     evaluate.add_argument("--data.source", dest="source", default="fashion-mnist", help="as in jdm train")
     evaluate.add_argument("--split", default="test", help="test, validation or a slice: test[:1000]")
-    evaluate.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
+    evaluate.add_argument("--steps", type=_positive, help="a student's own, 50 for others where not given")
     evaluate.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
     evaluate.add_argument("--teacher", default="nano-sd", help="distances are taken to its uncontrolled samples")
     evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -126,9 +125,3 @@ def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool =
     for key, old in module._buffers.items():
         module._buffers[key] = old if old is None else fn(old)
     return module
-
-
-def copy_of(module: nn.Module) -> nn.Module:
-    """copy.deepcopy, which reads the memory of tensors and so corrupts that of fake ones."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, memo | {id(b): torch.empty_like(b) for b in module.buffers()})

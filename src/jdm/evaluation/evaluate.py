@@ -29,7 +29,7 @@ from jdm.metrics.scores import scores
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.classifier import Classifier
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.family import Family
 from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
@@ -122,19 +122,20 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
         raise UsageError("prompts without pictures are only scored; name what by: --scores clip,hpsv2,aesthetic")
     sampler = sampler_of(loaded, steps, guidance)
     asked, styles = chosen_prompts(prompts, n)
-    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
+    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked, seed=seed)
     row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles, taken=row)
 
 
-def sampler_of(model: StableDiffusion, steps: int | None = None, guidance: float | None = None) -> Sampler:
-    """One step of a one-step student, 50 of others; the guidance of the model's card, or 2, where not given."""
+def sampler_of(model: Family, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """A student's own steps, 50 of other models, and the guidance of the model's card, or 2, where not given."""
     own = float((model.card or {}).get("guidance", 2.0))
-    return Sampler(model, steps or (1 if model.one_step else 50), own if guidance is None else guidance)
+    return Sampler(model, steps, own if guidance is None else guidance)
 
 
 def _run_as(sampler: Sampler) -> dict[str, Any]:
-    return {"steps": sampler.steps, "guidance": sampler.guidance if sampler.steps > 1 else None}
+    guided = sampler.steps > 1 and not sampler.model.levels
+    return {"steps": sampler.steps, "guidance": sampler.guidance if guided else None}
 
 
 def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
@@ -214,7 +215,7 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
     shown = None
     if control is not None and part.c is not None:
         shown = control.image(part.c).repeat_interleave(draws, 0)
-    features = extractor.features(sampler(z, y, shown))
+    features = extractor.features(sampler(z, y, shown, seed=part.seed + 1))
     return diversity(features.view(len(part), draws, -1))
 
 
@@ -249,7 +250,7 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
     return row
 
 
-def validation_probe(loaded: Loaded, teacher: StableDiffusion, generator: Callable[[], Generator],
+def validation_probe(loaded: Loaded, teacher: Family, generator: Callable[[], Generator],
                      n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
     """averages -> consistency, distance and agreement of the averaged student on n validation pictures.
 
@@ -268,8 +269,7 @@ def validation_probe(loaded: Loaded, teacher: StableDiffusion, generator: Callab
 
     def probe(_: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), 0, run.device)
-        sampler = Sampler(teacher)
-        sampler.generator = generator()
+        sampler = Sampler(teacher, generator=generator())
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}

@@ -75,4 +75,4 @@ def answers(sampler: Sampler, questions: Questions, control: Control | None, bat
     """uint8 pictures [N, 3, H, W] for the questions; picture i has its own noise, whatever the batch."""
     z = starting_noise(sampler.model.latent_shape(len(questions), size_of(questions.images)), questions.seed)
     shown = None if control is None or questions.c is None else control.image(questions.c)
-    return sampler(z, questions.y, shown, batch)
+    return sampler(z, questions.y, shown, batch, questions.seed)

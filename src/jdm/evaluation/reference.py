@@ -17,7 +17,7 @@ import torch
 from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers
-from jdm.evaluation.sampling import Sampler
+from jdm.evaluation.sampling import Sampler, counted
 from jdm.files import ASSETS
 from jdm.library import load_model
 from jdm.metrics.extractors import Extractor
@@ -76,9 +76,10 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
 
 def _measured(teacher: str, extractors: list[Extractor], pictures: Pictures, recipe: dict[str, str],
               folder: Path, device: str | torch.device) -> dict[str, Reference]:
-    model = load_model(teacher).with_parts(controlnet=None).at(pictures.size).to(device)
-    if model.one_step:
-        raise UsageError(f"{teacher} is a one-step student; a reference needs its multi-step teacher")
+    model = load_model(teacher).with_networks(controlnet=None).at(pictures.size).to(device)
+    if model.levels:
+        raise UsageError(f"{teacher} is a student of {counted(len(model.levels))}; a reference needs its multi-step "
+                         "teacher")
     sampler = Sampler(model, int(recipe["steps"]), float(recipe["guidance"]))
     n = int(recipe["samples"])
     first, second = (answers(sampler, Questions.of(pictures, None, n, seed), None) for seed in SEEDS)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jdm.evaluation.sampling import counted
+from jdm.models.schedulers import evenly_spaced
 from jdm.size import Size, height_width, spelled
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
@@ -24,7 +26,7 @@ class Subject:
         name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
         card: jdm.json. record: run.json. metrics: what `jdm evaluate` wrote. Empty where there is none.
         base: what it was trained from, by folder or hub id. pixels: size of its pictures.
-        sigma: sigma / alpha at the level a one-step student runs at; same_levels: Stable Diffusion's table has it too.
+        sigma: sigma / alpha at a student's first level; same_levels: Stable Diffusion's table has it too.
         known_as: the size of UNet that ComfyUI and A1111 take it for.
         errors, left_out, rank: of a LoRA that stands for a full student.
     """
@@ -48,8 +50,14 @@ class Subject:
     rank: int = 0
 
     @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The level indices that a student runs at; None for a multi-step model."""
+        found = self.card.get("levels")
+        return None if found is None else tuple(found)
+
+    @property
     def one_step(self) -> bool:
-        return self.card.get("kind") == "one-step"
+        return self.levels is not None and len(self.levels) == 1
 
     @property
     def method(self) -> Mapping[str, Any]:
@@ -59,7 +67,7 @@ class Subject:
     @property
     def partner(self) -> str:
         """What a ControlNet by itself belongs to."""
-        if self.one_step and self.method.get("train_unet", True):
+        if self.levels and self.method.get("train_unet", True):
             return "student"
         return public(self.method.get("start") or self.base or "base")
 
@@ -97,7 +105,8 @@ def public(name: str) -> str:
 
 
 def _header(of: Subject) -> str:
-    tags = ["one-step"] * of.one_step + ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
+    tags = [str(of.card.get("kind"))] * bool(of.levels)
+    tags += ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
     lines = ["license: other", "license_name: inherit-from-base-model", "library_name: diffusers",
              "pipeline_tag: text-to-image"]
     on_disk = of.base and (Path(of.base).exists() or of.base.endswith(".safetensors"))
@@ -110,17 +119,19 @@ def _header(of: Subject) -> str:
 
 def _summary(of: Subject) -> str:
     what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
-    steps = " that draws in one step" if of.one_step else ""
+    steps = f" that draws in {counted(len(of.levels))}" if of.levels else ""
     control = of.card.get("control")
     control = f", to a control ({public(str(control))})" if control and of.controlled else ""
     return f"{what}{steps}{control}; made with jdm."
 
 
 def _facts(of: Subject) -> str:
-    level = of.card.get("t_init")
+    levels = _value(of.levels) if of.levels else None
+    if levels and of.sigma:
+        levels += f" (sigma / alpha = {of.sigma:.4f}{' at the first' * (not of.one_step)})"
     rows = [("base model", public(of.base) if of.base else "not recorded"),
             ("method", of.card.get("method") or of.method.get("type")), ("control", of.card.get("control")),
-            ("t_init", f"{level} (sigma / alpha = {of.sigma:.4f})" if level is not None and of.sigma else level),
+            ("levels", levels),
             ("pictures", of.pixels and spelled(of.pixels) + " (height x width)" * isinstance(of.pixels, tuple)),
             ("weights on disk", of.dtype)]
     return _table("", "", [(k, _value(v)) for k, v in rows if v is not None])
@@ -158,9 +169,11 @@ def _table(key: str, value: str, rows: Any) -> str:
 
 def _call(of: Subject) -> str:
     """Lines that draw and keep a picture with `pipe`."""
-    guidance = 1.0 if of.one_step else float(of.card.get("guidance", 2.0))
-    asked = ['"your prompt"', *["image=control"] * of.controlled,
-             f"num_inference_steps={1 if of.one_step else 50}, guidance_scale={guidance}"]
+    guidance = 1.0 if of.levels else float(of.card.get("guidance", 2.0))
+    steps = f"num_inference_steps={len(of.levels) if of.levels else 50}"
+    if of.levels and not evenly_spaced(of.levels):  # the scheduler finds no others by their number
+        steps = steps if of.one_step else f"timesteps={list(of.levels)}"
+    asked = ['"your prompt"', *["image=control"] * of.controlled, f"{steps}, guidance_scale={guidance}"]
     height, width = height_width(of.pixels or 0)
     size = f".resize(({width}, {height}))" if of.pixels else ""
     shown = f'control = Image.open("control.png").convert("RGB"){size}\n' if of.controlled else ""
@@ -198,7 +211,8 @@ def _controlnet(of: Subject) -> str:
 
 
 def _lora_code(of: Subject) -> str:
-    parts = {"scheduler": ("DDIMScheduler", of.one_step), "controlnet": ("ControlNetModel", of.controlled)}
+    stepper = "DDIMScheduler" if of.one_step else "LCMScheduler"
+    parts = {"scheduler": (stepper, bool(of.levels)), "controlnet": ("ControlNetModel", of.controlled)}
     used = {name: kind for name, (kind, there) in parts.items() if there}
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
     given = "".join(f", {name}={name}" for name in used)
@@ -234,13 +248,16 @@ def _other_programs(of: Subject) -> Iterator[str]:
                "recognise it, and the files are for software that reads this layout by a config.")
     else:
         yield f"Both take it for {of.known_as}."
-    if of.one_step and of.sigma is not None:
-        yield from _settings_for_one_step(of, of.sigma)
+    if of.levels and not of.one_step:
+        yield (f"The student is run at levels {_value(of.levels)} of 1,000, with fresh noise between them. No settings "
+               "of these programs were worked out for that; use diffusers.")
+    elif of.levels and of.sigma is not None:
+        yield from _settings_for_one_step(of, of.levels[0], of.sigma)
 
 
-def _settings_for_one_step(of: Subject, sigma: float) -> Iterator[str]:
+def _settings_for_one_step(of: Subject, level: int, sigma: float) -> Iterator[str]:
     """x = z sqrt(1 + s^2) - s eps(z) with s = sigma / alpha: one Euler step from s to 0, on noise of that size."""
-    level, start = of.card.get("t_init"), math.sqrt(1 + sigma**2)
+    start = math.sqrt(1 + sigma**2)
     yield (f"The student is run once, at level {level} of 1,000, on noise of unit variance. In these programs' units: "
            f"sigma = {sigma:.4f}, and a first sample of noise x {start:.4f} = sqrt(1 + sigma^2).")
     if not of.same_levels:

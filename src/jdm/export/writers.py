@@ -20,7 +20,9 @@ from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, 
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod, lone_controlnet
+from jdm.models.folder import CARD, lone_controlnet
+from jdm.models.schedulers import alphas_cumprod
+from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
 from jdm.recipes import recorded
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
@@ -55,9 +57,13 @@ class Source:
         return index.get("_class_name") if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
+        """The whole model, for the layouts of other programs."""
         if not (self.folder / "model_index.json").is_file():
             raise UsageError(f"{self.name} is one network, not a whole model; export it with --format diffusers")
-        return load_model(str(self.folder))
+        model = load_model(str(self.folder))
+        if not isinstance(model, StableDiffusion):
+            raise UsageError(f"{self.name} is no model in Stable Diffusion's format; export it with --format diffusers")
+        return model
 
     def controlnet(self) -> ControlNetModel:
         for folder in (self.folder, self.folder / "controlnet"):
@@ -172,10 +178,10 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
                     prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
-    if not found.one_step:
+    if found.levels is None:
         return found
-    levels, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
-    signal, level = float(levels[-1]), len(levels) - 1
+    own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    signal, level = float(own[-1]), len(own) - 1
     same = level < len(theirs) and abs(float(theirs[level]) / signal - 1) < 1e-3
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
 
@@ -215,7 +221,7 @@ def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
 
 
 def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
-    """The UNet's difference from its base as a LoRA in both layouts; ControlNet and one-step scheduler beside it."""
+    """The UNet's difference from its base as a LoRA in both layouts; ControlNet and scheduler beside it."""
     if subject.base is None:
         raise UsageError(f"{source.name} does not say what it was trained from; name it with --base")
     model = source.model()
@@ -223,7 +229,7 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
         base = load_model(subject.base)
     except UsageError as error:
         raise UsageError(f"{error}; name what the LoRA is to be laid over with --base") from None
-    found = lora_file.difference_lora(base.unet, model.unet, subject.rank)
+    found = lora_file.difference_lora(base.backbone, model.unet, subject.rank)
     draft.mkdir()
     lora_file.write_diffusers(found.lora, draft / LORA_FILE)
     lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))

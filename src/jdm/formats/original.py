@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from jdm.errors import UsageError, in_short
 from jdm.formats.single_file import CONTROLNET, KNOWN, TEXT, TEXTS, UNET, VAE, refuse_pickle
 from jdm.models import published
-from jdm.models.stable_diffusion import CARD, _json
+from jdm.models.folder import CARD, folder_json
 
 ENDING = ".safetensors"
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -95,7 +95,7 @@ class SingleFile:
         return next((folder for folder in folders if any((folder / part).is_dir() for part in parts)), None)
 
     def beside_json(self, name: str) -> dict | None:
-        return None if self.beside is None else _json(str(self.beside), name)
+        return None if self.beside is None else folder_json(str(self.beside), name)
 
     @property
     def home(self) -> Path:
@@ -139,7 +139,7 @@ class SingleFile:
         if "unet" in own:
             if missing := [part for part in ("vae", "text_encoder", "scheduler") if part not in own]:
                 raise UsageError(f"{self.beside} has the UNet's configuration and lacks {CONFIGS[missing[0]]}")
-            card = self.beside_json(CARD) or _json(str(self.path.parent), CARD)  # where an export puts it
+            card = self.beside_json(CARD) or folder_json(str(self.path.parent), CARD)  # where an export puts it
             found = own if card is None else {**own, "card": card}
         else:
             found = published.of_size(self._known_size(), self._prediction(own)) | own

@@ -17,10 +17,6 @@ from torch import Tensor, nn
 
 from jdm.errors import UsageError
 
-# Attention, feed-forward and convolutions of a UNet2DConditionModel, as LCM-LoRA chooses them.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-           "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
-
 
 class Adapter(nn.Module):
     """A LoRA inside `backbone`, off until switched on; at initialisation it changes nothing (B = 0).
@@ -30,10 +26,10 @@ class Adapter(nn.Module):
     Args:
         backbone: changed in place: its target layers are wrapped, their own parameters stay the same objects.
         rank: of every LoRA pair; alpha = rank, so the scale is 1.
-        targets: which layers, by the end of their path.
+        targets: which layers, by the end of their path; `Family.lora_targets`.
     """
 
-    def __init__(self, backbone: nn.Module, name: str, rank: int, targets: Sequence[str] = TARGETS):
+    def __init__(self, backbone: nn.Module, name: str, rank: int, targets: Sequence[str]):
         super().__init__()
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, got {rank}")

@@ -17,8 +17,7 @@ from typing import Any
 from jdm.errors import UsageError
 from jdm.files import ASSETS, alone, read_json, write
 from jdm.library import SHIPPED, load_model
-from jdm.models.folder import save_pipeline
-from jdm.models.stable_diffusion import CARD
+from jdm.models.folder import CARD, save_pipeline
 from jdm.recipes import recorded
 from jdm.reproduce.scales import Scale
 from jdm.run import Run, described, without_cache
@@ -276,7 +275,7 @@ def _compose(model: Model) -> None:
         raise UsageError(f"{model.needs['controlnet'].path} has no ControlNet to compose with")
     control = (controlnet.card or {}).get("control")
     card = {**(unet.card or {}), "method": "composed", "control": control, "parts": _weights_of_needs(model)}
-    save_pipeline(unet.with_parts(controlnet=controlnet.controlnet), Path(model.path), card=card)
+    save_pipeline(unet.with_networks(controlnet=controlnet.controlnet), Path(model.path), card=card)
 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,20 +81,25 @@ def join(run: Run) -> Run:
 
 
 def shard(task: Task, run: Run) -> None:
-    """Shard every UNet and ControlNet of the task in place, and give its phases the parameters that take the old
-    ones' place. Smaller networks stay whole; their gradients are averaged (`averaged_gradients`)."""
+    """Shard the networks of every denoiser in place, by its `shard_units`, and give the task's phases the parameters
+    that take the old ones' place. Other networks stay whole; their gradients are averaged (`averaged_gradients`).
+
+    Raises:
+        UsageError: the run asks for sharding and has nothing to shard.
+    """
     if size() == 1:
         return
-    mesh = init_device_mesh(torch.device(run.device).type, (size() // run.shard, run.shard),
-                            mesh_dim_names=("replicate", "shard"))
     networks = [*task.frozen, *(m for m in task.modules.values() if not isinstance(m, Adapter))]
     parts = list(dict.fromkeys(part for network in networks for part in network.modules()))
+    denoisers: list[Any] = [part for part in parts if hasattr(part, "shard_units")]
+    units = dict.fromkeys(unit for denoiser in denoisers for unit in denoiser.shard_units())
+    if run.shard > 1 and not units:
+        raise UsageError(f"--shard {run.shard}: this run has no network to shard; leave it out")
+    mesh = init_device_mesh(torch.device(run.device).type, (size() // run.shard, run.shard),
+                            mesh_dim_names=("replicate", "shard"))
     before = {id(p): (part, key) for part in parts for key, p in part._parameters.items() if p is not None}
-    for part in parts:
-        if hasattr(part, "down_blocks") and hasattr(part, "time_embedding"):  # an autoencoder's encoder is neither
-            for block in [*part.down_blocks, part.mid_block, *getattr(part, "up_blocks", [])]:  # type: ignore[misc]
-                fully_shard(block, mesh=mesh)
-            fully_shard(part, mesh=mesh)
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
     for phase in task.phases:
         _renew(phase, before)
 

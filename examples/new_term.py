@@ -1,7 +1,7 @@
 """A new term: one class. This one is Decoupled DMD's steady regulariser (arXiv 2511.22677), beside JDM's two terms."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class MeanVariance:
         variance: the variance to keep; 0.81 is SDXL's.
     """
 
-    levels: ClassVar[None] = None  # on the clean sample
+    levels = None  # on the clean sample
 
     weight: float = 1.0
     mean: float = 0.075

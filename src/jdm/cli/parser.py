@@ -246,8 +246,8 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
     parser.add_argument("--format", type=_among(FORMATS), default="diffusers",
                         help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
-                             "controlnet: the ControlNet alone, for all of them; lora: the UNet's difference from its "
-                             "base, for all of them (default: %(default)s)")
+                             "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
+                             "base, in both layouts (default: %(default)s)")
     parser.add_argument("--rank", type=_positive, help="rank of the LoRA, at least 1 (default: 64)")
     parser.add_argument("--base", metavar="MODEL", help="model the LoRA is applied to (default: the run's teacher)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
@@ -262,7 +262,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=_positive, default=1, help="number of training seeds: 0, 1, ... (default: "
                         "%(default)s)")
     parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
-                        "are wildcards, such as canny/nct* (default: those of the published table)")
+                        "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
     parser.add_argument("--n", type=_positive, help="number of pictures per cell (default: 5000, 1000 for figures)")
     parser.add_argument("--steps", type=_positive, help="steps of every training run (default: each recipe's own)")
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="folder for models and measured "

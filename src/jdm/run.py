@@ -20,7 +20,7 @@ class Optimiser:
     """AdamW with warm-up, decay and clipping; the learning rate is a pure function of the step.
 
     Attributes:
-        lr: Learning rate after the warm-up and before the decay, above 0.
+        lr: Base learning rate, above 0; the warm-up and the decay scale it down.
         betas: Decay rates of Adam's first and second moments, each in [0, 1). With a first of 0, no first moment is
             stored.
         weight_decay: AdamW's decoupled weight decay, at least 0; a step shrinks weights by lr times this.
@@ -109,7 +109,7 @@ class Data:
         size: Side, or height and width, in pixels. Each picture is resized to cover it, then cropped at the centre.
         split: Pictures to train on: a split's name or a slice of one, such as train[:1000].
         validation: Pictures for the probes during training, written like `split`.
-        prepared: Folder that `jdm prepare` wrote for this split; empty for none. It saves time and memory and leaves
+        prepared: Folder that `jdm prepare` wrote for this split; empty for none. It saves time and leaves
             the trained model unchanged.
     """
 
@@ -146,8 +146,8 @@ class Run:
         save_every: Steps between checkpoints, at least 1.
         log_every: Steps between lines of metrics.jsonl, at least 1.
         probe_every: Steps between measurements on the validation pictures; 0 for none.
-        best: Export the weights that scored best on this probe (judge, prompt_agreement, fd or consistency); empty
-            exports the last ones.
+        best: Export the averaged weights that scored best on this probe (judge, prompt_agreement, fd or consistency);
+            empty exports the last ones.
         patience: End the run after this many probes without a new best; 0 never ends it early.
     """
 

@@ -212,5 +212,5 @@ def test_distances_read_the_packaged_pictures_classifier_first_then_fid_then_eff
 
 
 def test_an_extractor_nobody_knows_is_refused():
-    with pytest.raises(UsageError, match="no extractor 'resnet'; further ones are inception"):
+    with pytest.raises(UsageError, match="no extractor 'resnet'; the known ones are inception"):
         extractors("my_pictures", also=["resnet"])

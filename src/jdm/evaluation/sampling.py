@@ -1,4 +1,4 @@
-"""Pictures from a model, in one step or in many: the Python face of `jdm sample`."""
+"""Sampling from a model in one or many steps; the Python interface of `jdm sample`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jdm.space import to_bytes
 
 @dataclass
 class Sampler:
-    """Prompts, noise and a control in; uint8 pictures out.
+    """Turns noise, prompts and control images into uint8 pictures.
 
     Attributes:
-        steps: 1 runs the one-step generator; more run DDIM on the guided score.
-        guidance: w of uncond + w (cond - uncond), for many steps; a one-step student has its own inside.
-        also: further ControlNets of the same UNet, such as those of a shared generator; their control images follow
+        steps: with 1 the one-step generator is run; with more, DDIM on the guided score.
+        guidance: w in uncond + w (cond - uncond), for many steps; a one-step student has learnt its guidance.
+        also: further ControlNets for the same UNet, such as those of a shared generator; their control images follow
             the model's own along the channels.
-        strengths: factor on each ControlNet's residuals, the model's own first; 1 where not given.
+        strengths: factor on each ControlNet's residuals, starting with the model's own; 1 by default.
     """
 
     model: StableDiffusion
@@ -42,7 +42,7 @@ class Sampler:
         if self.steps < 1:
             raise UsageError(f"steps must be at least 1, got {self.steps}")
         if self.steps > 1 and self.model.one_step:
-            raise UsageError(f"this model answers in one step; asked for {self.steps}")
+            raise UsageError(f"a one-step student needs steps = 1, got {self.steps}")
         self.text = self.model.text()
         self.net = Denoiser(self.model.unet, self.model.controlnet, self.also)
         if len(self.strengths) > len(self.net.strengths):
@@ -50,15 +50,15 @@ class Sampler:
         self.net.strengths[: len(self.strengths)] = self.strengths
         self.generator = self.model.generator(self.text, self.net)
         self.score = ScoreModel(self.net, self.model.schedule, self.model.prediction, self.text, self.guidance)
-        self._scheduler = ddim_scheduler({**self.model.scheduler, "prediction_type": "epsilon"})  # it is given eps
+        self._scheduler = ddim_scheduler({**self.model.scheduler, "prediction_type": "epsilon"})  # x() passes it eps
 
     @property
     def nfe(self) -> int:
-        """Network function evaluations per picture; a guided step counts two."""
+        """Network function evaluations per picture; a guided step counts as two."""
         return self.steps * (2 if self.steps > 1 and self.guidance != 1 else 1)
 
     def x(self, z: Tensor, y: Sequence[str], control: Tensor | None = None) -> Tensor:
-        """Model-space samples [B, ...] like z."""
+        """Model-space samples, shaped like z [B, ...]."""
         if self.steps == 1:
             return self.generator(z, y, control)
         scheduler: Any = self._scheduler
@@ -73,7 +73,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, y: Sequence[str], control: Tensor | None = None, batch: int = 64) -> Tensor:
-        """uint8 pictures [B, 3, H, W] on the CPU, in batches."""
+        """uint8 pictures [B, 3, H, W] on the CPU, sampled in batches."""
         device = next(self.net.parameters()).device
         pictures = []
         for rows in torch.arange(len(z)).split(batch):
@@ -85,12 +85,12 @@ class Sampler:
 
 def generator(model: str | StableDiffusion, control: Control | None = None, steps: int | None = None,
               guidance: float = 2.0) -> Callable[..., Tensor]:
-    """A function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
+    """Returns a function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
 
     Args:
-        model: a shipped name, a folder, a hub id, or a loaded model.
-        control: measures `image`; needed where the model has a ControlNet.
-        steps: 1 for a one-step student, 50 for others unless given.
+        model: a shipped model's name, a folder, a hub id, or a loaded model.
+        control: measures `image`; required if the model has a ControlNet.
+        steps: by default 1 for a one-step student, 50 for others.
     """
     loaded = load_model(model) if isinstance(model, str) else model
 

@@ -1,4 +1,4 @@
-"""Models by name: the shipped ones, a diffusers folder, a hub id, or a single file."""
+"""Loads models by name: a shipped model, a diffusers folder, a hub id, or a single file."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SHIPPED = {
     "nano-controlnet-lowres": ("nano-sd", "nano-controlnet-lowres"),
     "nano-canny": ("nano-canny", None),
     "nano-diff-instruct": ("nano-diff-instruct", None),
-    # Further controls of nano-canny's UNet.
+    # More controls for nano-canny's UNet.
     "nano-soft-edge": ("nano-canny", "nano-soft-edge"),
     "nano-silhouette": ("nano-canny", "nano-silhouette"),
     "nano-lowres": ("nano-canny", "nano-lowres"),
 }
 
-# By the pipeline that a folder names; any other is read as Stable Diffusion's.
+# By the pipeline that a folder names; any other is loaded as StableDiffusion.
 FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusionXLControlNetPipeline": StableDiffusionXL,
@@ -44,10 +44,10 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
 
 
 def load_model(name: str) -> StableDiffusion:
-    """A shipped model ("nano-sd", "nano-canny", any of SHIPPED), a folder, a hub id, or a .safetensors checkpoint.
+    """Loads a shipped model (any of SHIPPED, such as "nano-sd"), a folder, a hub id, or a .safetensors checkpoint.
 
     Raises:
-        UsageError: there is none, or it is not whole.
+        UsageError: there is no such model, or it is incomplete.
     """
     if name in SHIPPED and not Path(name).is_dir():
         folder, controlnet = SHIPPED[name]
@@ -61,13 +61,14 @@ def load_model(name: str) -> StableDiffusion:
 
 
 def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel, str | None]:
-    """A ControlNet to be added to a model's own, and the control it was trained for where its card says so.
+    """Loads a ControlNet to use beside a model's own; returns it and the control in its card, or None.
 
     Args:
-        name: a shipped model or a folder with a ControlNet in it, or a folder that is one.
+        name: a shipped model or a folder that has a ControlNet, or the folder of a ControlNet.
+        beside: the model; its UNet must have the shapes that the ControlNet was made for.
 
     Raises:
-        UsageError: there is none, or it was made for another UNet's shapes.
+        UsageError: there is no ControlNet, or it was made for another UNet's shapes.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -77,7 +78,7 @@ def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel
         model = load_model(name)
         net, card = model.controlnet, model.card or {}
         if net is None:
-            raise UsageError(f"{name} has no ControlNet; name a model that draws to a control, such as nano-canny")
+            raise UsageError(f"{name} has no ControlNet; name a model that has one, such as nano-canny")
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
         if net.config[key] != beside.unet.config[key]:
             raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {net.config[key]}, the model's "
@@ -86,15 +87,15 @@ def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel
 
 
 def tiny_decoder(name: str, teacher: StableDiffusion) -> nn.Module:
-    """A tiny autoencoder that decodes the teacher's latents, frozen.
+    """Loads a tiny autoencoder, frozen, that decodes the teacher's latents.
 
     Raises:
-        UsageError: it is none, or of other latents or another picture size.
+        UsageError: it is not a tiny autoencoder, or its latents or picture size differ from the teacher's.
     """
     try:
         net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
+        raise UsageError(f"{name} is not a tiny autoencoder (AutoencoderTiny): "
                          f"{(str(error).splitlines() or [''])[0][:120]}") from None
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
     ours = teacher.unet.config["in_channels"], teacher.downscale

@@ -57,12 +57,12 @@ class PromptClassifier(nn.Module):
 
 
 def nano_reward(folder: str | Path = ASSETS / "nano-reward") -> PromptClassifier:
-    """The packaged reward of nano-sd, or a classifier saved in another folder."""
+    """The shipped reward of nano-sd, or a classifier saved in another folder."""
     return PromptClassifier(Classifier.load(folder))
 
 
 def nano_judge(folder: str | Path = ASSETS / "nano-judge") -> PromptClassifier:
-    """The packaged judge: a different network, trained on other pictures than nano-reward; it only measures."""
+    """The shipped judge: a different network, trained on other pictures than nano-reward; it only measures."""
     return PromptClassifier(Classifier.load(folder), judge=True)
 
 

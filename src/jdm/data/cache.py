@@ -183,7 +183,7 @@ def places(indices: Tensor) -> Tensor:
     return place
 
 
-# What a preparation was made from
+# The inputs of a preparation
 
 
 def facts(data: Data, loaded: Pictures) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The cost of one JDM iteration against the bare network passes it cannot do without.
+"""The time of one JDM iteration compared with that of the network passes it consists of.
 
     python benchmarks/step_time.py [--batch 64] [--rounds 7] [--model nano-sd]
 
 Full iterations (data, control, losses, clipping, optimisers, EMA, logging) alternate with the bare passes, so that
-both see the same machine. Prints each pass by name, their sum, the optimiser steps apart, and the ratio of medians.
+both run under the same conditions. Prints each pass by name, their sum, the optimiser steps, and the ratio of medians.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
 
 
 def optimiser_steps(trainer: Trainer) -> Callable[[], object]:
-    """One step of every optimiser, at a learning rate of 0."""
+    """Returns a function that steps every optimiser once, at a learning rate of 0."""
     optimizers = trainer.optimizers.values()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=20, help="full iterations first: each prompt is encoded once")
+    parser.add_argument("--warmup", type=int, default=20, help="untimed full iterations first; they encode prompts")
     parser.add_argument("--model", default="nano-sd")
     parser.add_argument("--split", default="test")
     parser.add_argument("--json", type=Path)
@@ -142,7 +142,7 @@ def main() -> None:
         print(f"{value * 1e3:9.1f} ms  {name}")
     print(f"{bare * 1e3:9.1f} ms  sum of the bare passes")
     print(f"ratio of the full iteration to the bare passes: {full / bare:.3f}; "
-          f"with the optimiser steps among them: {full / (bare + medians['optimiser steps']):.3f}")
+          f"with the optimiser steps included: {full / (bare + medians['optimiser steps']):.3f}")
     print(f"batch {args.batch}, {args.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{platform.machine()}")
     if args.json:

@@ -1,4 +1,4 @@
-"""Models by name: the shipped ones, a diffusers folder, a hub id, or a single file."""
+"""Loads models by name: a shipped model, a diffusers folder, a hub id, or a single file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHIPPED = {
     "nano-controlnet-lowres": ("nano-sd", "nano-controlnet-lowres"),
     "nano-canny": ("nano-canny", None),
     "nano-diff-instruct": ("nano-diff-instruct", None),
-    # Further controls of nano-canny's UNet.
+    # More controls for nano-canny's UNet.
     "nano-soft-edge": ("nano-canny", "nano-soft-edge"),
     "nano-silhouette": ("nano-canny", "nano-silhouette"),
     "nano-lowres": ("nano-canny", "nano-lowres"),
@@ -59,10 +59,11 @@ def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:
     """A ControlNet to be added to a model's own, and the control it was trained for where its card says so.
 
     Args:
-        name: a shipped model or a folder with a ControlNet in it, or a folder that is one.
+        name: a shipped model or a folder that has a ControlNet, or the folder of a ControlNet.
+        beside: the model; its UNet must have the shapes that the ControlNet was made for.
 
     Raises:
-        UsageError: there is none, or it was made for another UNet's shapes.
+        UsageError: there is no ControlNet, or it was made for another UNet's shapes.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -85,12 +86,12 @@ def tiny_decoder(name: str, teacher: Family) -> nn.Module:
     """A tiny autoencoder that decodes the teacher's latents, frozen.
 
     Raises:
-        UsageError: it is none, or of other latents or another picture size.
+        UsageError: it is not a tiny autoencoder, or its latents or picture size differ from the teacher's.
     """
     try:
         net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
+        raise UsageError(f"{name} is not a tiny autoencoder (AutoencoderTiny): "
                          f"{(str(error).splitlines() or [''])[0][:120]}") from None
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
     ours = teacher.latent_shape(1, teacher.size)[1], teacher.downscale

@@ -189,7 +189,7 @@ def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     ("train nano-canny --method.weighting none", "--method.weighting"),
     ("train nano-canny --device gpu9", "--device gpu9 cannot be used here"),
     ("train nano-canny --control cany", "did you mean 'canny'?"),
-    ("export nowhere out", "nowhere is no run"),
+    ("export nowhere out", "nowhere is not a run"),
 ])
 def test_a_usage_error_names_its_remedy(arguments, said, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -239,7 +239,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
         (student,): "give --image with a picture",
         (student, "--image", photo, "--control-map", photo): "not both",
         (teacher, "--image", photo): "this model takes no control; leave out --image",
-        (student, "--image", photo, "--steps", "4"): "answers in one step; asked for 4",
+        (student, "--image", photo, "--steps", "4"): "a one-step student needs steps = 1, got 4",
     }
     for arguments, said in asked.items():
         code, line = complaint("sample", *arguments, "--prompt", "x", *out)

@@ -348,7 +348,7 @@ def test_a_file_that_is_not_of_a_preparation_is_left_alone(ready, photos, tmp_pa
 
 def test_a_second_process_and_a_second_rank_are_refused(ready, monkeypatch):
     run, folder = ready
-    with writing._alone(folder), pytest.raises(UsageError, match="another process prepares"):
+    with writing._alone(folder), pytest.raises(UsageError, match="another process is preparing"):
         prepare(run, folder)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="runs in one process; start it without torchrun"):

@@ -135,7 +135,7 @@ def test_a_run_on_shards_is_prepared_from_a_disk_alone(filled, tmp_path):
                   probe_every=0)
     if where.startswith("memory"):
         Trainer(run).step(0)
-        with pytest.raises(UsageError, match="read during training and not prepared"):
+        with pytest.raises(UsageError, match="read during training and cannot be prepared"):
             prepare(run, tmp_path / "cache")
         return
     prepare(run, tmp_path / "cache")

@@ -106,7 +106,7 @@ def test_nothing_is_exported_over_something_or_from_nothing(student, tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UsageError, match="not empty; name a new folder"):
         export(student, tmp_path / "taken")
-    with pytest.raises(UsageError, match="is no run"):
+    with pytest.raises(UsageError, match="is not a run"):
         export(tmp_path / "taken", tmp_path / "out")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text("{}")

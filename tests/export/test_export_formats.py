@@ -205,11 +205,11 @@ def test_what_cannot_be_exported_so_is_refused_in_one_line_and_nothing_is_writte
 
     refused("no format 'singel-file'; did you mean single-file", format="singel-file")
     refused("the formats are diffusers, single-file, controlnet, lora", format="onnx")
-    refused("--rank is of a LoRA", rank=4)
+    refused("--rank is for a LoRA", rank=4)
     refused("at least 1, got 0", rank=0, format="lora")
     refused("model.ckpt is a pickle", tmp_path / "model.ckpt", out)
     refused("weights.bin is a pickle", tmp_path / "pickled", out)
-    refused("is not what jdm evaluate --json writes", metrics=tmp_path / "bad.json")
+    refused("is not from jdm evaluate --json", metrics=tmp_path / "bad.json")
     refused("could not be read", metrics=tmp_path / "nowhere.json")
     refused("has no ControlNet", teacher, out, format="controlnet")
     refused("name it with --base", teacher, out, format="lora")

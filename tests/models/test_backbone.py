@@ -315,7 +315,7 @@ def test_a_tiny_decoder_of_other_latents_is_refused(tmp_path, teacher, made, mes
 
 
 def test_what_is_no_tiny_decoder_is_refused(tmp_path, teacher):
-    with pytest.raises(UsageError, match="is no tiny autoencoder"):
+    with pytest.raises(UsageError, match="is not a tiny autoencoder"):
         networks_of(shared(tmp_path / "run", teacher, decoder=str(teacher / "unet")))
 
 

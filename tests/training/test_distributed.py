@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_for_one_process_ends_the_run_with_a_message_and_a_u
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert re.search(rf"RunError: checkpoint of step \d+ could not be written \(process {full}: \w+Error: .*\); "
-                     r"free some space and run the same command again: it goes on from \S*step-\d+\n", said)
+                     r"free some space and run the same command again to resume from \S*step-\d+\n", said)
     folder = tmp_path / "run" / "checkpoints"
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert_goes_on(tmp_path / "run", teacher)

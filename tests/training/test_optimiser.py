@@ -211,7 +211,7 @@ def test_a_second_moment_never_becomes_zero_and_a_first_may():
 
 
 def test_states_of_another_name_are_refused():
-    with pytest.raises(UsageError, match="states are float32 or 8bit, got '4bit'"):
+    with pytest.raises(UsageError, match="states must be float32 or 8bit, got '4bit'"):
         ours(parameters(), 0.0, "4bit")
 
 

@@ -1,4 +1,4 @@
-"""Shapes without weights: published configurations, or those of a local folder or checkpoint."""
+"""Models without weights, from published configurations or those of a local folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 
 def without_weights(name: str) -> StableDiffusion:
-    """The model `load_model(name)` gives, its tokenizer replaced by one that reads every prompt as zeros.
+    """The model that `load_model(name)` returns, with random weights and a tokenizer that maps all prompts to zeros.
 
-    Its networks are made where the caller says: under a FakeTensorMode or torch.device("meta") they take no memory.
+    Under a FakeTensorMode or torch.device("meta") its networks take no memory.
 
     Raises:
-        UsageError: the name is neither known, nor shipped, nor a local folder with configurations or a checkpoint.
+        UsageError: the name is neither known nor shipped, nor a local folder with configurations, nor a checkpoint.
     """
     configs = KNOWN.get(name) or checkpoint_configs(name) or _of_folder(name)
     lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
@@ -43,7 +43,7 @@ def without_weights(name: str) -> StableDiffusion:
 
 
 class Zeros:
-    """Stands for a tokenizer whose vocabulary is not needed: all prompts are `length` zeros."""
+    """A tokenizer without a vocabulary: every prompt becomes `length` zeros."""
 
     def __init__(self, length: int):
         self.model_max_length = length
@@ -83,7 +83,7 @@ def dpt_hybrid() -> nn.Module:
 
 
 def image_reward() -> nn.Module:
-    """ImageReward without its weights: the published encoders and head, behind prompts that are zeros."""
+    """ImageReward without its weights: the published encoders and head, with a tokenizer that returns zeros."""
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 

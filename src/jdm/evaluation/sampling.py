@@ -20,7 +20,7 @@ from jdm.space import to_bytes
 
 
 class Sampler:
-    """Prompts, noise and a control in; uint8 pictures out.
+    """Turns noise, prompts and control images into uint8 pictures.
 
     Args:
         steps: `default_steps` where None. A student, and any model at 1, runs its generator; others run DDIM on the
@@ -101,7 +101,7 @@ def counted(steps: int) -> str:
 
 def generator(model: str | Family, control: Control | None = None, steps: int | None = None,
               guidance: float = 2.0) -> Callable[..., Tensor]:
-    """A function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
+    """Returns a function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
 
     Args:
         model: a shipped name, a folder, a hub id, or a loaded model.

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, how stock software loads it, what it measures, its settings."""
+"""README.md of an exported folder: what the model is, how stock software loads it, its measurements and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about.
+    """The facts that a card reports of a model.
 
     Attributes:
         name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
@@ -73,7 +73,7 @@ class Subject:
 
 
 def model_card(of: Subject) -> str:
-    """The whole text, in Markdown with the header that hubs read."""
+    """The README in Markdown, with the header that hubs read."""
     parts = [_header(of), f"# {of.name}", _summary(of), _facts(of)]
     if code := snippet(of):
         parts += ["## Use", f"```python\n{code}```"]
@@ -88,19 +88,19 @@ def model_card(of: Subject) -> str:
     if of.record:
         parts += ["## Training", _table("setting", "value", _settings(of.record))]
     whose = f" ({public(of.base)})" if of.base else ""
-    parts += ["## Licence", f"Inherit from the base model{whose}: its licence and its terms of use hold for this one. "
+    parts += ["## Licence", f"Inherit from the base model{whose}: its licence and terms of use apply to this one. "
               "Name them here before you publish it."]
     return "\n\n".join(parts) + "\n"
 
 
 def snippet(of: Subject) -> str:
-    """Python that draws one picture with stock diffusers; run inside the folder. Empty where diffusers has no part."""
+    """Python that draws a picture with stock diffusers, to run inside the folder; empty if diffusers cannot load it."""
     draw = {"diffusers": _whole, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora_code}
     return draw[of.format](of)
 
 
 def public(name: str) -> str:
-    """A model's or a dataset's name without the place it has on this disk."""
+    """A model's or dataset's name; an absolute path is reduced to its last part."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -121,7 +121,7 @@ def _summary(of: Subject) -> str:
     what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
     steps = f" that draws in {counted(len(of.levels))}" if of.levels else ""
     control = of.card.get("control")
-    control = f", to a control ({public(str(control))})" if control and of.controlled else ""
+    control = f", following a control ({public(str(control))})" if control and of.controlled else ""
     return f"{what}{steps}{control}; made with jdm."
 
 
@@ -138,7 +138,7 @@ def _facts(of: Subject) -> str:
 
 
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every setting of the run, nested ones with dots; where it ran and what it logged left out."""
+    """Settings of the run, nested ones with dots, without those of place and logging."""
     for key, value in _flat(record.get("run", {})):
         if key.split(".")[-1] not in NOT_SETTINGS:
             yield key, _value(value)
@@ -222,7 +222,7 @@ def _lora_code(of: Subject) -> str:
 
 
 def _loading(base: str) -> tuple[str, str]:
-    """A base model's name for stock diffusers, and the method that loads it; #v_prediction is known to jdm alone."""
+    """A base model's name for stock diffusers, without jdm's #v_prediction, and the method that loads it."""
     file = base.partition("#")[0]
     return (file, "from_single_file") if file.lower().endswith(".safetensors") else (base, "from_pretrained")
 
@@ -231,12 +231,12 @@ def _lora(of: Subject) -> Iterator[str]:
     yield (f"Rank {of.rank} of the difference between the student's UNet and the base model's, layer by layer. Its "
            f"error, relative to that difference in weights, is {of.errors[of.rank]:.4f}; at other ranks:")
     yield _table("rank", "relative error", [(r, f"{e:.4f}") for r, e in of.errors.items()])
-    yield (f"Biases and normalisations changed too, by {of.left_out:.4f} of all that changed; a LoRA does not hold "
-           "them. All this is about weights, not pictures: compare pictures before you use a low rank.")
+    yield (f"Biases and normalisations changed too, by {of.left_out:.4f} of the whole change; a LoRA does not hold "
+           "them. These are errors of weights, not of pictures: compare pictures before you use a low rank.")
 
 
 def _other_programs(of: Subject) -> Iterator[str]:
-    """Where the files go, and the settings that make a stock sampler compute the student."""
+    """Where the files belong, and the settings with which a stock sampler computes the student."""
     files = {"single-file": [(CHECKPOINT_FILE, "models/checkpoints", "models/Stable-diffusion")],
              "lora": [(KOHYA_FILE, "models/loras", "models/Lora")]}.get(of.format, [])
     if of.controlled:
@@ -244,7 +244,7 @@ def _other_programs(of: Subject) -> Iterator[str]:
     yield "\n".join(["| file | ComfyUI | A1111 |", "|---|---|---|",
                      *(f"| {f.format(name=of.name)} | {a} | {b} |" for f, a, b in files)])
     if of.known_as is None:
-        yield ("Both programs know UNets by the widths of SD1.5, SD2 and SDXL. This one has others: they will not "
+        yield ("Both programs recognise UNets by the widths of SD1.5, SD2 and SDXL. This one has others: they will not "
                "recognise it, and the files are for software that reads this layout by a config.")
     else:
         yield f"Both take it for {of.known_as}."
@@ -261,10 +261,10 @@ def _settings_for_one_step(of: Subject, level: int, sigma: float) -> Iterator[st
     yield (f"The student is run once, at level {level} of 1,000, on noise of unit variance. In these programs' units: "
            f"sigma = {sigma:.4f}, and a first sample of noise x {start:.4f} = sqrt(1 + sigma^2).")
     if not of.same_levels:
-        yield ("That cannot be expressed there: both use Stable Diffusion's table of noise levels, this model was "
-               "trained on another, and its UNet would be told the wrong level. Use diffusers.")
+        yield ("That cannot be expressed there: both use Stable Diffusion's table of noise levels, but this model was "
+               "trained with another, so its UNet would be given the wrong level. Use diffusers.")
         return
-    yield ("The settings below come from reading the programs. Their arithmetic is tested; the programs were not run.")
+    yield ("The settings below come from the programs' sources. Their arithmetic is tested; the programs were not run.")
     yield (f"- ComfyUI, core nodes, exact: KarrasScheduler (steps 1, sigma_max {sigma:.4f}) for the sampler; a second "
            f"KarrasScheduler (steps 1, sigma_max {start:.4f}) into AddNoise with RandomNoise and an empty latent; "
            "SamplerCustomAdvanced with DisableNoise, CFGGuider at cfg 1, KSamplerSelect euler (lcm is the same in one "
@@ -272,8 +272,9 @@ def _settings_for_one_step(of: Subject, level: int, sigma: float) -> Iterator[st
            "- A1111, exact: sampler Euler, schedule type Karras, 1 step, CFG scale 1, and under Settings, Sampler "
            f"parameters: sigma max {sigma:.4f}, SGM noise multiplier on.")
     yield (f"Not exact: ComfyUI's plain KSampler, and A1111 without that multiplier, start from noise x {sigma:.4f}, "
-           f"{sigma / start:.3f} of what the student knows, and by themselves at level 999; ModelSamplingDiscrete with "
-           "lcm knows only every 20th level. A single file carries no schedule: the level is set by hand each time.")
+           f"{sigma / start:.3f} of what the student was trained on, and by default at level 999; "
+           "ModelSamplingDiscrete with lcm has only every 20th level. A single file carries no schedule, so set the "
+           "level by hand each time.")
     if of.prediction == "v_prediction":
-        yield ("It predicts v: in ComfyUI put ModelSamplingDiscrete (v_prediction) behind the loader, in A1111 a .yaml "
-               "with `parameterization: v` beside the file, where the program does not tell by itself.")
+        yield ("It predicts v. If a program does not detect that: in ComfyUI put ModelSamplingDiscrete (v_prediction) "
+               "behind the loader; in A1111 put a .yaml with `parameterization: v` beside the file.")

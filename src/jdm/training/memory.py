@@ -1,4 +1,4 @@
-"""What a run that has no memory left could switch on, and what each switch would save."""
+"""Advice for a run that is out of memory: the options that are still off, and what each would save."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB = 2**30
 
 
 def out_of_memory(run: Run, task: Task | None) -> str:
-    """One line: the run's device has no memory left, and the switches that are still off with what they save.
+    """One-line message for a device without free memory: the options that are still off and what each would save.
 
     Args:
-        task: the run's, where it was built; without it no number is known.
+        task: the run's task, or None if it could not be built; without it savings are given without numbers.
     """
     found = "; ".join(_savings(run, task)) or f"a smaller --batch than {run.batch}, or more processes with --shard"
-    return f"{run.device} has no memory left; what would save some: {found}. jdm estimate says how much in all"
+    return f"{run.device} has no memory left; these options save some: {found}. jdm estimate gives the total"
 
 
 def _savings(run: Run, task: Task | None) -> list[str]:

@@ -41,7 +41,7 @@ def configured(recipe: str, arguments: Sequence[str]) -> Run:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_enough():
-            return tyro.cli(Run, default=run, args=arguments, prog=prog)
+            return tyro.cli(Run, default=run, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
     except SystemExit as end:
         if end.code in (0, None):
             raise
@@ -66,7 +66,7 @@ def _whole(argument: str, known: Iterable[str]) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     flag = flag.replace("_", "-")
-    ends = [k for k in known if k.split(".")[-1].lstrip("-") == flag.removeprefix("--")]
+    ends = [k for k in known if f".{k.removeprefix('--')}".endswith(f".{flag.removeprefix('--')}")]
     return (ends[0] if flag not in known and len(ends) == 1 else flag) + equals + value
 
 

@@ -152,9 +152,8 @@ def scene(schedule: NoiseSchedule, real: Any, fake: Any, **more: Any) -> SimpleN
         fake: (x_t, t, y, control) -> Estimate.
     """
     own = {"control": None, "reward": None, "posteriors": {}, "guides": {}, "real_sees_control": False,
-           "fake_sees_control": False}
+           "fake_sees_control": False, "of_pictures": lambda value: lambda x: value(x, slice(None))}
     return SimpleNamespace(schedule=schedule, real_score=lambda guidance: real, fake=fake,
-                           of_pictures=lambda value: lambda x: value(x, slice(None)),
                            space=SimpleNamespace(decode=lambda x: 2 * x - 1), **{**own, **more})
 
 

@@ -76,7 +76,7 @@ class Loaded:
         if model.levels != levels:
             raise UsageError(f"{name} runs at levels {list(model.levels)}, asked for {list(levels)}; use --levels "
                              f"{' '.join(map(str, model.levels))}")
-        if model.backbone.config["in_channels"] != self.teacher.backbone.config["in_channels"]:
+        if not self.same_latents(model):
             raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
         return model
 
@@ -118,6 +118,11 @@ class Loaded:
     def decoder(self) -> nn.Module | None:
         """The tiny decoder of run.decoder; None for the teacher's own."""
         return placed(self._decoder(self.run.decoder), self.run.device) if self.run.decoder else None
+
+    def same_latents(self, model: Family) -> bool:
+        """Whether a model's latents have the shape of the teacher's."""
+        size = self.run.data.size
+        return model.latent_shape(1, size) == self.teacher.latent_shape(1, size)
 
     def apart(self, role: str) -> float:
         """How far a role's autoencoder encodes a probe picture from the teacher's, as a share of the latents' size."""

@@ -89,7 +89,7 @@ class Draft(Cache):
     def __init__(self, needed: Loaded, folder: Path, recipe: str, progress: Progress | None):
         self.needed, self.progress = needed, progress or (lambda *_: None)
         run, loaded = needed.run, needed.pictures
-        found = signs(loaded, _known_signs(folder))
+        found = signs(loaded, _stored_signs(folder))
         self.prompts = distinct(loaded)
         self.content = sha256([[sign[-1] for sign in found], loaded.indices.tolist()])
         data = facts(run.data, loaded) | {

@@ -147,7 +147,7 @@ def test_the_control_is_measured_on_the_frozen_generators_own_sample(teacher, st
     control = networks.control
     batch = Noises.of(networks, control, step=0)
     alone = StableDiffusion.load(str(student)).with_networks(controlnet=None)
-    x = alone.generator(alone.text())(batch.z, batch.y)
+    x = alone.generator(alone.text(), alone.denoiser())(batch.z, batch.y)
     torch.testing.assert_close(batch.x, x, atol=1e-4, rtol=1e-4)
     images = ((networks.space.decode(x) + 1) / 2).clamp(0, 1)
     # Hard edges: rounding may move a pixel of a thousand across a threshold.

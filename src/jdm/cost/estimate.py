@@ -36,7 +36,7 @@ from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
-from jdm.models.family import Denoiser, copied
+from jdm.models.family import Denoiser, Family, copied
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
@@ -297,7 +297,7 @@ class Shapes(Loaded):
     def apart(self, role: str) -> float:
         return 0.0
 
-    def student(self, role: str, levels: tuple[int, ...]) -> StableDiffusion:
+    def student(self, role: str, levels: tuple[int, ...]) -> Family:
         """The teacher, whose shapes a student has."""
         return self.teacher
 
@@ -313,7 +313,7 @@ class Shapes(Loaded):
 
     def _decoder(self, name: str) -> nn.Module:
         with self.mode:
-            net = AutoencoderTiny(latent_channels=self.teacher.backbone.config["in_channels"])
+            net = AutoencoderTiny(latent_channels=self.teacher.latent_shape(1, self.run.data.size)[1])
             self.others["tiny decoder"] = frozen(net)
         return self.others["tiny decoder"]
 

@@ -14,9 +14,8 @@ from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.family import Denoiser, copied, placed, with_merged
+from jdm.models.family import Denoiser, Family, copied, placed, with_merged
 from jdm.models.folder import save_pipeline
-from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
 from jdm.rewards import Reward
@@ -164,7 +163,7 @@ class Networks:
             return
         if isinstance(settings, FrozenPosterior):
             model = self.loaded.model("posterior")
-            if model.backbone.config["in_channels"] != self.teacher.backbone.config["in_channels"]:
+            if not self.loaded.same_latents(model):
                 raise UsageError(f"{settings.model} works on other latents than the teacher; train a posterior for "
                                  "this teacher: jdm train nano-posterior")
             score = self.teacher.score_of(self.text, self.teacher.denoiser(model.backbone))
@@ -265,7 +264,7 @@ class Networks:
         own = self.adapters["fake"].parameters() if "fake" in self.adapters else \
             base_parameters(self.fake.net.backbone)
         groups: Groups = [(list(own), fake.optimiser)]
-        if fake.controlnet:
+        if fake.controlnet and self.fake.net.controlnet is not None:
             groups.append((list(self.fake.net.controlnet.parameters()), fake.controlnet))
         return groups
 
@@ -286,7 +285,7 @@ class Networks:
         modules = {name: module for name, module in self.modules.items() if name in ("unet", "controlnet")}
         return Product(modules, write)
 
-    def _with(self, averages: dict[str, nn.Module]) -> StableDiffusion:
+    def _with(self, averages: dict[str, nn.Module]) -> Family:
         """The teacher's folder with the student's averaged networks in it."""
         lora = self.adapters.get("student")
         backbone: Any = self.student.backbone if lora else averages.get("unet", self.student.backbone)

@@ -72,6 +72,11 @@ class Family(Protocol):
         ...
 
     @property
+    def vae(self) -> Any:
+        """The autoencoder between pictures and latents, a diffusers network."""
+        ...
+
+    @property
     def controlnet(self) -> nn.Module | None:
         """The model's own control branch, if it has one."""
         ...

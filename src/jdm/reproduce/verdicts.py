@@ -34,7 +34,7 @@ def headline(page: Page) -> str:
                         f"({means[row]:.{4 if key == 'consistency' else 3}f})")
     if not best:
         return "nothing measured yet"
-    among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {' and '.join(columns)}"
+    among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {', '.join(columns)}"
     return f"of {among}: {', '.join(best)}"
 
 

@@ -1,4 +1,4 @@
-"""The reference statistics that ship: 2 x 5,000 uncontrolled samples of nano-sd, both extractors.
+"""Makes the shipped reference statistics: 2 x 5,000 uncontrolled samples of nano-sd, both extractors.
 
     python benchmarks/make_reference.py [OUT]
 """

@@ -1,9 +1,9 @@
-"""A results page from the JSON files of `jdm evaluate`: no number is typed by hand.
+"""Writes a results page from the JSON files of `jdm evaluate`, so that no number is typed by hand.
 
     python benchmarks/results_page.py OUT.md --title TITLE --row "ControlNet, 50 steps" a.json --row "JDM" b.json \\
         [--baseline 0] [--teacher t.json ...] [--step-time step.json] [--curve NAME metrics.jsonl] [--note "..."]
 
-The first row is the baseline of the ratios unless --baseline says otherwise.
+Ratios are to the row that --baseline gives, by default the first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def command(row: dict) -> str:
-    """The `jdm evaluate` call that gives a row."""
+    """The `jdm evaluate` command that produced a row."""
     parts = [f"jdm evaluate {row['model']}", f"--control {row['control']}" if row["control"] else "",
              f"--n {row['n']} --seed {row['seed']}"]
     if row["steps"] > 1:
@@ -51,7 +51,7 @@ def table(names: list[str], rows: list[dict]) -> str:
 
 
 def ratios(name: str, row: dict, base_name: str, base: dict) -> str:
-    """What the aims speak of, against the baseline."""
+    """Distance, consistency, diversity and speed against the baseline."""
     faster = {k: base[k] / row[k] for k in ("seconds_per_image", "seconds_per_image_batch1")}
     return (f"- {name} against {base_name}: distance {row['fd'] - base['fd']:+.2f}, consistency "
             f"{(1 - row['consistency'] / base['consistency']) * 100:+.1f}% better, diversity x "
@@ -60,7 +60,7 @@ def ratios(name: str, row: dict, base_name: str, base: dict) -> str:
 
 
 def curve(file: Path) -> str:
-    """What a run measured on validation pictures while it trained."""
+    """Table of a run's measurements on validation pictures during training."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [{k.removeprefix("probe/"): v for k, v in r.items() if k == "step" or k.startswith("probe/")} for r in rows]
     rows = [r for r in rows if len(r) > 1]
@@ -70,7 +70,7 @@ def curve(file: Path) -> str:
 
 
 def teacher(records: list[dict]) -> str:
-    """The teacher's curves over guidance."""
+    """Table of the teacher's quality by guidance."""
     record = records[0]
     rows = sorted((row for r in records for row in r["rows"]), key=lambda row: row["guidance"])
     lines = [f"Classifier on real test pictures: {record['ceiling']:.4f}. Floors between disjoint halves of the real "
@@ -106,9 +106,9 @@ def main() -> None:
                  "bootstrap over pictures, one training seed. Consistency: mean |h(x) - c| with OpenCV's Canny. "
                  "Diversity: mean pairwise feature distance over z at fixed prompt and control.")
     if args.teacher:
-        parts.append("## The teacher, over guidance\n\n" + teacher([json.loads(f.read_text()) for f in args.teacher]))
+        parts.append("## The teacher, by guidance\n\n" + teacher([json.loads(f.read_text()) for f in args.teacher]))
     for name, file in args.curve:
-        parts.append(f"## {name}, while it trained\n\n{curve(Path(file))}")
+        parts.append(f"## {name}, during training\n\n{curve(Path(file))}")
     if args.step_time:
         times = json.loads(args.step_time.read_text())
         rows_ms = "\n".join(f"| {k} | {v * 1e3:.1f} |" for k, v in times.items() if k != "ratio")

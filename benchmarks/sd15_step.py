@@ -1,11 +1,11 @@
-"""Samples per second of JDM at SD1.5's real shapes: plain copies, one shared backbone, and that compiled.
+"""Samples per second of JDM at SD1.5's real shapes: full copies, one shared backbone, and the latter compiled.
 
     python benchmarks/sd15_step.py [--device cuda] [--batch 4] [--rounds 10] [--json step.json]
     python benchmarks/sd15_step.py --device cpu --tiny --only plain ours
 
-Weights are random: what a step costs does not depend on them. Each row has a process of its own, so that its peak is
-its own. Model FLOPs are those of the step without recomputation, from `jdm estimate`; utilisation is their rate over
-the bf16 matrix product's, measured here.
+Weights are random, since the cost of a step does not depend on them. Each row runs in its own process, so that peaks do
+not mix. Model FLOPs are those of a step without recomputation, from `jdm estimate`; utilisation is their rate relative
+to that of a bf16 matrix product, measured here.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from unittest.mock import patch
 import torch
 from torch._dynamo.utils import counters
 
+from jdm import loading
 from jdm.cost.estimate import estimate
-from jdm.methods import networks
+from jdm.cost.known_configs import without_weights
 from jdm.models import execution, published
-from jdm.models.known_configs import without_weights
-from jdm.recipes.sd15 import sd15_canny
+from jdm.recipes import find
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
 
 ROWS = {"plain": "full copies, float32 weights, bf16 autocast",
         "ours": "one frozen bf16 backbone with adapters",
-        "compiled": "the same, compiled"}
+        "compiled": "one frozen bf16 backbone with adapters, compiled"}
 TINY = {
     "unet": {"sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32, 32),
              "layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -52,30 +52,31 @@ TINY = {
 
 def run_of(row: str, args: argparse.Namespace, out: Path) -> Run:
     """The recipe's run, as the row has it, on packaged pictures."""
-    run = sd15_canny()
+    run = find("sd15-canny")()
     data = Data(split="test[:256]", validation="test[:256]", size=64 if args.tiny else 512)
     run = replace(run, out=out, data=data, batch=args.batch, accumulate=1, shard=1, device=args.device,
                   precision="bf16", steps=10**6, save_every=10**6, log_every=10**6, probe_every=0)
     if row == "plain":
-        return replace(run, checkpointing=False, compile=False, method=replace(run.method, student_rank=0, fake_rank=0))
+        method = replace(run.method, fake=replace(run.method.fake, rank=0))
+        return replace(run, checkpointing=False, compile=False, method=method)
     return replace(run, compile=row == "compiled")
 
 
 @contextmanager
 def stand_ins(run: Run, row: str, tiny: bool) -> Iterator[None]:
-    """Random weights for the recipe's model; a plain row's frozen weights stay in float32."""
+    """Context in which the recipe's model has random weights; frozen weights of the plain row stay in float32."""
     def at_random(name: str):
         with torch.device(run.device):
             return without_weights(name)
 
     kept = patch.object(execution, "_cast_frozen", lambda *_: None) if row == "plain" else nullcontext()
     configs = {run.model: TINY} if tiny else {}
-    with patch.dict(published.KNOWN, configs), patch.object(networks, "load_model", at_random), kept:
+    with patch.dict(published.KNOWN, configs), patch.object(loading, "load_model", at_random), kept:
         yield
 
 
 def measured(row: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each timed step's median, FLOPs and peak memory of a row."""
+    """Median seconds of a step, FLOPs and peak memory of a row."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(row, args, Path(folder))
         with stand_ins(run, row, args.tiny):
@@ -106,7 +107,7 @@ def settled(device: str) -> None:
 
 
 def peak_memory(device: str) -> float:
-    """Bytes: PyTorch's own count on a GPU, the process's resident set on a CPU."""
+    """Peak memory in bytes: PyTorch's count on a GPU, the process's resident set on a CPU."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
@@ -127,7 +128,7 @@ def matmul_rate(device: str, side: int) -> float:
 
 
 def with_ratios(rows: dict[str, dict[str, float]], rate: float) -> dict[str, dict[str, float]]:
-    """Utilisation of each row, its speed and memory over the first row's."""
+    """Adds to each row its utilisation, and its speed and memory relative to the first row."""
     first = next(iter(rows.values()))
     return {name: row | {"mfu": row["flops"] / row["seconds"] / rate,
                          "speed_ratio": row["samples_per_second"] / first["samples_per_second"],
@@ -135,7 +136,7 @@ def with_ratios(rows: dict[str, dict[str, float]], rate: float) -> dict[str, dic
 
 
 def alone(fn, *args):
-    """fn(*args) in a process of its own."""
+    """fn(*args), run in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(fn, *args).result()
 
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before them; the first compiles")
+    parser.add_argument("--warmup", type=int, default=4, help="untimed steps first, the first of which compiles")
     parser.add_argument("--tiny", action="store_true", help="narrow networks at 64 px, for a CPU")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", type=Path)

@@ -1,9 +1,9 @@
-"""The cost of one JDM iteration against the bare network passes it cannot do without.
+"""The time of one JDM iteration compared with that of the network passes it consists of.
 
     python benchmarks/step_time.py [--batch 64] [--rounds 7] [--model nano-sd]
 
 Full iterations (data, control, losses, clipping, optimisers, EMA, logging) alternate with the bare passes, so that
-both see the same machine. Prints each pass by name, their sum, the optimiser steps apart, and the ratio of medians.
+both run under the same conditions. Prints each pass by name, their sum, the optimiser steps, and the ratio of medians.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from jdm.methods.jdm import JDM
-from jdm.methods.networks import Networks, Step, loaded_control, steps_of
-from jdm.recipes.nano import nano_canny
+from jdm.loading import Loaded
+from jdm.methods.engine import steps_of
+from jdm.methods.networks import Networks
+from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import unit
 from jdm.training.loop import Trainer
@@ -30,19 +31,22 @@ from jdm.training.loop import Trainer
 
 def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     """The minimal list for one iteration of JDM: each x once, cond and uncond in one batch."""
-    method: JDM = run.method
-    control = loaded_control(method.control, run.data.size)
-    nets = Networks.of(run, method.t_init, method.guidance).with_controlnet()
-    nets = nets.with_posterior(method.rank, method.levels, method.t_range)
-    step: Step = steps_of(nets, run, control)(0)
-    x_t, t, _ = step.noised("bench", nets.schedule, method.t_range)
-    index, text = nets.schedule.index(t), nets.text(step.y)
+    loaded = Loaded(run)
+    declared = run.method.distillation()
+    nets = Networks(loaded, declared.student, declared.branch, declared.fake)
+    settings = declared.posteriors[0]
+    nets.add_posterior(settings)
+    control, step = loaded.control, steps_of(nets, loaded.control)(0)
+    assert control is not None
+    x_t, t, _ = step.noised("bench", nets.schedule, 0.02, 0.98)
+    index, text = nets.schedule.timestep(t), nets.text(step.y)
     both_x, both_index = torch.cat([x_t, x_t]), torch.cat([index, index])
     both_text = torch.cat([text, nets.text([""] * len(step.y))])
     shown = control.image(step.c)
-    at = nets.schedule.index(nets.schedule.t(method.t_init).expand(len(x_t)))
-    student, posterior = [*nets.student.parameters()], nets.running[3]
-    fake, lora = nets.fake_parameters, list(nets.adapters["posterior"].parameters())
+    at = nets.schedule.timestep(nets.schedule.t(nets.generator.levels[0]).expand(len(x_t)))
+    student, posterior = [*nets.student.parameters()], nets.posteriors[settings].score.net
+    fake = [p for parameters, _ in nets.fake_groups(declared.fake) for p in parameters]
+    lora = list(nets.adapters["posterior"].parameters())
 
     def generator() -> None:
         out = nets.student(step.z, at, text, shown)
@@ -50,7 +54,7 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
 
     def real() -> None:
         with torch.no_grad():
-            nets.real.net(both_x, both_index, both_text)
+            nets.real(both_x, both_index, both_text)
 
     def fake_forward() -> None:
         with torch.no_grad():
@@ -85,7 +89,7 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
 
 
 def optimiser_steps(trainer: Trainer) -> Callable[[], object]:
-    """One step of every optimiser, at a learning rate of 0."""
+    """Returns a function that steps every optimiser once, at a learning rate of 0."""
     optimizers = trainer.optimizers.values()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -112,13 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=20, help="full iterations first: each prompt is encoded once")
+    parser.add_argument("--warmup", type=int, default=20, help="untimed full iterations first; they encode prompts")
     parser.add_argument("--model", default="nano-sd")
     parser.add_argument("--split", default="test")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = nano_canny()
+        run = find("nano-canny")()
         run = replace(run, out=Path(folder), batch=args.batch, model=args.model, log_every=1, probe_every=0,
                       data=replace(run.data, split=args.split, validation=args.split))
         passes = bare_passes(run)
@@ -138,7 +142,7 @@ def main() -> None:
         print(f"{value * 1e3:9.1f} ms  {name}")
     print(f"{bare * 1e3:9.1f} ms  sum of the bare passes")
     print(f"ratio of the full iteration to the bare passes: {full / bare:.3f}; "
-          f"with the optimiser steps among them: {full / (bare + medians['optimiser steps']):.3f}")
+          f"with the optimiser steps included: {full / (bare + medians['optimiser steps']):.3f}")
     print(f"batch {args.batch}, {args.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{platform.machine()}")
     if args.json:

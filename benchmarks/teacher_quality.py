@@ -1,9 +1,9 @@
-"""How good a teacher is: prompt agreement and distance to real test pictures, over guidance.
+"""Measures a teacher: prompt agreement and distance to real test pictures, by guidance.
 
     python benchmarks/teacher_quality.py [--model nano-sd] [--n 5000] [--guidance 1 1.5 2 3] [--json out.json]
 
-Bounds printed beside the figures: agreement of the classifier with the labels of real test pictures, and the floor
-of the distance: two disjoint halves of the real test pictures.
+Also prints two bounds: the classifier's agreement with the labels of real test pictures, and the distance between two
+disjoint halves of the real test pictures, which is the floor.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
-    parser.add_argument("--efflite0", action="store_true", help="the second extractor too; 10 ms a picture")
+    parser.add_argument("--efflite0", action="store_true", help="also use the second extractor; 10 ms per picture")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model = load_model(args.model).with_parts(controlnet=None)
+    model = load_model(args.model).with_networks(controlnet=None)
     pictures = load_pictures("fashion-mnist", "test", model.size)
     real = pictures.batch(torch.arange(len(pictures)))
     labels = pictures.label(torch.arange(len(pictures)))

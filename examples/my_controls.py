@@ -1,4 +1,4 @@
-"""A control of your own: copy this file, change `h`, and train with `--control my_controls.py:Posterize`."""
+"""Your own control: copy this file, change `h`, and train with `--method.control my_controls.py:Posterize`."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from jdm.controls import Control
 class Posterize(Control):
     """c = grey posterised to four levels: 0, 1/3, 2/3 and 1, with soft steps between them.
 
-    A hard step has no gradient to learn from; a sum of sigmoids has one. Where no such softening of h
-    exists, keep h hard and override `log_prob` (jdm.controls.Canny does).
+    A hard step has no gradient to learn from; a sum of sigmoids has one. If h cannot be softened like this,
+    keep it hard and override `log_prob`, as jdm.controls.Canny does.
     """
 
     name = "posterize"

@@ -1,4 +1,4 @@
-"""A reward of your own: jdm train nano-text-reward --method.reward examples/my_rewards.py:brightness --model nano-sd"""
+"""Your own reward: jdm train nano-text-reward --method.reward examples/my_rewards.py:brightness --model nano-sd"""
 
 from collections.abc import Sequence
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> their mean brightness [B], whatever the prompts say; higher is better."""
+    """Images [B, 3, H, W] in [0, 1] -> mean brightness [B], for any prompts; higher is better."""
     return images.mean((1, 2, 3))

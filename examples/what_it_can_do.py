@@ -1,6 +1,7 @@
-"""The README's pictures, from the shipped students: python examples/what_it_can_do.py OUT.
+"""Draws the README's pictures with the shipped students: python examples/what_it_can_do.py OUT.
 
-Each control above what its student draws to it in one step; last, a silhouette and a low-resolution picture at once.
+Each sheet shows a control above its student's one-step pictures; the last one combines a silhouette and a
+low-resolution picture.
 """
 
 import sys
@@ -32,8 +33,8 @@ def main(out: Path) -> None:
     first, second = TOGETHER
     model = load_model(f"nano-{first}")
     sampler = Sampler(model, also=[load_controlnet(f"nano-{second}", model)[0]], strengths=[0.7, 0.7])
-    asked = torch.cat([shown[first], shown[second]], dim=1)
-    made = sampler(starting_noise(model.latent_shape(N, 32), SEED), questions[first].y, asked)
+    both = torch.cat([shown[first], shown[second]], dim=1)
+    made = sampler(starting_noise(model.latent_shape(N, 32), SEED), questions[first].y, both)
     rows = [to_bytes(shown[first] * 2 - 1), to_bytes(shown[second] * 2 - 1), made]
     grid(torch.cat(rows), N, scale=2).save(out / "what-two.png")
 

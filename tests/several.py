@@ -9,8 +9,9 @@ import shutil
 import socket
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +23,11 @@ import tiny
 from jdm.cli.parser import _failed
 from jdm.errors import RunError
 from jdm.methods.jdm import JDM
-from jdm.models.stable_diffusion import Denoiser
-from jdm.recipes.nano import nano_canny
-from jdm.run import Run
+from jdm.models.stable_diffusion import UNetDenoiser
+from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
+from tiny import nano_canny
 
 STEPS, SAVED = 10, 8
 # In turn, what one process, then two, then four, and then one again compute: one folder for each name.
@@ -37,14 +38,22 @@ ALL = [
     (4, ["gradients:2:full", "trained:4:sharded-over-four", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
 ]
-RANKS = {"full": {}, "lora": {"student_rank": 2, "fake_rank": 2}}
+RANKS = {"full": 0, "lora": 2}
 
 
 def run_of(out: Path, teacher: Path, shard: int, ranks: str = "full", **changes) -> Run:
     run = tiny.run(nano_canny(), out, teacher, steps=STEPS, shard=shard, **changes)
-    method: JDM = run.method
-    fast = {k: replace(getattr(method, k), warmup=1) for k in ("unet", "controlnet", "fake", "posterior")}
-    return replace(run, method=replace(method, **fast, **RANKS[ranks]), save_every=STEPS)
+    method: JDM = at_once(run.method)
+    rank = RANKS[ranks]
+    method = replace(method, student=replace(method.student, rank=rank), fake=replace(method.fake, rank=rank))
+    return replace(run, method=method, save_every=STEPS)
+
+
+def at_once(settings: Any) -> Any:
+    """A method's settings with one step of warm-up in every optimiser."""
+    if isinstance(settings, Optimiser):
+        return replace(settings, warmup=1)
+    return replace(settings, **{k: at_once(v) for k, v in vars(settings).items() if is_dataclass(v)})
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,18 +151,18 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
 
 def in_double() -> None:
     """Every network computes in float64: its weights, and what comes in."""
-    settle, forward = jdm.training.loop.settle, Denoiser.forward
+    settle, forward = jdm.training.loop.settle, UNetDenoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
         settle(run, *networks)
         for network in networks:
             network.double()
 
-    def cast(self: Denoiser, x_t, index, text, control=None):
+    def cast(self: UNetDenoiser, x_t, index, text, control=None):
         return forward(self, x_t.double(), index, text.double(), None if control is None else control.double())
 
     torch.set_default_dtype(torch.float64)
-    jdm.training.loop.settle, Denoiser.forward = doubled, cast
+    jdm.training.loop.settle, UNetDenoiser.forward = doubled, cast
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:

@@ -1,15 +1,21 @@
-"""The schedule and the one-step generator against diffusers' schedulers."""
+"""Noise schedules against diffusers' schedulers and their own definitions."""
+
+import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from jdm.errors import UsageError
-from jdm.generator import Generator, starting_noise
-from jdm.schedule import NoiseSchedule
+from jdm.models.schedulers import alphas_cumprod
+from jdm.schedule import FlowSchedule, NoiseSchedule, matched
+from worlds import coarse_schedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-REFERENCE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+FLOW = FlowSchedule(shift=3.0)
+BOTH = pytest.mark.parametrize("schedule", [SCHEDULE, FLOW], ids=["table", "flow"])
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+REFERENCE = DDPMScheduler(**BETAS)
 ALL = torch.arange(1000)
 
 
@@ -20,109 +26,152 @@ def test_alphas_cumprod_are_those_of_stable_diffusion():
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
-def test_noised_is_add_noise_of_the_schedulers_at_every_level(scheduler):
+def test_noised_is_the_schedulers_add_noise(scheduler):
     reference = scheduler.from_config(REFERENCE.config)
     x, eps = torch.randn(2, 1000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(SCHEDULE.noised(x, SCHEDULE.t(ALL), eps), reference.add_noise(x, eps, ALL),
                                atol=1e-5, rtol=1e-5)
 
 
-def test_noised_from_the_schedulers_own_table_is_add_noise_to_rounding():
-    schedule = NoiseSchedule(REFERENCE.alphas_cumprod)
+@pytest.mark.parametrize("zero", [False, True])
+def test_noised_from_a_schedulers_table_is_add_noise(zero):
+    reference = DDIMScheduler(**BETAS, rescale_betas_zero_snr=zero)
+    schedule = NoiseSchedule(alphas_cumprod(dict(reference.config)))
     x, eps = torch.randn(2, 1000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(schedule.noised(x, schedule.t(ALL), eps), REFERENCE.add_noise(x, eps, ALL),
+    torch.testing.assert_close(schedule.noised(x, schedule.t(ALL), eps), reference.add_noise(x, eps, ALL),
                                atol=1e-6, rtol=1e-6)
+    assert (schedule.alpha(torch.ones(1)) == 0) == zero
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_levels_are_those_of_diffusers(shift):
+    reference = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = FlowSchedule(shift)
+    t = schedule.t(ALL)
+    torch.testing.assert_close(schedule.sigma(t).flip(0), reference.sigmas, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(schedule.timestep(t).flip(0), reference.timesteps, atol=1e-3, rtol=1e-6)
+
+
+def test_a_flow_is_a_straight_line():
+    t = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = 3 * t / (1 + 2 * t)
+    torch.testing.assert_close(FLOW.sigma(t), s.float())
+    torch.testing.assert_close(FLOW.alpha(t) + FLOW.sigma(t), torch.ones(100))
+    ends = torch.tensor([0.0, 1.0])
+    assert (FLOW.alpha(ends).tolist(), FLOW.sigma(ends).tolist()) == ([1, 0], [0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_index_survives_the_round_trip_through_t(dtype):
-    assert torch.equal(SCHEDULE.index(SCHEDULE.t(ALL).to(dtype)), ALL)
+def test_every_index_survives_the_way_through_t(dtype):
+    assert torch.equal(SCHEDULE.timestep(SCHEDULE.t(ALL).to(dtype)), ALL)
     assert torch.equal(SCHEDULE.t(999), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_t_zero_is_exactly_clean_and_alpha_and_sigma_preserve_variance():
-    zero = torch.zeros(2)
+@BOTH
+def test_t_zero_is_clean_and_levels_get_noisier(schedule):
     x = torch.randn(2, 3)
-    assert torch.equal(SCHEDULE.noised(x, zero, torch.randn(2, 3)), x)
+    assert torch.equal(schedule.noised(x, torch.zeros(2), torch.randn(2, 3)), x)
+    t = schedule.t(ALL)
+    assert (schedule.sigma(t).diff() > 0).all()
+    assert (schedule.alpha(t).diff() < 0).all()
+
+
+def test_the_table_preserves_variance():
     t = SCHEDULE.t(ALL)
     torch.testing.assert_close(SCHEDULE.alpha(t) ** 2 + SCHEDULE.sigma(t) ** 2, torch.ones(1000))
-    assert (SCHEDULE.sigma(t).diff() > 0).all()
 
 
-def test_grid_draws_every_level_of_its_range_equally_often_and_never_t_zero():
+@BOTH
+def test_grid_draws_each_level_equally_often(schedule):
     uniform = (torch.arange(9610) + 0.5) / 9610
-    index, counts = SCHEDULE.index(SCHEDULE.grid(uniform, 0.02, 0.98)).unique(return_counts=True)
-    assert torch.equal(index, torch.arange(19, 980))
+    drawn, counts = schedule.grid(uniform, 0.02, 0.98).unique(return_counts=True)
+    torch.testing.assert_close(drawn, schedule.t(torch.arange(19, 980)))
     assert (counts == 10).all()
-    assert SCHEDULE.grid(torch.zeros(1), 0.0, 1.0) == 1 / 1000
-    assert SCHEDULE.grid(torch.tensor([1 - 2**-24]), 0.0, 1.0) == 1
+    assert schedule.grid(torch.zeros(1), 0.0, 1.0) == 1 / 1000, "never t = 0"
+    assert schedule.grid(torch.tensor([1 - 2**-24]), 0.0, 1.0) == 1
 
 
-def test_indices_in_place_of_t_and_empty_ranges_are_refused():
-    with pytest.raises(UsageError, match="timestep indices"):
-        SCHEDULE.alpha(torch.tensor([937.0]))
-    with pytest.raises(UsageError, match="t must be in"):
-        SCHEDULE.index(torch.tensor([-0.1]))
-    for low, high in ((0.9, 0.2), (0.5, 1.5)):
-        with pytest.raises(UsageError, match="t range"):
-            SCHEDULE.grid(torch.zeros(1), low, high)
+@BOTH
+@pytest.mark.parametrize(("t", "message"), [
+    (937.0, r"t must be in \[0, 1\], got 0\.500\.\.937.*timestep indices"), (-0.1, "t must be in"),
+    (math.nan, r"t must be in \[0, 1\], got nan")])
+def test_t_outside_zero_to_one_is_refused(schedule, t, message):
+    for of in (schedule.alpha, schedule.sigma, schedule.timestep, schedule.log_snr):
+        with pytest.raises(UsageError, match=message):
+            of(torch.tensor([0.5, t]))
 
 
-def test_a_schedule_of_zero_terminal_snr_is_refused():
-    with pytest.raises(UsageError, match="zero"):
-        NoiseSchedule(torch.tensor([0.9, 0.5, 0.0]))
+@pytest.mark.parametrize(("low", "high"), [(0.9, 0.2), (0.5, 1.5)])
+def test_an_empty_range_of_t_is_refused(low, high):
+    with pytest.raises(UsageError, match="t range"):
+        SCHEDULE.grid(torch.zeros(1), low, high)
 
 
-def net(z, index, text, control):
-    """A closed-form eps of everything a generator is given."""
-    return 0.3 * torch.tanh(z) + 0.001 * index[:, None, None, None] + text + control.mean()
+@pytest.mark.parametrize("levels", [[0.5, 0.9], [0.9, 0.5, 0.5], [0.9, 0.0, 0.0], [1.0, 0.5], [0.9, -0.1],
+                                    [math.nan], []])
+def test_levels_that_do_not_decrease_are_refused(levels):
+    with pytest.raises(UsageError, match=r"strictly decreases inside \(0, 1\)"):
+        NoiseSchedule(torch.tensor(levels))
 
 
-def prompts(y):
-    return torch.tensor([len(p) for p in y]).float()[:, None, None, None]
+@pytest.mark.parametrize(("shift", "n"), [(0.0, 1000), (-1.0, 1000), (math.nan, 1000), (1.0, 0)])
+def test_a_flow_without_a_shift_is_refused(shift, n):
+    with pytest.raises(UsageError, match="shift must be above 0"):
+        FlowSchedule(shift, n)
 
 
-@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
-@pytest.mark.parametrize("t_init", [0, 399, 625, 999])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_one_ddim_step_on_the_first_betas_is_the_generator(t_init, prediction):
-    schedule = NoiseSchedule(REFERENCE.alphas_cumprod)
-    generator = Generator(net, schedule, t_init, prompts, prediction)
-    z, y, control = starting_noise((3, 4, 2, 2), seed=0), ["", "a", "bc"], torch.full((3, 3, 4, 4), 0.2)
-    stock = DDIMScheduler(trained_betas=REFERENCE.betas[: t_init + 1], num_train_timesteps=t_init + 1,
-                          timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
-                          prediction_type=prediction)
-    stock.set_timesteps(1)
-    assert stock.timesteps.tolist() == [t_init]
-    assert stock.init_noise_sigma == 1
-    output = net(z, stock.timesteps.expand(3), prompts(y), control)
-    x = stock.step(output, stock.timesteps[0], z).prev_sample
-    # Our v becomes eps first, so its rounding is divided by alpha (.068 at 999); diffusers' does not.
-    tolerance = 1e-6 if prediction == "epsilon" else 1e-5
-    torch.testing.assert_close(generator(z, y, control), x, atol=tolerance, rtol=1e-6)
+def test_zero_terminal_snr_is_an_ordinary_level():
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0]))
+    assert (schedule.alpha(torch.ones(1)), schedule.sigma(torch.ones(1))) == (0, 1)
 
 
-def test_the_generator_feeds_its_noise_as_it_is_at_its_own_level():
-    seen = []
-
-    def spy(z, index, text, control):
-        seen.append((z, index, control))
-        return torch.zeros_like(z)
-
-    z = starting_noise((2, 4, 2, 2), seed=1)
-    x = Generator(spy, SCHEDULE, 625, prompts)(z, ["", ""])
-    ((fed, index, control),) = seen
-    assert torch.equal(fed, z)
-    assert index.tolist() == [625, 625]
-    assert control is None
-    torch.testing.assert_close(x, z / SCHEDULE.alphas_cumprod[625].sqrt().float())
+def test_a_coarse_schedule_keeps_every_twentieth_level():
+    torch.testing.assert_close(coarse_schedule().alphas_cumprod[-1], SCHEDULE.alphas_cumprod[-1])
+    assert coarse_schedule().n == 50
 
 
-def test_starting_noise_of_a_picture_does_not_depend_on_the_batch():
-    assert torch.equal(starting_noise((8, 4, 2, 2), seed=7)[:3], starting_noise((3, 4, 2, 2), seed=7))
-    pictures = starting_noise((400, 4, 4, 4), seed=7)
-    assert not torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[0], starting_noise((1, 4, 4, 4), seed=8)[0])
-    # 25,600 standard normal numbers: three standard errors.
-    assert abs(float(pictures.mean())) < 0.019
-    assert abs(float(pictures.var()) - 1) < 0.027
+# --- two schedules at one signal-to-noise ratio ---
+
+ZERO = NoiseSchedule(alphas_cumprod({**BETAS, "rescale_betas_zero_snr": True}))
+SCHEDULES = [SCHEDULE, FLOW, FlowSchedule(), ZERO]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_matches_itself_everywhere(schedule):
+    t = torch.cat([torch.zeros(1).double(), schedule.t(ALL)])
+    torch.testing.assert_close(matched(schedule, schedule, t), t)
+
+
+@pytest.mark.parametrize("ours", [SCHEDULE, ZERO])
+def test_a_flow_meets_a_tables_ratio_exactly(ours):
+    t = ours.t(ALL)
+    own = matched(FLOW, ours, t)
+    ratio = FLOW.alpha(own).double() / FLOW.sigma(own).double()
+    torch.testing.assert_close(ratio, (ours.alphas_cumprod / (1 - ours.alphas_cumprod)).sqrt(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_table_meets_a_flows_ratio_to_half_a_level():
+    t = FLOW.t(torch.arange(100, 800))
+    found, wanted = SCHEDULE.log_snr(matched(SCHEDULE, FLOW, t)), FLOW.log_snr(t)
+    levels = SCHEDULE.log_snr(SCHEDULE.t(ALL))
+    above = torch.searchsorted(-levels, -wanted).clamp(1, 999)
+    assert ((found - wanted).abs() <= (levels[above - 1] - levels[above]) / 2 + 1e-9).all()
+
+
+@pytest.mark.parametrize(("theirs", "ours", "t"), [
+    (NoiseSchedule(SCHEDULE.alphas_cumprod[:500]), SCHEDULE, 1.0),
+    (NoiseSchedule(SCHEDULE.alphas_cumprod[500:]), SCHEDULE, 0.1),
+    (SCHEDULE, FLOW, 1.0), (SCHEDULE, ZERO, 1.0), (SCHEDULE, FLOW, 0.001)])
+def test_a_ratio_out_of_reach_is_refused(theirs, ours, t):
+    with pytest.raises(UsageError, match=r"lies outside the other schedule's \S+\.\.\S+; this one's are \S+\.\.\S+: "):
+        matched(theirs, ours, torch.tensor([0.5, t], dtype=torch.float64))
+
+
+def test_half_a_level_out_of_reach_is_matched():
+    levels = torch.sigmoid(torch.tensor([3.0, 1.0, -1.0]))
+    theirs, beyond = NoiseSchedule(levels), NoiseSchedule(torch.sigmoid(torch.tensor([3.9, -1.9])))
+    torch.testing.assert_close(matched(theirs, beyond, beyond.t(torch.arange(2))), theirs.t(torch.tensor([0, 2])))
+    further = NoiseSchedule(torch.sigmoid(torch.tensor([4.1, -2.1])))
+    for t in further.t(torch.arange(2)):
+        with pytest.raises(UsageError, match="lies outside"):
+            matched(theirs, further, t[None])

@@ -1,23 +1,27 @@
 """Each term of jdm.terms against its closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule
-from jdm.score import Estimate, ScoreModel
+from jdm.score import Estimate
 from jdm.terms import (
+    Fidelity,
+    NoisyTerm,
     ascend,
     cfg_augmentation,
     clean_alignment,
-    clipped_to,
     condition_alignment,
     distribution_matching,
     lambda_t,
-    on_x,
+    mean_error,
     picture_by_picture,
+    together,
 )
-from worlds import LinearGaussianWorld, MixtureWorld, coarse_schedule, tensor
+from worlds import LinearGaussianWorld, MixtureWorld, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 WORLD = LinearGaussianWorld.example(SCHEDULE)
@@ -191,53 +195,61 @@ def test_condition_alignment_refuses_a_summed_or_a_constant_log_prob():
         condition_alignment(lambda x: WORLD.log_prob(c, x.detach()), identity, x_t, t)
 
 
-def test_lambda_t_equals_its_closed_form_for_each_weighting():
+def view(x_t: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> SimpleNamespace:
+    """A term's view of x_t with the exact scores of two worlds."""
+    real, fake = WORLD.data.score(x_t, t), OTHER.data.score(x_t, t)
+    return SimpleNamespace(x=x, x_t=x_t, t=t, alpha=SCHEDULE.alpha(t, x), sigma=SCHEDULE.sigma(t, x), y=(),
+                           real=lambda guidance=None: real, fake=lambda: fake, log=lambda **values: None)
+
+
+def test_lambda_t_equals_its_closed_forms():
+    _, _, t, _ = rows()
+    acp = SCHEDULE.alphas_cumprod[SCHEDULE.timestep(t)][:, None]
+    alpha, sigma = (v.double()[:, None] for v in (SCHEDULE.alpha(t), SCHEDULE.sigma(t)))
+    for kind, value in {"constant": torch.ones_like(acp), "x0": (1 - acp) / acp}.items():
+        torch.testing.assert_close(lambda_t(kind, alpha, sigma), value, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UsageError, match="lambda_t must be x0 or constant, got 'snr'"):
+        lambda_t("snr", alpha, sigma)  # type: ignore[arg-type]
+
+
+def test_dmds_normaliser_is_a_mean_with_a_floor():
     x, x_t, t, _ = rows()
-    real = WORLD.data.score(x_t, t)
-    acp = SCHEDULE.alphas_cumprod[SCHEDULE.index(t)][:, None]
-    ratio = (1 - acp) / acp
     mean = (WORLD.data.posterior_mean(x_t, t) - x).abs().mean(1, keepdim=True)
     assert (mean < 0.1).any()
-    expected = {"constant": torch.ones_like(acp), "x0": ratio, "dmd": ratio / mean.clamp(min=0.1)}
-    for weighting, value in expected.items():
-        ours = lambda_t(weighting, real, x)
-        torch.testing.assert_close(ours, value, atol=1e-4, rtol=1e-4, check_dtype=False)
+    torch.testing.assert_close(mean_error(WORLD.data.score(x_t, t).x0, x), mean.clamp(min=0.1), atol=1e-4, rtol=1e-4)
 
 
-def test_lambda_t_refuses_an_unknown_weighting_and_dmd_without_x():
-    _, x_t, t, _ = rows()
-    for weighting in ("dmd", "snr"):
-        with pytest.raises(UsageError, match="lambda_t must be"):
-            lambda_t(weighting, WORLD.data.score(x_t, t))
-
-
-def test_x0_weighting_turns_matching_into_the_difference_of_denoised_pictures():
+@pytest.mark.parametrize("normaliser", ["none", "real", "fake"])
+def test_x0_weighting_makes_matching_a_difference_of_x0(normaliser):
     x, x_t, t, _ = rows()
-    real, fake = WORLD.data.score(x_t, t), OTHER.data.score(x_t, t)
-    direction = distribution_matching(real, fake)
-    ours = on_x(direction, real, lambda_t("x0", real))
-    torch.testing.assert_close(ours, real.x0 - fake.x0, atol=1e-4, rtol=1e-4)
-    normaliser = (real.x0 - x).abs().mean(1, keepdim=True).clamp(min=0.1)
-    torch.testing.assert_close(on_x(direction, real, lambda_t("dmd", real, x)),
-                               (real.x0 - fake.x0) / normaliser, atol=1e-4, rtol=1e-4)
+    at = view(x_t, t, x)
+    x0 = {"real": at.real().x0, "fake": at.fake().x0}
+    exact = x0["real"] - x0["fake"]
+    if normaliser != "none":
+        exact = exact / (x0[normaliser] - x).abs().mean(1, keepdim=True).clamp(min=0.1)
+    torch.testing.assert_close(Fidelity(normaliser=normaliser).direction(at), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_on_x_is_the_chain_rule_from_x_t_to_x():
+def test_on_x_is_the_chain_rule_to_x():
     x, x_t, t, c = rows()
     clean = x.clone().requires_grad_()
     eps = (x_t - SCHEDULE.alpha(t, x) * x) / SCHEDULE.sigma(t, x)
     value = WORLD.log_prob_t(c, SCHEDULE.noised(clean, t, eps), t)
     (exact,) = torch.autograd.grad(value.sum(), clean)
-    real = WORLD.data.score(x_t, t)
-    ours = on_x(WORLD.condition_gradient(c, x_t, t), real, lambda_t("constant", real))
-    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+    plain = NoisyTerm(lambda_t="constant", normaliser="none", weight=2.0)
+    ours = plain.on_x(WORLD.condition_gradient(c, x_t, t), view(x_t, t, x))
+    torch.testing.assert_close(ours, 2 * exact, atol=1e-4, rtol=1e-4)
 
 
-def test_clipped_to_bounds_each_samples_norm_by_the_batch_s_mean_and_leaves_smaller_ones_alone():
-    direction = tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    reference = tensor([[0.0, 0.5], [1.5, 0.0], [0.0, 1.0]])
+def test_bounded_parts_are_clipped_by_the_batch_mean():
+    part = tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    free = tensor([[0.0, 0.5], [1.5, 0.0], [0.0, 1.0]])
     expected = tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]])
-    torch.testing.assert_close(clipped_to(direction, reference, 2.0), expected)
+    parts = {"a": free / 2, "b": free / 2, "c": part}
+    ours = together(parts, {"c": 2.0}, lambda value: value)
+    torch.testing.assert_close(ours["c"], expected)
+    assert ours["a"] is parts["a"]
+    assert together(parts, {"c": 0.0}, lambda value: value)["c"] is part
 
 
 def test_descending_ascend_moves_x_along_the_direction():
@@ -250,65 +262,3 @@ def test_ascend_carries_no_gradient_into_the_direction():
     x, direction = torch.randn(8, 3).requires_grad_(), torch.randn(8, 3).requires_grad_()
     ascend(x, direction).backward()
     assert direction.grad is None
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_eps_x0_v_and_score_are_four_readings_of_one_estimate(prediction):
-    x, x_t, t, _ = rows()
-    x, x_t = x.float(), x_t.float()
-    alpha, sigma = SCHEDULE.alpha(t, x), SCHEDULE.sigma(t, x)
-    eps = (x_t - alpha * x) / sigma
-    output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "sample": x}[prediction]
-    estimate = Estimate.of(output, prediction, x_t, t, SCHEDULE)
-    # Float32: reading x from eps divides its rounding by alpha, at worst .068 at t = 1.
-    for ours, exact in ((estimate.eps, eps), (estimate.x0, x), (estimate.v, alpha * eps - sigma * x),
-                        (estimate.score, -eps / sigma)):
-        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
-
-
-def test_estimate_refuses_an_unknown_prediction():
-    x, _, t, _ = rows()
-    with pytest.raises(UsageError, match="prediction must be"):
-        Estimate.of(x, "velocity", x, t, SCHEDULE)
-
-
-class Net:
-    """eps = text [B, 1] x_t + index; counts its calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x_t, index, text):
-        self.calls += 1
-        return (0 if text is None else text) * x_t + index[:, None]
-
-
-def lengths(y):
-    return torch.tensor([[float(len(prompt))] for prompt in y])
-
-
-def test_guidance_is_uncond_plus_w_times_the_difference_with_the_conditional_half_first():
-    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
-    model = ScoreModel(net, SCHEDULE, text=lengths, guidance=3.0)
-    index = torch.tensor([[10.0], [700.0]])
-    prompts = ("a", "cat")
-    cond, uncond = model.conditional_and_unconditional(x_t, t, prompts)
-    assert net.calls == 1
-    size = torch.tensor([[1.0], [3.0]])
-    torch.testing.assert_close(cond.eps, size * x_t + index)
-    torch.testing.assert_close(uncond.eps, index.expand(-1, 3))
-    torch.testing.assert_close(model.guided(x_t, t, prompts).eps, 3 * size * x_t + index)
-    torch.testing.assert_close(model(x_t, t, prompts).eps, cond.eps)
-    torch.testing.assert_close(model(x_t, t).eps, uncond.eps)
-
-
-def test_guidance_of_one_is_one_plain_pass():
-    net, x_t, t = Net(), torch.randn(2, 3), SCHEDULE.t(torch.tensor([10, 700]))
-    model = ScoreModel(net, SCHEDULE, text=lengths)
-    torch.testing.assert_close(model.guided(x_t, t, ("a", "cat")).eps, model(x_t, t, ("a", "cat")).eps)
-    assert net.calls == 2
-
-
-def test_a_coarse_schedule_keeps_every_twentieth_level():
-    torch.testing.assert_close(coarse_schedule().alphas_cumprod[-1], SCHEDULE.alphas_cumprod[-1])
-    assert coarse_schedule().n == 50

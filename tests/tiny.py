@@ -1,6 +1,6 @@
 """A model of a few thousand parameters and runs of a few steps: whatever the tests train."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from jdm.loading import Loaded
+from jdm.methods.networks import Networks
 from jdm.models import nano
 from jdm.models.classifier import Classifier, ClassifierConfig
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.recipes import find
 from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run
 
 DATA = Data(split="test[:64]", validation="test[64:128]")
-# What a method's fields that name a model stand for: folders beside the tiny teacher's.
-STAND_INS = {"start": "student", "base": "student", "teacher": "controlled", "guide": "teacher",
-             "frozen_posterior": "teacher", "controlnet_start": "student", "vae": "teacher/vae"}
+# What a method's settings that name a model stand for: folders beside the tiny teacher's.
+STAND_INS = {"student.start": "student", "controlnet.start": "student", "base": "student", "teacher": "controlled",
+             "guidance.teacher": "teacher", "condition.posterior.model": "teacher", "vae": "teacher/vae"}
+nano_canny, nano_diff_instruct = find("nano-canny"), find("nano-diff-instruct")
+nano_controlnet, nano_text_reward = find("nano-controlnet"), find("nano-text-reward")
 NETWORKS = ("hed", "depth")  # controls whose weights would be fetched
 
 
@@ -41,16 +47,16 @@ def model() -> StableDiffusion:
 
 def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
     """With a ControlNet that speaks up: no convolution of it is zero."""
-    controlnet = new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False)
+    controlnet = teacher.new_controlnet().eval().requires_grad_(False)
     for parameter in controlnet.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    return teacher.with_parts(controlnet=controlnet)
+    return teacher.with_networks(controlnet=controlnet)
 
 
 def student(teacher: StableDiffusion, folder: Path) -> Path:
     """The folder of a one-step student with a ControlNet."""
-    card = {"kind": "one-step", "method": "jdm", "control": "canny", "t_init": 625}
-    return save_pipeline(with_controlnet(teacher), folder, one_step_scheduler(nano.SCHEDULER, 625), card=card)
+    card = {"kind": "one-step", "method": "jdm", "control": "canny", "levels": [625]}
+    return save_pipeline(with_controlnet(teacher), folder, teacher.step_scheduler([625]), card=card)
 
 
 def family(folder: Path) -> Path:
@@ -63,18 +69,36 @@ def family(folder: Path) -> Path:
 
 def run(recipe: Run, out: Path, teacher: Path, steps: int = 2, **changes) -> Run:
     """A recipe cut down to a few steps of the tiny models of `family` on packaged pictures."""
-    method = recipe.method
-    small: dict[str, Any] = {k: str(teacher.parent / v) for k, v in STAND_INS.items()
-                             if isinstance(getattr(method, k, None), str) and getattr(method, k)}
-    if getattr(method, "reward", ""):
-        small["reward"] = f"{__file__}:Taste"
-    if getattr(method, "control", "") in NETWORKS:
-        small["control"] = "soft-edge"
-    if hasattr(method, "rank"):
-        small["rank"] = 2
-    whole = replace(recipe, method=replace(method, **small), out=out, model=str(teacher), data=DATA, steps=steps,
+    whole = replace(recipe, method=_small(recipe.method, teacher), out=out, model=str(teacher), data=DATA, steps=steps,
                     batch=4, device="cpu", probe_every=0, save_every=1, log_every=1)
     return replace(whole, **changes)
+
+
+def _small(settings: Any, teacher: Path, path: str = "") -> Any:
+    """A method's settings with stand-ins for models and networks, and posteriors of rank 2."""
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value, name = getattr(settings, field.name), f"{path}{field.name}"
+        if is_dataclass(value):
+            found[field.name] = _small(value, teacher, f"{name}.")
+        elif name in STAND_INS and value:
+            found[field.name] = str(teacher.parent / STAND_INS[name])
+        elif name == "reward.model":
+            found[field.name] = f"{__file__}:Taste"
+        elif name == "control" and value in NETWORKS:
+            found[field.name] = "soft-edge"
+        elif name.endswith("posterior.rank"):
+            found[field.name] = 2
+    return replace(settings, **found)
+
+
+def networks(run: Run) -> Networks:
+    """The networks of a declared method, as its task builds them."""
+    loaded, declared = Loaded(run), run.method.distillation()
+    made = Networks(loaded, declared.student, declared.branch, declared.fake, controlled=bool(declared.teacher))
+    for posterior in declared.posteriors:
+        made.add_posterior(posterior)
+    return made
 
 
 @cache

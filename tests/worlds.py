@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +128,7 @@ def ascended(start: Student, steps: int, of: Callable[[Student], Tensor]) -> Stu
 
 @dataclass(frozen=True)
 class Rows:
-    """A method's `Step` in a world: x of these rows, and one x_t for every stream."""
+    """An engine's `Step` in a world: x of these rows, and one x_t for every stream."""
 
     x: Tensor
     t: Tensor
@@ -138,8 +140,22 @@ class Rows:
     shown = property(lambda self: self.c)
     images = None
 
-    def noised(self, stream: str, schedule: NoiseSchedule, span: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         return schedule.noised(self.x.detach(), self.t, self.eps), self.t, self.eps
+
+
+def scene(schedule: NoiseSchedule, real: Any, fake: Any, **more: Any) -> SimpleNamespace:
+    """What an engine's terms read of `Networks`, for scores in closed form; likelihoods and rewards read x itself.
+
+    Args:
+        real: has guided(x_t, t, y, control) and conditional_and_unconditional, and can be called.
+        fake: (x_t, t, y, control) -> Estimate.
+    """
+    own = {"control": None, "reward": None, "posteriors": {}, "guides": {}, "real_sees_control": False,
+           "fake_sees_control": False}
+    return SimpleNamespace(schedule=schedule, real_score=lambda guidance: real, fake=fake,
+                           of_pictures=lambda value: lambda x: value(x, slice(None)),
+                           space=SimpleNamespace(decode=lambda x: 2 * x - 1), **{**own, **more})
 
 
 class LinearGaussianWorld:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read as JSON, locked while one process works in a folder."""
+"""Files: atomic writes, JSON that may be missing, and a lock for the process that works in a folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 
 from jdm.errors import RunError
 
-ASSETS = Path(__file__).parent / "assets"  # the models and pictures that ship
+ASSETS = Path(__file__).parent / "assets"  # the models and pictures that are part of the package
 
 
 @contextmanager
 def alone(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """Hold the folder's lock, which goes with the process that holds it.
+    """Returns a context manager; entering it blocks until no other process holds the folder's lock.
+
+    The folder is created if it is missing. The operating system releases the lock when its process ends, however it
+    ends.
 
     Args:
-        busy: called where another process holds it; it may raise. What returns waits for the other to end.
+        busy: called before blocking, if another process holds the lock; raise in it to give up instead of waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -31,10 +34,12 @@ def alone(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> Path:
-    """Write a file whole or not at all.
+    """Replace or create a text file in one step, so that no reader ever sees half of it; returns its path.
+
+    Missing folders are created.
 
     Raises:
-        RunError: the disk is full or the place cannot be written.
+        RunError: the disk is full, or the folder cannot be written to.
     """
     draft = path.with_name(f".{path.name}.draft")
     try:
@@ -47,7 +52,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """A file's JSON object; {} where there is none."""
+    """The JSON object in a file; {} if the file is missing, cannot be read, or holds anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

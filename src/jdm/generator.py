@@ -1,50 +1,105 @@
-"""The one-step generator: x = (z - sigma_T eps(z, T, y, c)) / alpha_T."""
+"""The few-step generator: denoise at one level, add fresh noise for the next, denoise again; one level is one step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, Prediction, Prompts, Text
 
+Renoise = Callable[[int], Tensor]  # k -> eps_k like z, the fresh noise before step k (k = 1, 2, ...)
+
 
 class Generator:
-    """A denoiser run once, at level index T (`t_init`), on z ~ N(0, I) as it is.
+    """A denoiser run at each of a list of noise levels, from z ~ N(0, I): x = x0(z) at the first, and for each further
+    level k x_t = alpha_k x + sigma_k eps_k and x = x0(x_t).
 
-    z has unit variance and is NOT scaled by sigma_T, so that a stock diffusers pipeline with one step at T
-    computes the same picture.
+    z has unit variance and is NOT scaled by sigma, so that a stock diffusers pipeline computes the same picture.
 
     Args:
-        net: (z, index, text, control) -> output like z; `control` is None for a generator without control.
+        net: (x_t, timestep, text, control) -> output like x_t; `control` is None for a generator without control.
+        levels: level indices of the schedule, strictly decreasing: (625,), or (999, 749, 499, 249).
     """
 
     def __init__(
         self,
         net: Callable[..., Tensor],
         schedule: NoiseSchedule,
-        t_init: int,
+        levels: Sequence[int],
         text: Callable[[Prompts], Text],
         prediction: Prediction = "epsilon",
     ):
-        self.net, self.schedule, self.t_init = net, schedule, t_init
+        self.net, self.schedule, self.levels = net, schedule, checked_levels(levels, schedule.n)
         self.text = text
         self.prediction: Prediction = prediction
 
-    def __call__(self, z: Tensor, y: Prompts, control: Tensor | None = None) -> Tensor:
-        """x [B, ...] like z, from noise z, prompts y and a control image [B, 3, H, W] in [0, 1]."""
-        t = self.schedule.t(self.t_init).to(z.device).expand(len(z))
-        output = self.net(z, self.schedule.index(t), self.text(y), control)
-        return Estimate.of(output, self.prediction, z, t, self.schedule).x0
+    def __call__(self, z: Tensor, y: Prompts, control: Tensor | None = None, renoise: Renoise | None = None) -> Tensor:
+        """x [B, ...] like z of the last step, from noise z, prompts y and a control image [B, 3, H, W] in [0, 1].
+
+        Raises:
+            UsageError: there are several levels and no `renoise`.
+        """
+        text = self.text(y)
+        x = self._denoised(z, text, control, 0)
+        for k in range(1, len(self.levels)):
+            x = self._denoised(self._noised(x, k, renoise), text, control, k)
+        return x
+
+    def rollout(self, z: Tensor, y: Prompts, control: Tensor | None, last: int,
+                renoise: Renoise | None = None) -> Tensor:
+        """x of step `last` (0 is the first): backward simulation. The gradient goes through that step alone."""
+        if not 0 <= last < len(self.levels):
+            raise UsageError(f"a generator of {len(self.levels)} steps has no step {last}; count from 0")
+        text, x_t = self.text(y), z
+        with torch.no_grad():
+            for k in range(last):
+                x_t = self._noised(self._denoised(x_t, text, control, k), k + 1, renoise)
+        return self._denoised(x_t, text, control, last)
+
+    def _denoised(self, x_t: Tensor, text: Text, control: Tensor | None, k: int) -> Tensor:
+        t = self._t(k, x_t)
+        output = self.net(x_t, self.schedule.timestep(t), text, control)
+        return Estimate.of(output, self.prediction, x_t, t, self.schedule).x0
+
+    def _noised(self, x: Tensor, k: int, renoise: Renoise | None) -> Tensor:
+        if renoise is None:
+            raise UsageError(f"a generator of {len(self.levels)} steps needs fresh noise between them; pass renoise=")
+        return self.schedule.noised(x, self._t(k, x), renoise(k))
+
+    def _t(self, k: int, like: Tensor) -> Tensor:
+        return self.schedule.t(self.levels[k]).to(like.device).expand(len(like))
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters()) if isinstance(self.net, nn.Module) else []
 
 
+def checked_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
+    """The level indices as a tuple.
+
+    Raises:
+        UsageError: there are none, one is not in 0..n-1, or they do not strictly decrease.
+    """
+    found = tuple(levels)
+    if not found or not all(0 <= level < n for level in found) or any(a <= b for a, b in pairwise(found)):
+        raise UsageError(f"a generator's levels must be one or more indices in 0..{n - 1} that strictly decrease, got "
+                         f"{', '.join(map(str, found)) or 'none'}")
+    return found
+
+
 def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """z for picture number i of a seed: row i, the same whatever the batch size."""
-    rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
-            for i in range(shape[0])]
+    return fresh_noise(shape, seed, 0)
+
+
+def fresh_noise(shape: tuple[int, ...], seed: int, k: int) -> Tensor:
+    """eps_k of step k for picture number i of a seed: row i, the same whatever the batch size; eps_0 is z."""
+    rows = []
+    for i in range(shape[0]):
+        stream = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        rows.append([torch.randn(shape[1:], generator=stream) for _ in range(k + 1)][k])
     return torch.stack(rows)

@@ -1,9 +1,10 @@
-"""Models by name: the shipped ones, a diffusers folder, a hub id, or a single file."""
+"""Loads models by name: a shipped model, a diffusers folder, a hub id, or a single file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from diffusers import AutoencoderTiny
 from safetensors import SafetensorError
@@ -12,14 +13,9 @@ from torch import nn
 from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import load_single_file
-from jdm.models.stable_diffusion import (
-    CARD,
-    ControlNetModel,
-    StableDiffusion,
-    lone_controlnet,
-    model_index,
-    whole_network,
-)
+from jdm.models.family import Family
+from jdm.models.folder import CARD, lone_controlnet, model_index, whole_network
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 SHIPPED = {
@@ -30,24 +26,21 @@ SHIPPED = {
     "nano-controlnet-lowres": ("nano-sd", "nano-controlnet-lowres"),
     "nano-canny": ("nano-canny", None),
     "nano-diff-instruct": ("nano-diff-instruct", None),
-    # Further controls of nano-canny's UNet.
+    # More controls for nano-canny's UNet.
     "nano-soft-edge": ("nano-canny", "nano-soft-edge"),
     "nano-silhouette": ("nano-canny", "nano-silhouette"),
     "nano-lowres": ("nano-canny", "nano-lowres"),
 }
 
-# By the pipeline that a folder names; any other is read as Stable Diffusion's.
-FAMILIES: dict[str, type[StableDiffusion]] = {
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusionXLControlNetPipeline": StableDiffusionXL,
-}
+# By the stock pipeline that a folder names.
+FAMILIES = {name: family for family in (StableDiffusion, StableDiffusionXL) for name in family.PIPELINES}
 
 
-def load_model(name: str) -> StableDiffusion:
+def load_model(name: str) -> Family:
     """A shipped model ("nano-sd", "nano-canny", any of SHIPPED), a folder, a hub id, or a .safetensors checkpoint.
 
     Raises:
-        UsageError: there is none, or it is not whole.
+        UsageError: there is none, it is not whole, or it is of a family that is not read.
     """
     if name in SHIPPED and not Path(name).is_dir():
         folder, controlnet = SHIPPED[name]
@@ -56,18 +49,21 @@ def load_model(name: str) -> StableDiffusion:
         return model.with_parts(card=json.loads(card.read_text())) if card.is_file() else model
     if (single := load_single_file(name)) is not None:
         return single
-    family = FAMILIES.get(str(model_index(name).get("_class_name")), StableDiffusion)
-    return family.load(name)
+    kind = str(model_index(name).get("_class_name"))
+    if kind not in FAMILIES:
+        raise UsageError(f"{name} is a {kind}; families that are read: {', '.join(FAMILIES)}")
+    return FAMILIES[kind].load(name)
 
 
-def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel, str | None]:
+def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:
     """A ControlNet to be added to a model's own, and the control it was trained for where its card says so.
 
     Args:
-        name: a shipped model or a folder with a ControlNet in it, or a folder that is one.
+        name: a shipped model or a folder that has a ControlNet, or the folder of a ControlNet.
+        beside: the model; its UNet must have the shapes that the ControlNet was made for.
 
     Raises:
-        UsageError: there is none, or it was made for another UNet's shapes.
+        UsageError: there is no ControlNet, or it was made for another UNet's shapes.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -78,26 +74,27 @@ def load_controlnet(name: str, beside: StableDiffusion) -> tuple[ControlNetModel
         net, card = model.controlnet, model.card or {}
         if net is None:
             raise UsageError(f"{name} has no ControlNet; name a model that draws to a control, such as nano-canny")
+    theirs, ours = cast(Any, net).config, cast(Any, beside.backbone).config
     for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
-        if net.config[key] != beside.unet.config[key]:
-            raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {net.config[key]}, the model's "
-                             f"UNet {beside.unet.config[key]}")
+        if theirs[key] != ours[key]:
+            raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {theirs[key]}, the model's "
+                             f"UNet {ours[key]}")
     return net, card.get("control")
 
 
-def tiny_decoder(name: str, teacher: StableDiffusion) -> nn.Module:
+def tiny_decoder(name: str, teacher: Family) -> nn.Module:
     """A tiny autoencoder that decodes the teacher's latents, frozen.
 
     Raises:
-        UsageError: it is none, or of other latents or another picture size.
+        UsageError: it is not a tiny autoencoder, or its latents or picture size differ from the teacher's.
     """
     try:
         net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{name} is no tiny autoencoder (AutoencoderTiny): "
+        raise UsageError(f"{name} is not a tiny autoencoder (AutoencoderTiny): "
                          f"{(str(error).splitlines() or [''])[0][:120]}") from None
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
-    ours = teacher.unet.config["in_channels"], teacher.downscale
+    ours = teacher.latent_shape(1, teacher.size)[1], teacher.downscale
     if (channels, side) != ours:
         raise UsageError(f"{name} decodes latents of {channels} channels to {side} times their side, the teacher's are "
                          f"{ours[0]} and {ours[1]}; name one made for this teacher")

@@ -14,7 +14,7 @@ from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.library import load_controlnet, load_model, tiny_decoder
-from jdm.models.stable_diffusion import StableDiffusion, placed
+from jdm.models.family import Family, placed
 from jdm.models.text import TextEncoder
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Needs, Run
@@ -32,10 +32,10 @@ class Loaded:
 
     def __init__(self, run: Run, needs: Needs | None = None):
         self.run, self.needs = run, needs or run.method.needs(run)
-        self._models: dict[str, StableDiffusion] = {}
+        self._models: dict[str, Family] = {}
         self._texts: dict[str, TextEncoder] = {}
 
-    def model(self, role: str) -> StableDiffusion:
+    def model(self, role: str) -> Family:
         """The model of a role, at the run's picture size and on its device."""
         if role not in self._models:
             model = self._model(role, self.needs.models[role]).at(self.run.data.size)
@@ -51,7 +51,7 @@ class Loaded:
         return role in self.needs.models
 
     @property
-    def teacher(self) -> StableDiffusion:
+    def teacher(self) -> Family:
         return self.model("teacher")
 
     def text(self, role: str = "teacher") -> TextEncoder:
@@ -63,7 +63,7 @@ class Loaded:
             self._texts[role] = encoder
         return self._texts[role]
 
-    def student(self, role: str, levels: tuple[int, ...]) -> StableDiffusion:
+    def student(self, role: str, levels: tuple[int, ...]) -> Family:
         """The trained student of a role, which must share the teacher's latents and run at these levels.
 
         Raises:
@@ -132,7 +132,7 @@ class Loaded:
         """A split of the run's pictures."""
         return load_pictures(self.run.data.source, split, self.run.data.size)
 
-    def _model(self, role: str, name: str) -> StableDiffusion:
+    def _model(self, role: str, name: str) -> Family:
         return load_model(name)
 
     def _controlnet(self, name: str) -> nn.Module:

@@ -1,10 +1,10 @@
-"""`jdm prepare`: what every run of a recipe would compute again, computed once and left on disk (prepared.py).
+"""`jdm prepare`: computes once, and stores on disk, what every run of a recipe would compute again (read by cache.py).
 
 The method's needs say which text states and latents are made; of its networks only text encoders and the teacher's
 autoencoder are loaded.
 
-Bits are those of training on the same device, with the same versions and threads: prompts are encoded one by one, and
-pictures in the pieces that `encoded` takes.
+The results are bit-identical to those of training on the same device with the same versions and threads: prompts are
+encoded one by one, and pictures in the same pieces as `encoded` uses.
 """
 
 from __future__ import annotations
@@ -50,22 +50,23 @@ from jdm.run import Run
 from jdm.space import Space
 
 PART = re.compile(r"\.?(text|pictures|latents|prompts|files)-[0-9a-f]{16}(\.json)?(\.draft)?")
-AT_ONCE = 64  # pictures decoded
+AT_ONCE = 64  # pictures decoded in one piece
 Progress = Callable[[str, int, int], None]
 
 
 def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress | None = None) -> dict[str, int]:
-    """Write what a run's training would compute again; returns the bytes of each part, by its folder.
+    """Writes the preparation of a run; returns the size in bytes of each part, by folder name.
 
-    A part is written under a draft name and renamed; the manifest comes last, and without it nothing is read. The same
-    call again keeps whole parts that were made from the same, and removes those that no longer belong.
+    A part is written under a draft name and then renamed; the manifest is written last, and without it nothing is
+    read. Calling this again keeps complete parts whose inputs are unchanged and removes those no longer needed.
 
     Args:
-        recipe: as a person would name it, for messages.
-        progress: called with a part's name, the number done and the number to do.
+        recipe: the recipe's name, for messages.
+        progress: called with a part's name, the number done and the total.
 
     Raises:
-        UsageError: the run could not train either, or its method reads none of this. RunError: the disk is full.
+        UsageError: the run could not train either, or its method uses nothing that is prepared.
+        RunError: the disk is full.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("jdm prepare runs in one process; start it without torchrun")
@@ -83,7 +84,7 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
 
 
 class Draft(Cache):
-    """A preparation in the making: what a method asks for is made first where it is not there yet."""
+    """A preparation being written: a part that a method requests is computed first unless it is complete."""
 
     def __init__(self, needed: Loaded, folder: Path, recipe: str, progress: Progress | None):
         self.needed, self.progress = needed, progress or (lambda *_: None)
@@ -127,20 +128,21 @@ class Draft(Cache):
 
     @torch.no_grad()
     def _states(self, encoder: TextEncoder) -> Iterator[tuple[Tensor, ...]]:
-        """Of each prompt alone, as a run with `one_by_one` computes them."""
+        """Text states of each prompt, encoded alone, as a run with `one_by_one` does."""
         for prompt in self.prompts:
             yield tuple(tensor[None] for tensor in tensors_of(next(iter(encoder.encode([prompt])))))
 
     def _part(self, name: str, of: Any, n: int, pieces: Iterator[tuple[Tensor, ...]]) -> str:
-        """The folder of a part, made where it is not there; it is named by all that decides its bits.
+        """Returns the folder name of a part, writing the part if needed; the name hashes all that determines its bits.
 
         Args:
-            pieces: the first, second, ... tensor of each are rows of 0.npy, 1.npy, ..., in order; n rows in all.
+            of: the inputs of the part, as JSON.
+            pieces: tuples of tensors; the k-th tensor of each holds the next rows of k.npy, n rows in total.
         """
-        made = f"{name}-{sha256([LAYOUT, self.manifest['made with'], of])[:16]}"
-        place, draft = self.folder / made, self.folder / f".{made}.draft"
+        part = f"{name}-{sha256([LAYOUT, self.manifest['made with'], of])[:16]}"
+        place, draft = self.folder / part, self.folder / f".{part}.draft"
         if place.is_dir():
-            return made
+            return part
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
@@ -148,7 +150,7 @@ class Draft(Cache):
             draft.rename(place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        return made
+        return part
 
     def _write(self, draft: Path, name: str, n: int, pieces: Iterator[tuple[Tensor, ...]]) -> None:
         first, done = next(pieces), 0
@@ -171,27 +173,27 @@ class Draft(Cache):
     def _check_room(self, wanted: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if wanted > free:
-            raise OSError(errno.ENOSPC, f"{wanted / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free",
+            raise OSError(errno.ENOSPC, f"{wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
                           str(self.folder))
 
     @staticmethod
     def _list(folder: Path, name: str, values: list) -> str:
-        """A list as JSON, in a file named by its contents."""
+        """Writes a list as JSON to a file named by its hash; returns the name."""
         file = f"{name}-{sha256(values)[:16]}.json"
         write(folder / file, json.dumps(values) + "\n")
         return file
 
 
 def made_with(run: Run) -> dict[str, Any]:
-    """What the bits depend on beside the data and the weights."""
+    """Versions, device and threads, on which the bits depend beside the data and the weights."""
     device = torch.device(run.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "pillow": PIL.__version__, "device": f"{device.type}, {where}", "threads": torch.get_num_threads()}
 
 
-def _known_signs(folder: Path) -> list:
-    """Of the files of the preparation that is there: those unchanged are not read again."""
+def _stored_signs(folder: Path) -> list:
+    """Signs of the picture files in the existing preparation, so that unchanged files are not hashed again."""
     name = read_json(folder / MANIFEST).get("data", {}).get("files")
     try:
         return json.loads((folder / name).read_text(encoding="utf-8")) if name else []
@@ -200,7 +202,7 @@ def _known_signs(folder: Path) -> list:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what the manifest does not name; the folder too where it has none and nothing else is there."""
+    """Removes parts that the manifest does not name; without a manifest, also the folder if it is then empty."""
     kept = json.dumps(read_json(folder / MANIFEST))
     for place in [*folder.iterdir()]:
         if PART.fullmatch(place.name) and place.name not in kept:
@@ -214,7 +216,7 @@ def _sweep(folder: Path) -> None:
 
 @contextmanager
 def _swept(folder: Path) -> Iterator[None]:
-    """A preparation that fails leaves what was there before; one that is stopped leaves its whole parts, to go on."""
+    """Removes new parts if the preparation fails; an interrupted one keeps its complete parts, to resume from."""
     try:
         yield
     except (OSError, RunError, UsageError):
@@ -224,6 +226,6 @@ def _swept(folder: Path) -> Iterator[None]:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     def busy() -> None:
-        raise UsageError(f"another process prepares {folder}; wait for it, or choose another --out")
+        raise UsageError(f"another process is preparing {folder}; wait for it, or choose another --out")
 
     return alone(folder, busy)

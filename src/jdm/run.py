@@ -1,4 +1,4 @@
-"""What a training run is made of: Optimiser, Phase, Task, Data, Run. The loop is in train.py."""
+"""What a training run is made of: Optimiser, Phase, Task, Data, Run. The loop is in training/loop.py."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from jdm.size import Size
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with warm-up, decay and clipping; the learning rate is a pure function of the step.
+    """AdamW with warm-up and decay; the learning rate is a pure function of the step.
 
     Attributes:
-        states: of the moments it keeps: in the parameters' own dtype, or in 8 bits (`jdm.training.optimiser`).
+        lr: Base learning rate, above 0; the warm-up and the decay scale it down.
+        betas: Decay rates of Adam's first and second moments, each in [0, 1). With a first of 0, no first moment is
+            stored.
+        weight_decay: AdamW's decoupled weight decay, at least 0; a step shrinks weights by lr times this.
+        warmup: Steps over which the learning rate rises linearly from 0; 0 starts at the full rate.
+        decay: How the learning rate falls to 0 over the run: along a cosine, along a line, or (constant) not at all.
+        states: How the moments are stored: in the parameters' own dtype (float32), or in 8 bits to save memory.
     """
 
     lr: float
@@ -136,14 +142,15 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Where pictures come from.
+    """The pictures and captions of a run.
 
     Attributes:
-        source: "fashion-mnist", a folder of pictures with captions, .tar shards of them, or a hub dataset
-            id.
-        size: side, or height and width, in pixels; a picture is resized to cover it and cut from the centre.
-        split, validation: as `datasets` writes them.
-        prepared: folder that `jdm prepare` wrote for this split; empty for none. It decides nothing that is learnt.
+        source: "fashion-mnist", a folder of captioned pictures, .tar shards of them, or a Hugging Face dataset id.
+        size: Side, or height and width, in pixels. Each picture is resized to cover it, then cropped at the centre.
+        split: Pictures to train on: a split's name or a slice of one, such as train[:1000].
+        validation: Pictures for the probes during training, written like `split`.
+        prepared: Folder that `jdm prepare` wrote for this split; empty for none. It saves time and leaves
+            the trained model unchanged.
     """
 
     source: str = "fashion-mnist"
@@ -155,23 +162,33 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: everything that decides its result.
+    """A training run: everything that determines its result.
 
     Attributes:
-        method: what is learnt, with its hyperparameters.
-        model: the teacher: a diffusers folder, a .safetensors checkpoint, a hub id, or "nano-sd".
-        batch: samples per step, over all processes. accumulate: parts it is computed in, one after the other; the
-            sample is drawn again for each phase then. shard: processes that share each network's weights; a divisor of
-            their number.
-        ema: decay of the exponential moving average of the weights.
-        precision: of what networks compute; sums, differences and what trains stay in float32.
-        checkpointing: recompute activations in backward in place of keeping them: less memory, a third more time.
-        compile: torch.compile for the UNets and ControlNets: minutes before the first step, then faster ones.
-        decoder: folder or hub id of a tiny autoencoder of the same latents (AutoencoderTiny, such as TAESD) that
-            decodes inside the likelihood or reward in place of the teacher's; empty for the teacher's own.
-        save_every, log_every, probe_every: in steps.
-        best: of what the probe measures (judge, prompt_agreement, fd, consistency): the averages that were best by it
-            are exported; empty for the last ones. patience: probes without a better one that end the run; 0 for none.
+        method: The training method and its hyperparameters.
+        out: Folder for checkpoints, logs and the trained model. A run that already has checkpoints there resumes from
+            the last one.
+        model: Teacher: a diffusers folder, a .safetensors checkpoint, a Hugging Face id, or "nano-sd".
+        data: The pictures and captions to train on.
+        steps: Training steps, at least 1; the learning rate decays over all of them.
+        batch: Samples per step, summed over all processes; a multiple of the number of processes times `accumulate`.
+        accumulate: Parts that a batch is computed in, one after another, to save memory. With more than 1, each phase
+            draws its own sample from the generator.
+        shard: Processes that split each network's weights among them; it must divide the number of processes.
+        seed: Seed of every random draw: weights, noise and the order of the pictures.
+        ema: Decay per step of the exponential moving average of the weights, in [0, 1). The average is exported.
+        device: Device to train on, such as cpu, cuda or cuda:1.
+        precision: Number format that networks compute in. Trained weights, sums and score differences stay float32.
+        checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        decoder: Folder or Hugging Face id of a small autoencoder of the same latents (AutoencoderTiny, such as TAESD)
+            that decodes inside the likelihood or reward; empty for the teacher's own.
+        compile: Compile the UNets and ControlNets with torch.compile: minutes before the first step, faster ones after.
+        save_every: Steps between checkpoints, at least 1.
+        log_every: Steps between lines of metrics.jsonl, at least 1.
+        probe_every: Steps between measurements on the validation pictures; 0 for none.
+        best: Export the averaged weights that scored best on this probe (judge, prompt_agreement, fd or consistency);
+            empty exports the last ones.
+        patience: End the run after this many probes without a new best; 0 never ends it early.
     """
 
     method: Any

@@ -1,10 +1,10 @@
-"""Score models: one network output read as eps, x0, v or score, and classifier-free guidance."""
+"""Score models: a network's output read as eps, x0, v or score, and classifier-free guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from jdm.errors import UsageError
 from jdm.schedule import NoiseSchedule, precise
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+PREDICTIONS = get_args(Prediction)
 Prompts = Sequence[str]
 Net = TypeVar("Net", bound=Callable[..., Tensor])
 # What a network reads of the prompts: hidden states [B, L, D], with whatever else its family was trained on.
@@ -21,42 +22,61 @@ Text = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a score model says of x_t, in the four usual readings; all float32.
+    """What a score model says of x_t = alpha x0 + sigma eps, in every reading; all float32, or float64 where x_t is.
 
-    eps is stored; x0 = (x_t - sigma eps) / alpha, score = -eps / sigma, v = alpha eps - sigma x0.
+    The network's own output is kept, and each reading is taken from it by the formula that stays finite: at alpha = 0
+    and sigma = 0 from v_prediction and flow, where epsilon has no x0 at alpha = 0 and sample no eps at sigma = 0.
+
+    Attributes:
+        output: eps, v = alpha eps - sigma x0, x0, or the flow's velocity eps - x0, as `prediction` says.
+        alpha, sigma: broadcast over x_t; their sum is 1 for a flow, that of their squares for the others.
     """
 
     x_t: Tensor
-    eps: Tensor
+    output: Tensor
     alpha: Tensor
     sigma: Tensor
+    prediction: Prediction = "epsilon"
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise UsageError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
 
     @property
     def x0(self) -> Tensor:
-        return (self.x_t - self.sigma * self.eps) / self.alpha
+        if self.prediction == "sample":
+            return self.output
+        if self.prediction == "v_prediction":
+            return self.alpha * self.x_t - self.sigma * self.output
+        if self.prediction == "flow":
+            return self.x_t - self.sigma * self.output
+        return (self.x_t - self.sigma * self.output) / self.alpha
+
+    @property
+    def eps(self) -> Tensor:
+        if self.prediction == "sample":
+            return (self.x_t - self.alpha * self.output) / self.sigma
+        if self.prediction == "v_prediction":
+            return self.alpha * self.output + self.sigma * self.x_t
+        if self.prediction == "flow":
+            return self.x_t + self.alpha * self.output
+        return self.output
 
     @property
     def score(self) -> Tensor:
+        """-eps / sigma, the gradient of log p(x_t)."""
         return -self.eps / self.sigma
 
     @property
     def v(self) -> Tensor:
-        return self.alpha * self.eps - self.sigma * self.x0
+        """alpha eps - sigma x0."""
+        return self.output if self.prediction == "v_prediction" else self.alpha * self.eps - self.sigma * self.x0
 
     @classmethod
-    def of(cls, output: Tensor, prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule):
+    def of(cls, output: Tensor, prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Estimate:
         """Read a raw network output [B, ...] in its own prediction type."""
-        x_t, output = precise(x_t), precise(output)
-        alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
-        if prediction == "epsilon":
-            eps = output
-        elif prediction == "v_prediction":
-            eps = alpha * output + sigma * x_t
-        elif prediction == "sample":
-            eps = (x_t - alpha * output) / sigma
-        else:
-            raise UsageError(f"prediction must be epsilon, v_prediction or sample, got {prediction!r}")
-        return cls(x_t, eps, alpha, sigma)
+        x_t = precise(x_t)
+        return cls(x_t, precise(output), schedule.alpha(t, x_t), schedule.sigma(t, x_t), prediction)
 
 
 class Score(Protocol):
@@ -72,7 +92,7 @@ class ScoreModel(Generic[Net]):
     through the network in one batch.
 
     Args:
-        net: (x_t, index, text [B, L, D]) -> output like x_t; a fourth argument where a control is given.
+        net: (x_t, timestep, text [B, L, D]) -> output like x_t; a fourth argument where a control is given.
         text: prompts -> what the net reads of them; None for networks without a prompt.
     """
 
@@ -105,8 +125,7 @@ class ScoreModel(Generic[Net]):
         if self.guidance == 1.0:
             return self(x_t, t, y, control)
         cond, uncond = self.conditional_and_unconditional(x_t, t, y, control)
-        eps = uncond.eps + self.guidance * (cond.eps - uncond.eps)
-        return Estimate(cond.x_t, eps, cond.alpha, cond.sigma)
+        return replace(cond, output=uncond.output + self.guidance * (cond.output - uncond.output))
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters()) if isinstance(self.net, nn.Module) else []
@@ -116,9 +135,10 @@ class ScoreModel(Generic[Net]):
 
     def _estimate(self, x_t: Tensor, t: Tensor, text: Text | None, control: Tensor | None) -> Estimate:
         extra = () if control is None else (control,)
-        output = self.net(x_t, self.schedule.index(t), text, *extra)
+        output = self.net(x_t, self.schedule.timestep(t), text, *extra)
         return Estimate.of(output, self.prediction, x_t, t, self.schedule)
 
 
 def _half(both: Estimate, k: int) -> Estimate:
-    return Estimate(*(f.chunk(2)[k] for f in (both.x_t, both.eps, both.alpha, both.sigma)))
+    parts = {name: getattr(both, name).chunk(2)[k] for name in ("x_t", "output", "alpha", "sigma")}
+    return replace(both, **parts)

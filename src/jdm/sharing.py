@@ -18,7 +18,7 @@ class Share:
     count: int = 1
 
     def rows(self, n: int) -> slice:
-        """Of n global samples, those of this part; a sample keeps its noise and its prompt whoever computes it."""
+        """This part's rows of n global samples; a sample's noise and prompt do not depend on who computes it."""
         each = n // self.count
         return slice(self.index * each, (self.index + 1) * each)
 
@@ -27,13 +27,13 @@ _NOW = [Share()]
 
 
 def share() -> Share:
-    """The part that is computed now; the whole outside of `sharing`."""
+    """The part that is computed now; outside `sharing`, the whole batch."""
     return _NOW[-1]
 
 
 @contextmanager
 def sharing(index: int, count: int) -> Iterator[None]:
-    """Batches and noise that are drawn inside are part `index` of `count`."""
+    """Context in which batches and noise are drawn for part `index` of `count`."""
     _NOW.append(Share(index, count))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Picture sizes: one number for a square's side, two for height and width, in pixels."""
+"""Picture sizes in pixels: one number for the side of a square, or (height, width)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def sized(sides: Sequence[int]) -> Size:
-    """(height, width) -> one number where they are equal."""
+    """(height, width) as a Size: one number if they are equal."""
     height, width = sides
     return height if height == width else (height, width)
 
 
 def size_of(images: Tensor) -> Size:
-    """Of pictures [..., H, W]."""
+    """The Size of pictures [..., H, W]."""
     return sized(images.shape[-2:])
 
 
 def spelled(size: Size) -> str:
-    """For a sentence: height x width."""
+    """The size as text for messages: "height x width"."""
     return " x ".join(str(side) for side in height_width(size))

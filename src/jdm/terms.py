@@ -306,7 +306,7 @@ class CleanCondition:
         reference: compare with the picture that c came from, where the control can; False uses c alone.
     """
 
-    levels: ClassVar[None] = None
+    levels = None  # on the clean sample
     models: ClassVar[tuple[str, ...]] = ()
 
     weight: float = 1.0
@@ -345,7 +345,7 @@ class CleanReward:
         bound: how long the term may be beside the terms that have no bound.
     """
 
-    levels: ClassVar[None] = None
+    levels = None  # on the clean sample
     models: ClassVar[tuple[str, ...]] = ()
 
     model: str = "nano-reward"

@@ -1,4 +1,4 @@
-"""A user's own code: importing it, and trying it on two pictures before hours of training depend on it."""
+"""A user's own code: how it is imported, and checked on two pictures before hours of training depend on it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from jdm.size import Size, height_width
 
 
 def imported(source: str) -> ModuleType:
-    """The module of a file, `my_controls.py`, or of a name, `package.module`; a file is run as `python FILE` would.
+    """Import a module by its file, `my_controls.py`, or by its name, `package.module`.
 
-    UsageError where it is not there or cannot be run.
+    Raises:
+        UsageError: there is no such file or module, or it raises when it is run.
     """
     if not source.endswith(".py"):
         try:
@@ -30,7 +31,7 @@ def imported(source: str) -> ModuleType:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
-    # Named by its full path, so that two files of one name can be loaded side by side.
+    # The name contains a hash of the path, so that two files of the same name can both be loaded.
     name = f"_jdm_{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:  # never, for a .py file
@@ -46,7 +47,7 @@ def imported(source: str) -> ModuleType:
 
 
 def probe(size: Size, seed: int) -> Tensor:
-    """Two pictures [2, 3, H, W] of uniform noise, the lower half of the second one black."""
+    """Two test pictures [2, 3, H, W] of uniform noise in [0, 1]; the lower half of the second is black."""
     height, width = height_width(size)
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
     images[1, :, height // 2 :] = 0
@@ -54,10 +55,16 @@ def probe(size: Size, seed: int) -> Tensor:
 
 
 def check_gradient(what: str, value: object, images: Tensor, alternative: str = "") -> None:
-    """UsageError unless `value` of `images` [B, ...] is [B], finite, with a finite gradient that is not all 0.
+    """Check that a user's function gave one finite value per picture, with a usable gradient.
 
     Args:
-        what: was called. alternative: to keeping it differentiable.
+        what: the function's name, for error messages.
+        value: what the function returned for the pictures.
+        images: [B, ...], the pictures it was called with; they require a gradient.
+        alternative: what a user can do if the function cannot be made differentiable; appended to the error message.
+
+    Raises:
+        UsageError: `value` is not [B] or not finite, or its gradient is missing, not finite, or 0 at every pixel.
     """
     remedy = ("keep its operations differentiable (no rounding, threshold, uint8, numpy, no_grad or .detach())"
               + (f", {alternative}" if alternative else ""))

@@ -1,4 +1,4 @@
-"""The commands: what they print, what they refuse, and with which exit code."""
+"""The commands: what they print, what they refuse, and their exit codes."""
 
 import errno
 import json
@@ -57,27 +57,43 @@ def small(teacher, out, *more) -> list:
 # Answers
 
 
-def test_help_takes_less_than_a_second_and_imports_no_third_party():
+@pytest.mark.parametrize("argument", ["--help", "recipes"])
+def test_help_and_recipes_take_less_than_a_second(argument):
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "recipes" in jdm("--help").stdout
+        assert "nano-canny" in jdm(argument).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < 1  # of processor time: the wall clock is the machine's other work as well
-    code = "import jdm.cli.parser, sys; print([m for m in ('torch', 'numpy', 'tyro', 'rich') if m in sys.modules])"
+
+
+def test_help_and_recipes_import_no_third_party():
+    code = ("import sys; from jdm.cli.parser import main; main([]); main(['recipes']); "
+            "print([m for m in ('torch', 'numpy', 'tyro', 'rich', 'diffusers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_recipes_lists_every_recipe_with_what_it_is(capsys):
+def test_recipes_lists_every_recipe_in_a_group(capsys):
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(entries())
-    assert all(len(line.split()) > 3 for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    rows = [line for line in lines if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in rows) == sorted(entries())
+    assert all(len(line.split()) > 3 for line in rows)
+    assert 1 < len(lines) - len(rows) < 20
+    assert lines[0] not in rows
 
 
-def test_the_installed_command_exits_with_2_and_one_line():
+def test_recipes_prints_the_groups_of_the_package(capsys, monkeypatch):
+    some = list(entries().values())
+    monkeypatch.setattr("jdm.recipes.groups", lambda: {"Ours": some[:2], "Others": some[2:3]}, raising=False)
+    assert main(["recipes"]) == 0
+    starts = [line.split("  ")[0 if line[:1] != " " else 1] for line in capsys.readouterr().out.splitlines()]
+    assert starts == ["Ours", some[0].name, some[1].name, "", "Others", some[2].name]
+
+
+def test_wrong_recipe_exits_with_2_in_one_line():
     done = jdm("train", "nano-cany")
     assert done.returncode == 2
     assert done.stderr.startswith("jdm: there is no recipe 'nano-cany'; did you mean nano-canny?")
@@ -92,8 +108,7 @@ def test_debugging_shows_the_traceback():
 # Training by flags
 
 
-def test_a_control_of_ones_own_trains_and_samples_from_the_command_line(teacher, photo, tmp_path, capsys,
-                                                                       untrained_judge):
+def test_a_users_control_trains_and_samples(teacher, photo, tmp_path, capsys, untrained_judge):
     control = f"{EXAMPLES / 'my_controls.py'}:Posterize"
     out = tmp_path / "run"
     assert main(["train", "nano-canny", *map(str, small(teacher, out)), "--control", control,
@@ -114,7 +129,7 @@ def test_a_control_of_ones_own_trains_and_samples_from_the_command_line(teacher,
     assert (shown[..., 0] == shown[..., 1]).all()
 
 
-def test_pictures_that_are_not_square_train_and_are_drawn(teacher, photo, tmp_path, capsys, untrained_judge):
+def test_pictures_that_are_not_square(teacher, photo, tmp_path, capsys, untrained_judge):
     assert main(["train", "nano-canny", *map(str, small(teacher, tmp_path / "run")), "--data.size", "28", "44"]) == 0
     asked = ["sample", str(tmp_path / "run" / "model"), "--prompt", "ankle boot", "--n", "1"]
     for name, more, wanted in (("own", [], (44, 28)), ("side", ["--size", "36"], (36, 36)),
@@ -133,7 +148,7 @@ def test_pictures_that_are_not_square_train_and_are_drawn(teacher, photo, tmp_pa
         assert message in capsys.readouterr().err
 
 
-def test_a_recipe_of_ones_own_is_a_file(teacher, tmp_path, untrained_judge):
+def test_a_users_recipe_is_a_file(teacher, tmp_path, untrained_judge):
     recipe = tmp_path / "mine.py"
     recipe.write_text("from pathlib import Path\nfrom jdm.methods.diff_instruct import DiffInstruct\n"
                       "from jdm.run import Run\n\n\ndef shoes() -> Run:\n"
@@ -144,7 +159,7 @@ def test_a_recipe_of_ones_own_is_a_file(teacher, tmp_path, untrained_judge):
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_the_same_seed_gives_the_same_pictures_and_a_ready_map_the_same_as_its_picture(student, photo, tmp_path):
+def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     for name, more in (("a", ["--image", photo]), ("b", ["--control-map", tmp_path / "a" / "control.png"])):
         assert main(["sample", str(student), "--prompt", "a coat", *map(str, more), "--n", "2", "--seed", "7",
                      "--out", str(tmp_path / name)]) == 0
@@ -174,16 +189,16 @@ def test_the_same_seed_gives_the_same_pictures_and_a_ready_map_the_same_as_its_p
     ("train nano-canny --method.weighting none", "--method.weighting"),
     ("train nano-canny --device gpu9", "--device gpu9 cannot be used here"),
     ("train nano-canny --control cany", "did you mean 'canny'?"),
-    ("export nowhere out", "nowhere is no run"),
+    ("export nowhere out", "nowhere is not a run"),
 ])
-def test_a_word_that_is_not_understood_is_named_with_a_remedy(arguments, said, complaint, tmp_path, monkeypatch):
+def test_a_usage_error_names_its_remedy(arguments, said, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, line = complaint(*arguments.split())
     assert code == 2
     assert said in line
 
 
-def test_a_folder_that_is_no_model(complaint, tmp_path):
+def test_a_folder_without_a_model(complaint, tmp_path):
     assert complaint("sample", tmp_path, "--prompt", "x") == (
         2, f"jdm: {tmp_path} is no model: model_index.json is missing; a diffusers folder has one at its top")
     code, line = complaint("sample", tmp_path / "nowhere", "--prompt", "x")
@@ -208,7 +223,7 @@ def test_a_damaged_model(complaint, student, tmp_path):
     (lambda path: path.mkdir(), "it is a folder"),
     (lambda path: None, "there is no such file"),
 ])
-def test_a_picture_that_is_none(make, said, complaint, student, tmp_path):
+def test_a_file_that_is_no_picture(make, said, complaint, student, tmp_path):
     path = tmp_path / "photo.png"
     make(path)
     code, line = complaint("sample", student, "--prompt", "x", "--image", path, "--out", tmp_path / "o")
@@ -224,7 +239,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
         (student,): "give --image with a picture",
         (student, "--image", photo, "--control-map", photo): "not both",
         (teacher, "--image", photo): "this model takes no control; leave out --image",
-        (student, "--image", photo, "--steps", "4"): "answers in one step; asked for 4",
+        (student, "--image", photo, "--steps", "4"): "a one-step student needs steps = 1, got 4",
     }
     for arguments, said in asked.items():
         code, line = complaint("sample", *arguments, "--prompt", "x", *out)
@@ -259,7 +274,7 @@ def test_a_missing_caption(complaint, teacher, tmp_path, untrained_judge):
     assert "1.png has no caption; put it into 1.txt" in line
 
 
-def test_a_nan_exits_with_3_and_names_phase_and_checkpoint(complaint, teacher, tmp_path, untrained_judge):
+def test_nan_exits_with_3_and_names_phase(complaint, teacher, tmp_path, untrained_judge):
     code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"), "--method.fake.lr", "1e38",
                            "--method.fake.warmup", "1")
     assert code == 3
@@ -268,7 +283,7 @@ def test_a_nan_exits_with_3_and_names_phase_and_checkpoint(complaint, teacher, t
     assert str(checkpoint.last(tmp_path / "run") or "none yet") in line
 
 
-def test_a_full_disk_exits_with_3_and_names_the_checkpoint(complaint, teacher, tmp_path, monkeypatch, untrained_judge):
+def test_full_disk_exits_with_3_and_names_checkpoint(complaint, teacher, tmp_path, monkeypatch, untrained_judge):
     original = checkpoint.save_file
 
     def full(tensors, path):
@@ -283,7 +298,7 @@ def test_a_full_disk_exits_with_3_and_names_the_checkpoint(complaint, teacher, t
     assert "step-0000001" in line
 
 
-def test_an_interrupted_run_says_where_it_goes_on(complaint, teacher, tmp_path, monkeypatch, untrained_judge):
+def test_an_interrupted_run_says_where_it_resumes(complaint, teacher, tmp_path, monkeypatch, untrained_judge):
     from jdm.cli.progress import TrainingProgress
 
     def stop(self, done, logs):
@@ -295,7 +310,7 @@ def test_an_interrupted_run_says_where_it_goes_on(complaint, teacher, tmp_path, 
     assert "step-0000001" in line
 
 
-def test_numbers_are_written_whole_to_a_place_that_can_be_written(complaint, tmp_path, monkeypatch, capsys):
+def test_evaluate_writes_json_where_it_can(complaint, tmp_path, monkeypatch, capsys):
     import jdm.evaluation.evaluate
 
     monkeypatch.setattr(jdm.evaluation.evaluate, "evaluate",
@@ -310,9 +325,7 @@ def test_numbers_are_written_whole_to_a_place_that_can_be_written(complaint, tmp
     assert "cannot be made" in line
 
 
-
-
-def test_what_every_process_says_alike_is_said_once(monkeypatch, capsys):
+def test_only_the_first_process_prints_an_error(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert main(["train", "no-such-recipe"]) == 2

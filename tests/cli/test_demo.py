@@ -1,4 +1,4 @@
-"""`jdm demo` on the shipped models, cut short."""
+"""`jdm demo` on the shipped models, with few steps and pictures."""
 
 import json
 
@@ -28,8 +28,8 @@ def rows_of(sheet, columns: int = 16, side: int = 32) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_the_demo_measures_four_generators_and_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch):
-    diversity = evaluation.noise_diversity  # of 16 questions it would take most of the test
+def test_demo_measures_four_generators_on_one_page(tmp_path, monkeypatch):
+    diversity = evaluation.noise_diversity  # with all 16 questions it would take most of the test
     monkeypatch.setattr(evaluation, "noise_diversity", lambda *given: diversity(*given[:4], 3, 4))
     lines: list[str] = []
     steps: list[int] = []

@@ -265,7 +265,7 @@ class Other: pass
 @pytest.mark.parametrize(("spec", "message"), [
     ("cany", "no control 'cany'; did you mean 'canny'"),
     ("zzz", "the known ones are canny"),
-    ("{file}", "named by file and class"),
+    ("{file}", "name your own by file and class"),
     ("{folder}/none.py:Good", r"there is no file .*none.py"),
     ("{file}:Goood", "no class Goood; did you mean Good"),
     ("{file}:Zzz", "its controls are: Good, Needy"),

@@ -210,10 +210,10 @@ def without_norm(state: dict) -> dict:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda state: [1, 2], "holds no dictionary of floating-point tensors"),
-    (lambda state: {"epoch": 3}, "holds no dictionary of floating-point tensors"),
-    (lambda state: {**state, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.long)}, "holds no dictionary of floating"),
-    (without_norm, r"is not HED's: norm must be \[1, 3, 1, 1\], got nothing"),
+    (lambda state: [1, 2], "does not hold a dictionary of floating-point tensors"),
+    (lambda state: {"epoch": 3}, "does not hold a dictionary of floating-point tensors"),
+    (lambda state: {**state, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.long)}, "not hold a dictionary"),
+    (without_norm, r"does not hold HED's weights: norm must be \[1, 3, 1, 1\], got nothing"),
     (lambda state: {**state, "norm": torch.zeros(3)}, r"norm must be \[1, 3, 1, 1\], got \[3\]"),
     (lambda state: {**state, "head.bias": torch.zeros(3)}, r"head.bias must be nothing, got \[3\]"),
 ])
@@ -230,7 +230,7 @@ def test_damaged_missing_and_unnamed_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(UsageError, match=rf"{name} cannot be read as weights"):
             Small(str(tmp_path / name)).h(images())
     for place in (str(tmp_path / "none.pth"), "none.safetensors", str(tmp_path / "none"), "nowhere"):
-        with pytest.raises(UsageError, match="are not there; fetch"):
+        with pytest.raises(UsageError, match="do not exist; fetch"):
             Small(place).h(images())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"holds neither ControlNetHED.pth nor ControlNetHED.safetensors; fetch"):

@@ -16,7 +16,7 @@ from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
-from jdm.models.stable_diffusion import Denoiser
+from jdm.models.stable_diffusion import UNetDenoiser
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_two_controls_are_those_of_the_stock_multi_controlnet(one_step, student)
     down, mid = multi(z, index, text, [shown, 1 - shown], [0.7, 0.3], return_dict=False)
     stock = one_step.unet(z, index, text, down_block_additional_residuals=down, mid_block_additional_residual=mid,
                           return_dict=False)[0]
-    ours = Denoiser(one_step.unet, one_step.controlnet, [net])
+    ours = UNetDenoiser(one_step.unet, one_step.controlnet, [net])
     ours.strengths = [0.7, 0.3]
     torch.testing.assert_close(ours(z, index, text, torch.cat([shown, 1 - shown], dim=1)), stock, atol=1e-5, rtol=0)
 
@@ -69,7 +69,7 @@ def test_a_controlnet_of_another_shape_or_none_is_refused(one_step, teacher, stu
     with pytest.raises(UsageError, match=r"does not fit this model: its ControlNet has block_out_channels"):
         load_controlnet("nano-canny", one_step)
     for key, other in (("in_channels", 4), ("block_out_channels", (16, 32)), ("cross_attention_dim", 8)):
-        beside = SimpleNamespace(unet=SimpleNamespace(config={**one_step.unet.config, key: other}))
+        beside = SimpleNamespace(backbone=SimpleNamespace(config={**one_step.unet.config, key: other}))
         message = rf"{student} does not fit this model: its ControlNet has {key} .*, the model's UNet "
         with pytest.raises(UsageError, match=message + re.escape(str(other))):
             load_controlnet(str(student), beside)  # type: ignore[arg-type]

@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from jdm.cli.parser import main
+from jdm.cost import known_configs
 from jdm.cost.counting import FORMULAS
 from jdm.cost.estimate import Rehearsal, estimate
 from jdm.cost.gpus import GPUS
 from jdm.library import load_model
-from jdm.cost import known_configs
 from jdm.models import nano
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes
 from jdm.training.loop import Trainer

@@ -15,16 +15,16 @@ from test_data import folder_of
 from test_families import made
 
 import tiny
+from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
-from jdm import prepare as writing
-from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
-from jdm.models.stable_diffusion import save_pipeline
+from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
+from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import essence
 from jdm.run import Data, Run
@@ -348,7 +348,7 @@ def test_a_file_that_is_not_of_a_preparation_is_left_alone(ready, photos, tmp_pa
 
 def test_a_second_process_and_a_second_rank_are_refused(ready, monkeypatch):
     run, folder = ready
-    with writing._alone(folder), pytest.raises(UsageError, match="another process prepares"):
+    with writing._alone(folder), pytest.raises(UsageError, match="another process is preparing"):
         prepare(run, folder)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="runs in one process; start it without torchrun"):

@@ -13,11 +13,11 @@ from PIL import Image
 from test_prepare import cached
 
 import tiny
-from jdm.prepare import prepare
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
-from jdm.recipes.nano import nano_diff_instruct
+from jdm.prepare import prepare
 from jdm.training.loop import Trainer
+from tiny import nano_diff_instruct
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def test_a_run_on_shards_is_prepared_from_a_disk_alone(filled, tmp_path):
                   probe_every=0)
     if where.startswith("memory"):
         Trainer(run).step(0)
-        with pytest.raises(UsageError, match="read during training and not prepared"):
+        with pytest.raises(UsageError, match="read during training and cannot be prepared"):
             prepare(run, tmp_path / "cache")
         return
     prepare(run, tmp_path / "cache")

@@ -29,12 +29,13 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.prompts import prompt_agreement
 from jdm.metrics.spread import bootstrap
 from jdm.models.classifier import Classifier
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
-from jdm.recipes.nano import nano_canny, nano_diff_instruct
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.rewards.classifier import nano_judge
 from jdm.run import Data
 from jdm.space import from_bytes, to_bytes, unit
 from jdm.training.loop import train
+from tiny import nano_canny, nano_diff_instruct
 
 PICTURES = load_pictures("fashion-mnist", "test[:40]", 32)
 

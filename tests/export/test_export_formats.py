@@ -25,7 +25,8 @@ from jdm.formats import lora_file
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
-from jdm.models.stable_diffusion import ControlNetModel, save_pipeline
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import ControlNetModel
 from jdm.recipes import all_recipes
 from jdm.run import described
 from jdm.schedule import NoiseSchedule
@@ -108,7 +109,7 @@ def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teache
     (tmp_path / "out.json").write_text(json.dumps({"model": str(run), "fd": 12.345678, "control": "canny", "nfe": 1}))
     out = export(run, tmp_path / "mine", metrics=tmp_path / "out.json")
     text = (out / "README.md").read_text()
-    for said in ("| base model | teacher |", "| method | jdm |", "| t_init | 625 (sigma / alpha = 2.5017) |",
+    for said in ("| base model | teacher |", "| method | jdm |", "| levels | 625 (sigma / alpha = 2.5017) |",
                  "| method.condition_weight | 1 |", "| method.unet.lr |", "| steps | 2 |", "| fd | 12.3457 |",
                  "| model | mine |", "Inherit from the base model (teacher)", "license_name: inherit-from-base-model"):
         assert said in text, said
@@ -148,7 +149,7 @@ def test_the_settings_for_comfyui_and_a1111_compute_the_student(run, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["euler", "lcm"])
 def test_stock_samplers_on_the_full_schedule_compute_the_student(sampler, run, tmp_path):
-    """diffusers' Euler with A1111's multiplier ("leading"), and LCM at timesteps=[t_init]; from the single files."""
+    """diffusers' Euler with A1111's multiplier ("leading"), and LCM at timesteps=[625]; from the single files."""
     out = export(run, tmp_path / "mine", format="single-file")
     net = ControlNetModel.from_single_file(str(out / "mine_controlnet.safetensors"), config=str(out / "config"),
                                            subfolder="controlnet")
@@ -204,11 +205,11 @@ def test_what_cannot_be_exported_so_is_refused_in_one_line_and_nothing_is_writte
 
     refused("no format 'singel-file'; did you mean single-file", format="singel-file")
     refused("the formats are diffusers, single-file, controlnet, lora", format="onnx")
-    refused("--rank is of a LoRA", rank=4)
+    refused("--rank is for a LoRA", rank=4)
     refused("at least 1, got 0", rank=0, format="lora")
     refused("model.ckpt is a pickle", tmp_path / "model.ckpt", out)
     refused("weights.bin is a pickle", tmp_path / "pickled", out)
-    refused("is not what jdm evaluate --json writes", metrics=tmp_path / "bad.json")
+    refused("is not from jdm evaluate --json", metrics=tmp_path / "bad.json")
     refused("could not be read", metrics=tmp_path / "nowhere.json")
     refused("has no ControlNet", teacher, out, format="controlnet")
     refused("name it with --base", teacher, out, format="lora")

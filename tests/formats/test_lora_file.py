@@ -15,6 +15,7 @@ from jdm.errors import UsageError
 from jdm.formats import lora_file
 from jdm.formats.lora_file import DIFFUSERS_FILE, LoRA
 from jdm.models.adapters import Adapter
+from jdm.models.stable_diffusion import StableDiffusion
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
 TEXT = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
@@ -67,7 +68,7 @@ def merged(net, lora):
 
 def random_lora(net, rank=3):
     """An adapter whose every tensor speaks up, and its tensors."""
-    adapter = Adapter(net, "student", rank)
+    adapter = Adapter(net, "student", rank, StableDiffusion.lora_targets)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -249,7 +250,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     refused({f"unet.{path}.lora_A.weight": a}, "half of a LoRA: .* lacks its up weight")
     refused({f"unet.{path}.lora_A.weight": torch.zeros(2, 9, 1, 1), f"unet.{path}.lora_B.weight": b}, "another UNet")
     refused({"unet.nowhere.lora_A.weight": a, "unet.nowhere.lora_B.weight": b}, "no layer for unet.nowhere")
-    refused({f"lora_unet_{path.replace('.', '_')}.hada_w1_a": a}, "no plain LoRA")
+    refused({f"lora_unet_{path.replace('.', '_')}.hada_w1_a": a}, "not a plain LoRA")
     refused({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": a}, "also changes the text encoder")
     refused({f"unet.{path}.alpha": torch.tensor(1.0)}, "holds no LoRA")
     (tmp_path / "a.safetensors").write_bytes(b"not one")

@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from test_single_file_import import refused
 
+from jdm.cost import known_configs
 from jdm.errors import UsageError
 from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
-from jdm.cost import known_configs
 from jdm.models import published
 
 
@@ -93,17 +93,17 @@ def small_header(kind, *keys):
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA, which changes a model"),
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA, which modifies a model"),
     (["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"], "is a LoRA"),
     (["control_model.input_hint_block.0.weight", "control_model.input_blocks.0.0.weight"], "is a ControlNet without"),
     (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"], "is a ControlNet without"),
     (["decoder.up.0.block.0.norm1.weight"], "is an autoencoder without a UNet"),
     (["decoder.up_blocks.0.resnets.0.norm1.weight", "encoder.down_blocks.0.resnets.0.norm1.weight"], "an autoencoder"),
-    (["input_blocks.0.0.weight"], "is a UNet alone"),
-    (["down_blocks.0.resnets.0.norm1.weight"], "is a UNet alone.*or the diffusers folder it is of"),
+    (["input_blocks.0.0.weight"], "is only a UNet"),
+    (["down_blocks.0.resnets.0.norm1.weight"], "is only a UNet.*or its diffusers folder"),
     (["emb_params"], "is an embedding"),
-    (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], "is of a family that is not read here"),
-    (["bert.pooler.weight"], r"is no Stable Diffusion checkpoint: it has no .*; its first tensor is bert\.pooler"),
+    (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], "is of an unsupported model family"),
+    (["bert.pooler.weight"], r"is not a Stable Diffusion checkpoint: it has no .*; its first tensor is bert\.pooler"),
     ([], "it is empty"),
 ])
 def test_a_file_that_is_something_else_is_refused_by_what_it_is(keys, message, tmp_path):

@@ -12,7 +12,7 @@ import tiny
 from jdm.errors import UsageError
 from jdm.formats import single_file
 from jdm.library import load_model
-from jdm.models.stable_diffusion import save_pipeline
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 FOUR = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),

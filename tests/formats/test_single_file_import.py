@@ -12,14 +12,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import tiny
 from jdm.cli import parser as cli
+from jdm.cost import known_configs
 from jdm.errors import UsageError
 from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
-from jdm.cost import known_configs
 from jdm.models import published
-from jdm.models.stable_diffusion import save_pipeline
+from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes
 
@@ -103,7 +103,7 @@ def answers(model):
     states = model.text()(PROMPTS)
     x = torch.randn(model.latent_shape(3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        eps = model.score(model.text())(x, torch.full((3,), 0.5), PROMPTS).eps
+        eps = model.score_of(model.text(), model.denoiser())(x, torch.full((3,), 0.5), PROMPTS).eps
         return states, eps, model.space.decode(x)
 
 
@@ -136,11 +136,11 @@ def test_an_exported_student_brings_its_controlnet_and_its_card(student, tmp_pat
     model, theirs = load_model(str(out / "mine.safetensors")), load_model(str(student))
     same(model, theirs)
     assert model.controlnet is not None
-    assert model.one_step
+    assert model.levels == (625,)
     assert model.card == theirs.card
     assert model.schedule.n == 626, "the one-step schedule"
     (out / "mine_controlnet.safetensors").unlink()
-    refused(out / "mine.safetensors", "mine_controlnet.safetensors is not there")
+    refused(out / "mine.safetensors", "mine_controlnet.safetensors is missing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -230,17 +230,17 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_what_it_lacks(tiny_sizes, 
 
     out = tmp_path / "bad.safetensors"
     for change, message in (
-            (without(vae), "has a UNet and no autoencoder; give the checkpoint that has"),
-            (without(text), "has a UNet and no text encoder"),
-            (without(vae, text), "has a UNet and no autoencoder"),
+            (without(vae), "has a UNet but no autoencoder; give a checkpoint that holds"),
+            (without(text), "has a UNet but no text encoder"),
+            (without(vae, text), "has a UNet but no autoencoder"),
             (without(conv), rf"lacks 1 tensors of the UNet of SD1\.5, {conv} first; fetch it again, or put"),
             (without(f"{vae}decoder.conv_out"), "lacks 2 tensors of the autoencoder"),
             (without(f"{text}transformer.text_model.final"), "lacks 2 tensors of the text encoder"),
             (halves, rf"{conv} is \[4, 2, 3, 3\], which does not fit .* \[4, 16, 3, 3\]"),
             (quantised, rf"{norm} is I8, a quantised weight"),
             (foreign, "was trained with a zero terminal signal-to-noise ratio"),
-            (inpainting, "reads 9 channels, as those that fill in or edit pictures"),
-            (wider, r"of no size that is known here \(SD1\.5, SD2, SDXL\)"),
+            (inpainting, "reads 9 channels, as models for inpainting or editing"),
+            (wider, r"has no known size \(SD1\.5, SD2, SDXL\)"),
             (more, "has 1 tensors that the text encoder of")):
         refused(changed(whole, out, change), message)
     assert list(tmp_path.glob("*.safetensors")) == [out]
@@ -249,13 +249,13 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_what_it_lacks(tiny_sizes, 
 def test_a_damaged_file_a_pickle_or_no_file_is_one_line(whole, tmp_path, capsys):
     short = tmp_path / "short.safetensors"
     short.write_bytes(whole.read_bytes()[:-100])
-    refused(short, "cannot be read as a safetensors file .*cut short: fetch it again")
+    refused(short, "cannot be read as a safetensors file .*truncated; fetch it again")
     short.write_text("<html>not found</html>")
     refused(short, "cannot be read as a safetensors file")
     refused(tmp_path / "nowhere.safetensors", "nowhere.safetensors: no such file")
     refused(f"{whole}#sample", "epsilon or v_prediction, got 'sample'")
     for ending in ("ckpt", "pt", "pth", "bin"):
-        refused(tmp_path / f"mine.{ending}", r"is a pickle, which can run any code.*as \.safetensors: ComfyUI's")
+        refused(tmp_path / f"mine.{ending}", r"is a pickle, which can run any code.*as \.safetensors, which ComfyUI's")
     assert cli.main(["sample", str(tmp_path / "mine.ckpt"), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert cli.main(["train", "nano-canny", "--model", str(short), "--out", str(tmp_path / "run")]) == 2
@@ -271,12 +271,12 @@ def test_a_folder_of_configs_that_does_not_fit_is_named(family, tmp_path):
     (config / "unet" / "config.json").write_text(json.dumps({**unet, "block_out_channels": [16, 64]}))
     refused(file, rf"does not fit the UNet of {config}")
     (config / "unet" / "config.json").write_text(json.dumps({**unet, "down_block_types": ["NoBlock2D"] * 2}))
-    refused(file, rf"the configurations in {config} describe no model")
+    refused(file, rf"the configurations in {config} do not describe a model")
     (config / "unet" / "config.json").write_text(json.dumps(unet))
     shutil.rmtree(config / "tokenizer")
     refused(file, f"{config} lacks tokenizer")
     shutil.rmtree(config / "vae")
-    refused(file, rf"{config} has the UNet's configuration and lacks vae/config.json")
+    refused(file, rf"{config} has the UNet's configuration but lacks vae/config.json")
 
 
 def test_other_spellings_of_the_same_tensors_are_read(tiny_sizes, whole, tmp_path):

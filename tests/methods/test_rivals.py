@@ -2,31 +2,38 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import tiny
 from jdm.errors import UsageError
+from jdm.levels import Bound, Levels
+from jdm.loading import Loaded
 from jdm.methods.controlled_teacher import ControlledTeacher
 from jdm.methods.dsm_controlnet import DSMControlNet, Pair
 from jdm.methods.jdm import JDM
-from jdm.methods.networks import Networks
+from jdm.methods.networks import Fake
+from jdm.methods.networks import Student as Settings
+from jdm.posterior import FakePosterior, FrozenPosterior
 from jdm.recipes import all_recipes
 from jdm.schedule import NoiseSchedule
-from jdm.terms import ascend
-from worlds import LinearGaussianWorld, Rows, Student, ascended, coarse_schedule, cubature, tensor
+from jdm.terms import CleanCondition, Condition, Fidelity, ascend
+from worlds import LinearGaussianWorld, Rows, Student, ascended, coarse_schedule, cubature, scene, tensor
 
 SCHEDULE = coarse_schedule()
 LEVELS = SCHEDULE.t(torch.arange(1, 49))
 WORLD = LinearGaussianWorld.example(SCHEDULE)
 RECIPES = all_recipes()
+PLAIN: dict[str, Any] = {"lambda_t": "constant", "normaliser": "none"}
+FREE = Bound(0.0, 0.0)
 
 
 # --- DSM: || G(x_T, c) - x ||^2 ---
 
 
-def test_denoising_a_noised_picture_and_its_control_gives_their_conditional_mean_which_is_too_narrow():
+def test_dsm_learns_the_conditional_mean_and_is_narrow():
     """x ~ N(.3, 1), c = 2 x + N(0, .8^2), G(x_T, c) = g x_T + n c + b."""
     schedule, mean, slope, noise = NoiseSchedule.scaled_linear(), 0.3, 2.0, 0.8**2
     u = cubature(3)
@@ -36,7 +43,7 @@ def test_denoising_a_noised_picture_and_its_control_gives_their_conditional_mean
     def loss(weights: torch.Tensor) -> torch.Tensor:
         g, n, b = weights
         networks = SimpleNamespace(schedule=schedule, generator=lambda x_T, y, c: g * x_T + n * c + b)
-        return DSMControlNet(t_init=625).loss(networks, Pair(x, [], c, u[:, 2:]))
+        return DSMControlNet(level=625).loss(networks, Pair(x, [], c, u[:, 2:]))
 
     start = tensor([1.0, 0.0, 0.0])
     gradient = torch.autograd.functional.jacobian(loss, start)
@@ -59,19 +66,21 @@ def test_denoising_a_noised_picture_and_its_control_gives_their_conditional_mean
 # --- s_real(x_t | c) - s_fake(x_t | c) ---
 
 
-def controlled_loss(student: Student) -> torch.Tensor:
-    """`ControlledTeacher`'s generator loss, with the exact scores of data and student given c."""
-    t, c, z, eps = WORLD.drawn(LEVELS)
-    still = Student(*(p.detach() for p in (student.B, student.L, student.b)))
-    step = Rows(student(c, z), t, eps, c)
-    return ascend(step.x, ControlledTeacher(weighting="constant").direction(controlled_networks(still), step)[0])
-
-
-def controlled_networks(student: Student) -> SimpleNamespace:
+def controlled_direction(student: Student, step: Rows) -> torch.Tensor:
+    """`ControlledTeacher`'s direction with the exact scores of data and student given c."""
     def seeing(of: Student):
         return lambda x_t, t, y, c: WORLD.seeing_fake(of, c)(x_t, t)
 
-    return SimpleNamespace(schedule=SCHEDULE, real=SimpleNamespace(guided=seeing(WORLD.ideal())), fake=seeing(student))
+    networks = scene(SCHEDULE, SimpleNamespace(guided=seeing(WORLD.ideal())), seeing(student), real_sees_control=True,
+                     fake_sees_control=True)
+    return ControlledTeacher(fidelity=Fidelity(**PLAIN)).distillation().direction(networks, step)[0]
+
+
+def controlled_loss(student: Student) -> torch.Tensor:
+    t, c, z, eps = WORLD.drawn(LEVELS)
+    still = Student(*(p.detach() for p in (student.B, student.L, student.b)))
+    step = Rows(student(c, z), t, eps, c)
+    return ascend(step.x, controlled_direction(still, step))
 
 
 def student_of(seed: int) -> Student:
@@ -79,10 +88,9 @@ def student_of(seed: int) -> Student:
     return Student(*(torch.randn(*shape, generator=random).double() for shape in ((3, 2), (3, 3), (3,))))
 
 
-def test_the_controlled_teachers_direction_is_the_difference_of_two_scores_given_c():
+def test_controlled_direction_is_a_difference_of_scores():
     student, (t, c, z, eps) = student_of(0), WORLD.drawn(LEVELS)
     step = Rows(student(c, z), t, eps, c)
-    ours, _ = ControlledTeacher(weighting="constant").direction(controlled_networks(student), step)
     alpha, sigma = (v.double()[:, None] for v in (SCHEDULE.alpha(t), SCHEDULE.sigma(t)))
     x_t = alpha * step.x + sigma * eps
 
@@ -91,11 +99,11 @@ def test_the_controlled_teachers_direction_is_the_difference_of_two_scores_given
         return -torch.linalg.solve(noisy, (x_t - alpha * mean)[:, :, None]).squeeze(2)
 
     exact = score(*WORLD.x_given_c(c)) - score(c @ student.B.T + student.b, student.spread)
-    torch.testing.assert_close(ours, alpha * exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(controlled_direction(student, step), alpha * exact, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_controlled_teachers_direction_is_the_gradient_of_the_joint_kl(seed):
+def test_controlled_direction_is_the_joint_kls_gradient(seed):
     student = student_of(seed).trainable()
     parts = (student.B, student.L, student.b)
     for ours, exact in zip(torch.autograd.grad(controlled_loss(student), parts),
@@ -113,32 +121,44 @@ def test_distilling_a_controlled_teacher_ends_at_p_x_given_c():
 # --- JDM's variants ---
 
 
-def jdm_networks(student: Student, on: str = "posterior") -> SimpleNamespace:
+LIKELIHOOD = SimpleNamespace(log_prob=lambda x, c, reference: WORLD.log_prob(c, x))
+
+
+def fake_of(student: Student):
     def fake(x_t, t, y, control=None):
         seen = WORLD.marginal(student).score if control is None else WORLD.seeing_fake(student, control)
         return seen(x_t, t)
 
-    return SimpleNamespace(
-        schedule=SCHEDULE, real=SimpleNamespace(guided=WORLD.data.score), fake=fake,
-        posterior=WORLD.data.consistency if on == "posterior" else None,
-        of_pictures=lambda value: lambda x: value(x, slice(None)),
-        space=SimpleNamespace(decode=lambda x: 2 * x - 1))  # so that the likelihood reads x itself
+    return fake
 
 
-LIKELIHOOD = SimpleNamespace(log_prob=lambda x, c, reference: WORLD.log_prob(c, x))
+def direction(method: JDM, student: Student, step: Rows, sees_c: bool = False) -> torch.Tensor:
+    real = SimpleNamespace(guided=lambda x_t, t, y, c: WORLD.data.score(x_t, t))
+    posterior = getattr(method.condition, "posterior", None)
+    answers = {} if posterior is None else {
+        posterior: None if isinstance(posterior, FakePosterior) else WORLD.data.consistency}
+    networks = scene(SCHEDULE, real, fake_of(student), control=LIKELIHOOD, posteriors=answers, fake_sees_control=sees_c)
+    return method.distillation().direction(networks, step)[0]
+
+
+def jdm(condition) -> JDM:
+    return JDM(fidelity=Fidelity(**PLAIN), condition=condition)
+
+
+TERMS = {"posterior": Condition(**PLAIN, bound=FREE, weight=0.7),
+         "fake": Condition(**PLAIN, bound=FREE, weight=0.7, posterior=FakePosterior()),
+         "sample": CleanCondition(bound=FREE, weight=0.7)}
 
 
 @pytest.mark.parametrize(("on", "sees_c"), [
     ("posterior", False), ("posterior", True), ("fake", False), ("sample", False), ("sample", True)])
-def test_jdms_direction_reads_likelihood_and_fake_score_where_it_is_told(on, sees_c):
+def test_jdms_direction_reads_what_it_is_told(on, sees_c):
     student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
-    step, networks = Rows(student(c, z), t, eps, c), jdm_networks(student, on)
-    method = JDM(weighting="constant", condition_clip=(0.0, 0.0), condition_weight=0.7, condition_on=on,
-                 fake_sees_control=sees_c)
-    ours, _ = method.direction(networks, LIKELIHOOD, step)
+    step = Rows(student(c, z), t, eps, c)
+    ours = direction(jdm(TERMS[on]), student, step, sees_c)
 
     x_t, alpha = SCHEDULE.noised(step.x, t, eps), SCHEDULE.alpha(t).double()[:, None]
-    real, other = WORLD.data.score(x_t, t), networks.fake(x_t, t, (), c if sees_c else None)
+    real, other = WORLD.data.score(x_t, t), fake_of(student)(x_t, t, (), c if sees_c else None)
     if on == "sample":
         condition = torch.linalg.solve(WORLD.R, (c - step.x @ WORLD.A.T).T).T @ WORLD.A
     elif on == "fake":
@@ -150,126 +170,153 @@ def test_jdms_direction_reads_likelihood_and_fake_score_where_it_is_told(on, see
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
-class OwnSchedules(Rows):
-    """Of each stream one noise level: the middle of the range it asks for."""
+class OwnLevels(Rows):
+    """Gives each set of levels one noise level: the middle of its range."""
 
-    def noised(self, stream, schedule, span):
-        t = schedule.t(schedule.index(torch.full_like(self.t, sum(span) / 2)))
+    def noised(self, stream, schedule, low, high):
+        t = schedule.grid(torch.zeros_like(self.t), (low + high) / 2, (low + high) / 2)
         return schedule.noised(self.x.detach(), t, self.eps), t, self.eps
 
 
-def test_each_term_has_a_schedule_of_its_own_where_noise_is_not_shared():
+def test_terms_share_one_x_t_where_their_levels_are_equal():
     student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
-    step, networks = OwnSchedules(student(c, z), t, eps, c), jdm_networks(student)
-    method = JDM(weighting="constant", condition_clip=(0.0, 0.0), t_range=(0.3, 0.9), condition_range=(0.04, 0.2))
+    step, wide, own = OwnLevels(student(c, z), t, eps, c), Levels(0.3, 0.9), Levels(0.04, 0.2, "condition")
 
-    def direction(shared: bool) -> torch.Tensor:
-        return replace(method, shared_noise=shared).direction(networks, LIKELIHOOD, step)[0]
-
-    def parts(span: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
-        x_t, t, _ = step.noised("", SCHEDULE, span)
-        alpha, scores = SCHEDULE.alpha(t).double()[:, None], (WORLD.data.score(x_t, t), networks.fake(x_t, t, ()))
+    def parts(levels: Levels) -> tuple[torch.Tensor, torch.Tensor]:
+        x_t, t, _ = step.noised("", SCHEDULE, levels.low, levels.high)
+        alpha, scores = SCHEDULE.alpha(t).double()[:, None], (WORLD.data.score(x_t, t), fake_of(student)(x_t, t, ()))
         condition = WORLD.plug_in_gradient(c, x_t, t, WORLD.data.consistency_gain(t))
         return alpha * (scores[0].score - scores[1].score), alpha * condition
 
-    (fidelity, together), (_, own) = parts(method.t_range), parts(method.condition_range)
-    torch.testing.assert_close(direction(True), fidelity + together, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(direction(False), fidelity + own, atol=1e-4, rtol=1e-4)
+    for levels in (wide, own):
+        method = JDM(fidelity=Fidelity(**PLAIN, levels=wide), condition=Condition(**PLAIN, bound=FREE, levels=levels))
+        exact = parts(wide)[0] + parts(levels)[1]
+        torch.testing.assert_close(direction(method, student, step), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["real", "fake", "none"])
+@pytest.mark.parametrize("sees_c", [False, True])
+def test_normaliser_divides_by_the_x0_it_names(by, sees_c):
+    student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
+    step = Rows(student(c, z), t, eps, c)
+    plain = direction(jdm(replace(TERMS["posterior"], weight=1.0)), student, step, sees_c)
+    fidelity = direction(jdm(replace(TERMS["posterior"], weight=0.0)), student, step, sees_c)
+    ours = direction(jdm(replace(TERMS["posterior"], weight=1.0, normaliser=by)), student, step, sees_c) - fidelity
+    x_t = SCHEDULE.noised(step.x, t, eps)
+    x0 = {"real": WORLD.data.score(x_t, t).x0, "fake": fake_of(student)(x_t, t, (), c if sees_c else None).x0}
+    mean = 1.0 if by == "none" else (x0[by] - step.x).abs().mean(1, keepdim=True).clamp(min=0.1)
+    torch.testing.assert_close(ours, (plain - fidelity) / mean, atol=1e-4, rtol=1e-4)
 
 
 def moments(student: Student) -> tuple[torch.Tensor, torch.Tensor]:
     return WORLD.marginal(student).mean, WORLD.marginal(student).cov
 
 
-def test_a_condition_term_on_the_clean_sample_ignores_the_noise_level():
+def test_a_condition_on_the_clean_sample_ignores_noise_levels():
     (t, c, z, eps), student = WORLD.drawn(LEVELS), WORLD.ignorant()  # real and fake agree: only the condition is left
-    method = JDM(weighting="x0", condition_clip=(0.0, 0.0), condition_on="sample")
-    early, late = (method.direction(jdm_networks(student), LIKELIHOOD, Rows(
-        student(c, z), torch.full_like(t, level), eps, c))[0] for level in (0.1, 0.9))
+    early, late = (direction(jdm(TERMS["sample"]), student, Rows(student(c, z), torch.full_like(t, level), eps, c))
+                   for level in (0.1, 0.9))
     torch.testing.assert_close(early, late, atol=1e-4, rtol=1e-4)
     assert early.abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("progress", "ratio"), [(0.0, 0.5), (0.49, 0.5), (0.5, 2.0), (0.99, 2.0)])
-def test_the_condition_terms_bound_is_the_first_in_the_first_half_of_a_run_and_then_the_second(progress, ratio):
+def test_a_bound_has_an_early_and_a_late_value(progress, ratio):
     student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
     step = Rows(student(c, z), t, eps, c, progress=progress)
-
-    def direction(weight: float) -> torch.Tensor:
-        method = JDM(weighting="constant", condition_clip=(0.5, 2.0), condition_weight=weight)
-        return method.direction(jdm_networks(student), LIKELIHOOD, step)[0]
-
-    fidelity, condition = direction(0.0), direction(1e6) - direction(0.0)
-    torch.testing.assert_close(condition.norm(dim=1).max(), ratio * fidelity.norm(dim=1).mean(), atol=1e-4, rtol=1e-4)
+    fidelity, both = (direction(jdm(Condition(**PLAIN, bound=Bound(0.5, 2.0), weight=weight)), student, step)
+                      for weight in (0.0, 1e6))
+    torch.testing.assert_close((both - fidelity).norm(dim=1).max(), ratio * fidelity.norm(dim=1).mean(), atol=1e-4,
+                               rtol=1e-4)
 
 
-def test_a_steps_progress_is_the_share_of_the_run_that_is_done(teacher, tmp_path):
+def test_a_steps_progress_is_the_share_done(teacher, tmp_path):
     run = tiny.run(RECIPES["nano-clean-likelihood"](), tmp_path, teacher, steps=4)
-    begin = run.method.task(run).begin
+    begin = run.method.task(Loaded(run)).begin
     assert [begin(step).progress for step in range(4)] == [0, 0.25, 0.5, 0.75]
 
 
-def test_a_frozen_posterior_answers_with_its_own_network_and_has_no_adapter(teacher, tmp_path):
+def test_a_frozen_posterior_answers_with_its_own_network(teacher, tmp_path):
     run = tiny.run(RECIPES["nano-frozen-posterior"](), tmp_path, teacher)
-    networks = Networks.of(run, 625).with_frozen_posterior(str(teacher))
+    networks = tiny.networks(run)
     for parameter in networks.fake.net.parameters():
         parameter.data.zero_()  # the moving posterior of the paper would follow
     x_t, t = torch.randn(2, 8, 8, 8), networks.schedule.t(torch.tensor([100, 700]))
+    (posterior,) = networks.posteriors.values()
     with torch.no_grad():
-        ours, exact = networks.posterior(x_t, t, ["a coat", ""]), networks.real(x_t, t, ["a coat", ""]).x0
+        ours, exact = posterior(x_t, t, ["a coat", ""]), networks.real_score(1.0)(x_t, t, ["a coat", ""]).x0
     torch.testing.assert_close(ours, exact)
     assert not networks.adapters
 
 
-def test_a_fake_scores_new_controlnet_learns_at_a_controlnets_rate_and_a_trained_one_at_the_fakes(teacher, tmp_path):
+def test_a_fake_scores_controlnet_has_a_rate_of_its_own(teacher, tmp_path):
     def groups(name):
         run = tiny.run(RECIPES[name](), tmp_path, teacher)
-        (phase,) = [p for p in run.method.task(run).phases if p.name == "fake"]
+        (phase,) = [p for p in run.method.task(Loaded(run)).phases if p.name == "fake"]
         return run.method, [(len(parameters), optimiser) for parameters, optimiser in phase.groups]
 
     method, ((unet, one),) = groups("nano-no-warm-up")
-    assert one == method.fake
+    assert one == method.fake.optimiser
     method, ((same, one), (controlnet, other)) = groups("nano-controlled-fake")
-    assert (same, one, other) == (unet, method.fake, method.controlnet)
+    assert (same, one, other) == (unet, method.fake.optimiser, method.controlnet.optimiser)
     assert controlnet > 20
-    method, ((both, one),) = groups("nano-controlled-teacher")
-    assert (both, one) == (unet + controlnet, method.fake)
+    method, ((whole, one), (branch, other)) = groups("nano-controlled-teacher")
+    assert (whole, branch, one, other) == (unet, controlnet, method.fake.optimiser, method.fake.optimiser)
 
 
 # --- what cannot be started ---
 
 
-def test_a_start_that_is_no_one_step_generator_or_runs_at_another_level_is_refused(teacher, student, tmp_path):
+@pytest.mark.parametrize(("start", "levels", "message"), [
+    ("teacher", (625,), r"is not a one-step generator.*jdm train nano-diff-instruct"),
+    ("student", (500,), r"runs at levels \[625\], asked for \[500\]; use --levels 625")])
+def test_a_start_that_does_not_fit_is_refused(start, levels, message, teacher, tmp_path):
     run = tiny.run(RECIPES["nano-canny"](), tmp_path, teacher)
-    with pytest.raises(UsageError, match=r"is no one-step generator.*jdm train nano-diff-instruct"):
-        Networks.of(run, 625, start=str(teacher))
-    with pytest.raises(UsageError, match="runs at level 625, asked for t_init 500; use --t-init 625"):
-        Networks.of(run, 500, start=str(student))
+    run = replace(run, method=replace(run.method, student=Settings(levels, str(teacher.with_name(start)))))
+    with pytest.raises(UsageError, match=message):
+        tiny.networks(run)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"train_unet": False}, "must be a one-step generator's; name it with --start"),
-    ({"condition_on": "sample", "draws": 4}, "need condition_on posterior, got sample"),
-    ({"condition_on": "fake", "frozen_posterior": "somewhere"}, "need condition_on posterior, got fake"),
-    ({"condition_on": "fake", "fake_sees_control": True}, "no x0 blind to it")])
-def test_variants_that_contradict_each_other_are_refused(changes, message, teacher, tmp_path):
+    ({"student": Settings(optimiser=None)}, "must be a one-step generator's; name it with --student.start"),
+    ({"student": Settings(optimiser=None, rank=2)}, "a frozen backbone has no LoRA to train"),
+    ({"condition": Condition(posterior=FakePosterior()), "fake": Fake(controlnet=Settings().optimiser)},
+     "no x0 blind to it")])
+
+def test_settings_that_contradict_each_other_are_refused(changes, message, teacher, tmp_path):
     run = tiny.run(RECIPES["nano-canny"](), tmp_path, teacher)
     with pytest.raises(UsageError, match=message):
-        replace(run.method, **changes).task(run)
+        tiny.networks(replace(run, method=replace(run.method, **changes)))
 
 
-def test_a_controlled_teacher_without_a_controlnet_or_of_one_step_is_refused(teacher, student, tmp_path):
+def test_levels_outside_their_range_are_refused():
+    for low, high in ((-0.1, 0.5), (0.5, 0.2), (0.5, 1.5), (0.0, 0.0)):
+        with pytest.raises(UsageError, match="0 <= low <= high <= 1"):
+            Levels(low, high)
+
+
+def test_a_frozen_posterior_of_other_latents_is_refused(teacher, tmp_path):
+    run = tiny.run(RECIPES["nano-frozen-posterior"](), tmp_path, teacher)
+    assert isinstance(run.method.condition.posterior, FrozenPosterior)
+    loaded = Loaded(run)
+    loaded.model("posterior").backbone.register_to_config(in_channels=3)
+    with pytest.raises(UsageError, match="works on other latents than the teacher"):
+        run.method.task(loaded)
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_a_controlled_teacher_must_be_multi_step_and_controlled(model, teacher, tmp_path):
     run = tiny.run(RECIPES["nano-controlled-teacher"](), tmp_path, teacher)
-    for model in (teacher, student):
-        with pytest.raises(UsageError, match="is no multi-step model with a ControlNet"):
-            replace(run.method, teacher=str(model)).task(run)
+    method = replace(run.method, teacher=str(teacher.with_name(model)))
+    with pytest.raises(UsageError, match="is not a multi-step model with a ControlNet"):
+        method.task(Loaded(replace(run, method=method)))
 
 
-def test_a_controlled_teachers_networks_all_start_from_its_controlnet(teacher, controlled, tmp_path):
+def test_a_controlled_teachers_networks_start_from_its_controlnet(teacher, controlled, tmp_path):
     from safetensors.torch import load_file
 
     run = tiny.run(RECIPES["nano-controlled-teacher"](), tmp_path, teacher)
-    task = run.method.task(run)
+    task = run.method.task(Loaded(run))
     weights = load_file(controlled / "controlnet" / "diffusion_pytorch_model.safetensors")
     for net in (task.modules["controlnet"], task.modules["fake"].controlnet):
         assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())

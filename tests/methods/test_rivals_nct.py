@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
+from jdm.loading import Loaded
 from jdm.methods.nct import NCT, Multiplier, Noises, diffused
-from jdm.methods.networks import Networks, loaded_control
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import all_recipes
 from jdm.training import checkpoint
@@ -111,7 +110,7 @@ def test_each_switch_removes_exactly_its_own_loss():
 def test_a_run_without_either_loss_is_refused(tmp_path):
     run = tiny.run(RECIPES["nano-nct"](), tmp_path, tmp_path)
     with pytest.raises(UsageError, match="without both of its losses"):
-        NCT(consistency=False, boundary=False).task(run)
+        NCT(consistency=False, boundary=False).needs(run)
 
 
 def test_the_loss_weighs_the_boundary_with_the_multiplier_of_before_the_dual_step():
@@ -144,11 +143,10 @@ def test_the_distance_is_a_pseudo_huber_one_of_the_root_mean_square():
 
 def test_the_control_is_measured_on_the_frozen_generators_own_sample(teacher, student, tmp_path):
     run = tiny.run(RECIPES["nano-nct"](), tmp_path, teacher)
-    control = loaded_control("canny", 32)
-    networks = Networks.of(run, 625, start=str(student), train_unet=False).with_controlnet()
-    pictures = load_pictures(run.data.source, run.data.split, 32)
-    batch = Noises.of(networks, run, pictures, control, step=0)
-    alone = StableDiffusion.load(str(student)).with_parts(controlnet=None)
+    networks = run.method._networks(Loaded(run))
+    control = networks.control
+    batch = Noises.of(networks, control, step=0)
+    alone = StableDiffusion.load(str(student)).with_networks(controlnet=None)
     x = alone.generator(alone.text())(batch.z, batch.y)
     torch.testing.assert_close(batch.x, x, atol=1e-4, rtol=1e-4)
     images = ((networks.space.decode(x) + 1) / 2).clamp(0, 1)

@@ -1,7 +1,7 @@
 """JDM for text-to-image: guidance across schedules, its sum of terms, and teachers that cannot guide."""
 
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +9,22 @@ from torch import Tensor
 
 import tiny
 from jdm.errors import UsageError
+from jdm.levels import Bound
+from jdm.loading import Loaded
 from jdm.methods.diff_instruct import DiffInstruct
-from jdm.methods.text_to_image import TextToImage, guidance_of, guide_of, matched
-from jdm.models.stable_diffusion import StableDiffusion, save_pipeline
+from jdm.methods.engine import Distillation, guidance_of
+from jdm.methods.networks import Fake, Student, guide
+from jdm.methods.text_to_image import TextToImage
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.posterior import ConsistencyPosterior
 from jdm.recipes import all_recipes
-from jdm.schedule import NoiseSchedule
+from jdm.run import Needs
+from jdm.schedule import NoiseSchedule, matched
 from jdm.score import Estimate, ScoreModel
-from jdm.terms import cfg_augmentation, picture_by_picture
+from jdm.terms import CFGAugmentation, CleanReward, Fidelity, Reward, cfg_augmentation, picture_by_picture
 from jdm.training.loop import Trainer
-from worlds import Gaussian, Rows, cubature, tensor
+from worlds import Gaussian, Rows, cubature, scene, tensor
 
 OURS = NoiseSchedule.scaled_linear()
 # Another family's ramp, of fewer levels and of a wider range: every ratio of OURS lies inside.
@@ -26,7 +33,7 @@ PROMPTS = ("a", "coat", "dress")
 
 
 def log_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    return torch.logit(schedule.alphas_cumprod[schedule.index(t)])
+    return torch.logit(schedule.alphas_cumprod[schedule.timestep(t)])
 
 
 def every(schedule: NoiseSchedule) -> Tensor:
@@ -87,13 +94,9 @@ def test_matched_levels_of_two_schedules_agree_in_signal_to_noise_to_half_a_leve
     assert ((found - wanted).abs() <= half + 1e-9).all()
 
 
-def test_a_ratio_beyond_a_schedule_gets_its_last_level():
-    assert float(matched(NoiseSchedule(OURS.alphas_cumprod[:500]), OURS, tensor([1.0]))) == 1
-
-
 def test_a_teacher_that_guides_itself_gives_its_own_guidance():
     step, model = rows(), gaussian(0, OURS).model()
-    x_t, t, _ = step.noised("", OURS, (0, 1))
+    x_t, t, _ = step.noised("", OURS, 0, 1)
     ours = guidance_of(model, OURS, x_t, t, list(step.y))
     own = model.conditional_and_unconditional(x_t, t, list(step.y))
     for a, b in zip(ours, own, strict=True):
@@ -103,7 +106,7 @@ def test_a_teacher_that_guides_itself_gives_its_own_guidance():
 
 def test_a_guide_on_another_schedule_in_v_gives_its_score_of_this_schedules_x_t():
     step, guide = rows(), gaussian(1, THEIRS, velocity=True)
-    x_t, t, _ = step.noised("", OURS, (0, 1))
+    x_t, t, _ = step.noised("", OURS, 0, 1)
     ours = guidance_of(guide.model(), OURS, x_t, t, list(step.y))
     for estimate, text in zip(ours, (meant(step.y), 0 * meant(step.y)), strict=True):
         alpha = OURS.alpha(t).double()[:, None]
@@ -130,87 +133,116 @@ def test_a_guide_is_exact_where_its_level_has_this_levels_ratio():
 # --- the sum ---
 
 
-def networks_of(guidance: float = 1.0) -> SimpleNamespace:
-    return SimpleNamespace(schedule=OURS, real=gaussian(0, OURS).model(guidance), fake=gaussian(2, OURS).model(),
-                           posterior=None, of_pictures=lambda value: lambda x: value(x, slice(None)),
-                           space=SimpleNamespace(decode=lambda x: 2 * x - 1))
+PLAIN: dict[str, Any] = {"lambda_t": "constant", "normaliser": "none"}
+FREE = Bound(0.0, 0.0)
+
+
+def text(w: float = 0.0, teacher: str = "", prompt: bool = True, reward: Any = None) -> TextToImage:
+    return TextToImage(fake=Fake(prompt=prompt), fidelity=Fidelity(**PLAIN, guidance=1.0),
+                       guidance=CFGAugmentation(**PLAIN, weight=w, teacher=teacher), reward=reward)
+
+
+def direction(method: Any, step: Rows, guidance: float = 1.0, **more: Any) -> tuple[Tensor, dict]:
+    networks = scene(OURS, gaussian(0, OURS).model(guidance), told(gaussian(2, OURS).model()), **more)
+    return method.distillation().direction(networks, step)
+
+
+def told(model: ScoreModel) -> Any:
+    """A fake score that takes no control."""
+    return lambda x_t, t, y, control=None: model(x_t, t, y)
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5])
-def test_own_guidance_with_fidelity_on_the_prompt_is_guided_diff_instruct(w):
+def test_own_guidance_on_the_prompt_is_guided_diff_instruct(w):
     """Without a normaliser, which differs: the plain real score's in one, the guided one's in the other."""
-    ours, _ = TextToImage(guidance=w, weighting="constant").direction(networks_of(), None, None, rows())
-    exact, _ = DiffInstruct(weighting="constant").direction(networks_of(w), rows())
+    ours, _ = direction(text(w - 1), rows())
+    exact, _ = direction(DiffInstruct(fidelity=Fidelity(**PLAIN, guidance=w)), rows(), w)
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
-def test_blind_fidelity_is_the_unconditional_scores_difference_plus_w_times_the_guidance():
-    step, networks = rows(), networks_of()
-    ours, _ = TextToImage(guidance=3.0, fidelity="blind", weighting="constant").direction(networks, None, None, step)
-    x_t, t, _ = step.noised("", OURS, (0, 1))
-    cond, uncond = networks.real.conditional_and_unconditional(x_t, t, step.y)
-    fake = networks.fake(x_t, t, [""] * len(x_t))
+def test_blind_fidelity_compares_scores_without_the_prompt():
+    step = rows()
+    ours, _ = direction(text(3.0, prompt=False), step)
+    x_t, t, _ = step.noised("", OURS, 0, 1)
+    cond, uncond = gaussian(0, OURS).model().conditional_and_unconditional(x_t, t, step.y)
+    fake = gaussian(2, OURS).model()(x_t, t, [""] * len(x_t))
     exact = cond.alpha * (uncond.score - fake.score + 3 * (cond.score - uncond.score))
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
 def test_another_teachers_guidance_replaces_only_the_guidance():
-    step, networks, guide = rows(), networks_of(), gaussian(1, THEIRS, velocity=True).model()
-    method = TextToImage(guidance=3.0, weighting="constant")
-    own, _ = method.direction(networks, None, None, step)
-    ours, _ = method.direction(networks, guide, None, step)
-    x_t, t, _ = step.noised("", OURS, (0, 1))
+    step, other = rows(), gaussian(1, THEIRS, velocity=True).model()
+    own, _ = direction(text(2.0), step)
+    ours, _ = direction(text(2.0, teacher="other"), step, guides={"guide other": other})
+    x_t, t, _ = step.noised("", OURS, 0, 1)
     alpha = OURS.alpha(t, x_t)
-    theirs = cfg_augmentation(*guidance_of(guide, OURS, x_t, t, list(step.y)))
-    before = cfg_augmentation(*networks.real.conditional_and_unconditional(x_t, t, step.y))
+    theirs = cfg_augmentation(*guidance_of(other, OURS, x_t, t, list(step.y)))
+    before = cfg_augmentation(*gaussian(0, OURS).model().conditional_and_unconditional(x_t, t, step.y))
     torch.testing.assert_close(ours - own, 2 * alpha * (theirs - before), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("on", ["posterior", "sample"])
-def test_a_reward_adds_its_gradient_for_its_own_prompt_through_the_posterior_or_on_the_sample(on, together):
-    step, networks = rows(), networks_of()
-    networks.posterior = lambda x_t, t, y: 0.5 * x_t
-    if not together:
-        networks.of_pictures = picture_by_picture
-    aim = meant(step.y) + tensor([1.0, -1.0, 0.5])
+def test_a_reward_adds_its_gradient(on, together):
+    """For its own prompt, through the posterior or on the sample, picture by picture or at once."""
+    step, aim = rows(), meant(rows().y) + tensor([1.0, -1.0, 0.5])
 
     def reward(images: Tensor, y) -> Tensor:
         assert len(images) == len(y)
         return -(images - meant(y) - tensor([1.0, -1.0, 0.5])).square().sum(1) / 2
 
-    method = TextToImage(weighting="constant", reward_weight=0.3, reward_clip=0.0, reward_on=on)
-    plain, _ = method.direction(networks, None, None, step)
-    ours, logs = method.direction(networks, None, reward, step)
-    x_t, t, _ = step.noised("", OURS, (0, 1))
+    term: Any = CleanReward(weight=0.3, bound=FREE) if on == "sample" else Reward(**PLAIN, weight=0.3, bound=FREE)
+    more: dict[str, Any] = {} if together else {"of_pictures": picture_by_picture}
+    plain, _ = direction(text(1.0), step)
+    ours, logs = direction(text(1.0, reward=term), step, reward=reward,
+                           posteriors={ConsistencyPosterior(): lambda x_t, t, y: 0.5 * x_t}, **more)
+    x_t, t, _ = step.noised("", OURS, 0, 1)
     exact = aim - step.x if on == "sample" else 0.5 * OURS.alpha(t, x_t) * (aim - 0.5 * x_t)
     torch.testing.assert_close(ours - plain, 0.3 * exact, atol=1e-4, rtol=1e-4, check_dtype=False)
     torch.testing.assert_close(logs["reward"], reward(step.x, step.y).mean())
 
 
-def test_a_clipped_reward_is_at_most_as_long_as_fidelity():
-    step, networks = rows(), networks_of()
-    networks.posterior = lambda x_t, t, y: x_t
-    method = TextToImage(weighting="constant", reward_weight=1e6)
-    plain, _ = method.direction(networks, None, None, step)
-    ours, _ = method.direction(networks, None, lambda images, y: images.sum(1), step)
+def test_a_bounded_reward_is_at_most_as_long_as_the_rest():
+    step = rows()
+    plain, _ = direction(text(1.0), step)
+    ours, _ = direction(text(1.0, reward=Reward(**PLAIN, weight=1e6)), step, reward=lambda images, y: images.sum(1),
+                        posteriors={ConsistencyPosterior(): lambda x_t, t, y: x_t})
     torch.testing.assert_close((ours - plain).norm(dim=1), plain.norm(dim=1).mean().expand(60), atol=1e-4, rtol=1e-4,
                                check_dtype=False)
 
 
-@pytest.mark.parametrize("fidelity", ["prompt", "blind"])
-def test_the_fake_score_learns_with_the_prompt_unless_fidelity_is_blind_to_it(fidelity, teacher, tmp_path):
+@pytest.mark.parametrize("pairs", [0, 1, 2])
+def test_one_pass_serves_every_term_at_the_same_levels(pairs):
+    """Two augmentations and a fidelity term at shared levels ask the teacher once."""
+    calls = []
+
+    class Counted(ScoreModel):
+        def _estimate(self, x_t, *more):
+            calls.append(len(x_t))
+            return super()._estimate(x_t, *more)
+
+    net = gaussian(0, OURS)
+    terms = {"fidelity": Fidelity(**PLAIN, guidance=1.0),
+             **{f"guidance {k}": CFGAugmentation(**PLAIN) for k in range(pairs)}}
+    networks = scene(OURS, Counted(net, OURS, "epsilon", meant), told(gaussian(2, OURS).model()))
+    Distillation("", Student(), Fake(), terms).direction(networks, rows())
+    assert calls == [60 if not pairs else 120]
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_fake_score_learns_with_what_it_is_told(prompt, teacher, tmp_path):
     run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path, teacher)
-    task = replace(run.method, fidelity=fidelity).task(run)
+    method = replace(run.method, fake=replace(run.method.fake, prompt=prompt))
+    task = method.task(Loaded(replace(run, method=method)))
     step, (fake, *_) = task.begin(0), task.phases
     loss, _ = fake.loss(step, 0)
     loaded = StableDiffusion.load(str(teacher))
-    x_t, t, eps = step.noised("fake/0", loaded.schedule, run.method.fake_range)
+    x_t, t, eps = step.noised("fake/0", loaded.schedule, method.fake.low, method.fake.high)
+    score = loaded.score_of(loaded.text(), loaded.denoiser())
     with torch.no_grad():  # at the start the fake score is the teacher's
-        errors = {kind: loaded.score(loaded.text())(x_t, t, y).eps - eps
-                  for kind, y in (("prompt", step.y), ("blind", [""] * 4))}
-    torch.testing.assert_close(loss.detach(), errors[fidelity].square().mean(), atol=1e-6, rtol=1e-5)
-    assert abs(float(errors["prompt"].square().mean() / errors["blind"].square().mean()) - 1) > 1e-3
+        errors = {kind: score(x_t, t, y).eps - eps for kind, y in ((True, step.y), (False, [""] * 4))}
+    torch.testing.assert_close(loss.detach(), errors[prompt].square().mean(), atol=1e-6, rtol=1e-5)
+    assert abs(float(errors[True].square().mean() / errors[False].square().mean()) - 1) > 1e-3
 
 
 # --- who may guide ---
@@ -219,22 +251,26 @@ def test_the_fake_score_learns_with_the_prompt_unless_fidelity_is_blind_to_it(fi
 def test_a_guide_computes_as_the_run_says_and_trains_with_it(teacher, tmp_path, untrained_judge):
     run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path / "run", teacher, steps=2, precision="bf16")
     trainer = Trainer(run)
-    guide = trainer.task.frozen[-1]
-    assert guide.autocast is torch.bfloat16
-    assert {p.dtype for p in guide.parameters()} == {torch.bfloat16}
-    before = [p.clone() for p in guide.parameters()]
+    other = trainer.task.frozen[-2]  # before the decoder
+    assert other.autocast is torch.bfloat16
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    before = [p.clone() for p in other.parameters()]
     logs = trainer.step(0)
     assert 0 < logs["guidance"] < float("inf")
-    assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def loaded_with(teacher, folder) -> Loaded:
+    run = tiny.run(all_recipes()["nano-text-guided"](), folder, teacher)
+    return Loaded(run, Needs({"teacher": str(teacher), "guide": str(folder)}, prompts=("teacher", "guide")))
 
 
 def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):
-    loaded = StableDiffusion.load(str(teacher))
-    run = SimpleNamespace(device="cpu", data=tiny.DATA)
+    own = StableDiffusion.load(str(teacher))
     x_t, t, y = torch.randn(2, 8, 8, 8), OURS.t(torch.tensor([30, 800])), ["a coat", ""]
     with torch.no_grad():
-        guided = guide_of(str(teacher), loaded, run)(x_t, t, y)  # type: ignore[arg-type]
-        eps = loaded.unet(x_t, OURS.index(t), loaded.text()(y)).sample
+        guided = guide(loaded_with(teacher, teacher), "guide")(x_t, t, y)
+        eps = own.backbone(x_t, OURS.timestep(t), own.text()(y)).sample
     torch.testing.assert_close(guided.eps, eps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(guided.score, -eps / OURS.sigma(t, eps), atol=1e-4, rtol=1e-4)
     other = StableDiffusion.load(str(teacher))
@@ -242,23 +278,22 @@ def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):
         parameter.mul_(1.5)
     save_pipeline(other, tmp_path / "weights")
     with pytest.raises(UsageError, match=r"encodes a probe picture \d+% apart .*one latent space"):
-        guide_of(str(tmp_path / "weights"), loaded, run)  # type: ignore[arg-type]
+        guide(loaded_with(teacher, tmp_path / "weights"), "guide")
     other.vae.register_to_config(scaling_factor=0.5)
     save_pipeline(other, tmp_path / "config")
     with pytest.raises(UsageError, match=r"autoencoder has scaling_factor 0.5, the teacher's .*one latent space"):
-        guide_of(str(tmp_path / "config"), loaded, run)  # type: ignore[arg-type]
+        guide(loaded_with(teacher, tmp_path / "config"), "guide")
 
 
-def test_a_guide_has_its_own_text_encoder_schedule_and_prediction(teacher, tmp_path):
+def test_a_guide_has_its_own_text_and_schedule(teacher, tmp_path):
     from jdm.models import nano
 
-    loaded = StableDiffusion.load(str(teacher))
-    other = tiny.model().with_parts(vae=loaded.vae, scheduler={
+    own = StableDiffusion.load(str(teacher))
+    other = tiny.model().with_parts(vae=own.vae, scheduler={
         **nano.SCHEDULER, "num_train_timesteps": 500, "prediction_type": "v_prediction"})
     save_pipeline(other, tmp_path / "guide")
-    run = SimpleNamespace(device="cpu", data=replace(tiny.DATA))
-    guide = guide_of(str(tmp_path / "guide"), loaded, run)  # type: ignore[arg-type]
-    assert (guide.schedule.n, guide.prediction) == (500, "v_prediction")
-    assert guide.text is not None
-    torch.testing.assert_close(guide.text(["a coat"]), other.text()(["a coat"]))
-    assert not torch.allclose(guide.text(["a coat"]), loaded.text()(["a coat"]))
+    found = guide(loaded_with(teacher, tmp_path / "guide"), "guide")
+    assert (found.schedule.n, found.prediction) == (500, "v_prediction")
+    assert found.text is not None
+    torch.testing.assert_close(found.text(["a coat"]), other.text()(["a coat"]))
+    assert not torch.allclose(found.text(["a coat"]), own.text()(["a coat"]))

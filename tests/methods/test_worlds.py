@@ -1,12 +1,13 @@
 """The bound of Lemma 3.1 in closed form, and jdm.terms as its gradient (JDM Eq. 5)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jdm.schedule import NoiseSchedule
-from jdm.terms import ascend, condition_alignment, distribution_matching, lambda_t, on_x
+from jdm.terms import NoisyTerm, ascend, condition_alignment, distribution_matching
 from worlds import Gaussian, LinearGaussianWorld, MixtureWorld, Student, ascended, coarse_schedule, tensor
 
 FINE = NoiseSchedule.scaled_linear()
@@ -22,7 +23,7 @@ def levels_of(schedule: NoiseSchedule, low: float = 0.02, high: float = 0.98) ->
 
 def weights_of(weighting: str, schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     """lambda_t in closed form: 1, or sigma^2 / alpha^2."""
-    acp = schedule.alphas_cumprod[schedule.index(t)]
+    acp = schedule.alphas_cumprod[schedule.timestep(t)]
     return {"constant": torch.ones_like(acp), "x0": (1 - acp) / acp}[weighting]
 
 
@@ -191,7 +192,8 @@ def loss(student: Student, t, weighting="constant", condition=True, sees_c=False
     if condition:
         direction = direction + condition_alignment(
             lambda v: world.log_prob_t(c, v, t), lambda v, t, y: v, x_t, t)
-    return ascend(x, on_x(direction, real, lambda_t(weighting, real)))
+    at = SimpleNamespace(alpha=real.alpha, sigma=real.sigma)
+    return ascend(x, NoisyTerm(lambda_t=weighting, normaliser="none").on_x(direction, at))
 
 
 def gradient(value, student: Student) -> torch.Tensor:

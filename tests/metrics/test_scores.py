@@ -96,7 +96,7 @@ def test_the_first_prompts_of_every_style_are_asked(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("none", None, "holds no prompts; give a folder of JSON lists"),
+    ("none", None, "holds no prompts; give a folder with one JSON list per style"),
     ("broken.json", "[", "could not be read as prompts"),
     ("other.json", '{"a": 1}', "must be a list of strings"),
     ("empty.txt", "\n", "holds no prompt"),
@@ -141,7 +141,7 @@ def test_fid_says_what_it_needs_where_it_cannot_be_had(tmp_path):
         with pytest.raises(UsageError, match=r"FID needs torch-fidelity .*pip install 'jdm\[fid\]'"):
             Inception()
         return
-    with pytest.raises(UsageError, match="there is no such file of Inception's weights"):
+    with pytest.raises(UsageError, match="no such file of Inception's weights"):
         Inception(str(tmp_path / "none.pth"))
 
 
@@ -193,7 +193,7 @@ def test_fids_features_are_torch_fidelitys_in_batches_under_the_name_of_their_we
 def test_a_pickle_is_no_file_of_inceptions_weights(torch_fidelity, tmp_path):
     file = tmp_path / "inception.pth"
     torch.save({"weight": Path("anything")}, file)
-    with pytest.raises(UsageError, match=r"FID: .*inception\.pth is not a file of weights"):
+    with pytest.raises(UsageError, match=r"FID: .*inception\.pth is not a weights file"):
         Inception(str(file))
 
 
@@ -212,5 +212,5 @@ def test_distances_read_the_packaged_pictures_classifier_first_then_fid_then_eff
 
 
 def test_an_extractor_nobody_knows_is_refused():
-    with pytest.raises(UsageError, match="no extractor 'resnet'; further ones are inception"):
+    with pytest.raises(UsageError, match="no extractor 'resnet'; the known ones are inception"):
         extractors("my_pictures", also=["resnet"])

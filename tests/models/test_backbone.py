@@ -12,13 +12,14 @@ from jdm.library import load_model
 from jdm.methods.jdm import JDM
 from jdm.models import execution
 from jdm.models.adapters import Adapter, switched_on
-from jdm.models.stable_diffusion import Denoiser, with_merged
-from jdm.recipes.nano import nano_canny, nano_diff_instruct
-from jdm.recipes.nano_text import nano_text_reward
+from jdm.models.family import with_merged
+from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.reproduce.models import LATER, essence
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
+from tiny import nano_canny, nano_diff_instruct, nano_text_reward
 
+TARGETS = StableDiffusion.lora_targets
 LORA = {"student_rank": 2, "fake_rank": 2}
 
 
@@ -60,19 +61,19 @@ def test_fake_posterior_and_student_begin_as_the_teacher_whether_copied_or_adapt
         real = networks.real(x_t, t, y)
         assert torch.equal(networks.fake(x_t, t, y).eps, real.eps)
         assert torch.equal(networks.posterior(x_t, t, y), real.x0)
-        assert torch.equal(networks.student(x_t, networks.schedule.index(t), networks.text(y)), real.eps)
+        assert torch.equal(networks.student(x_t, networks.schedule.timestep(t), networks.text(y)), real.eps)
 
 
 def test_each_denoiser_computes_with_its_own_adapters_on_the_one_unet(tmp_path, teacher):
     networks = networks_of(shared(tmp_path, teacher))
     nets = networks.running[:4]
-    assert len({id(net.unet) for net in nets}) == 1
+    assert len({id(net.backbone) for net in nets}) == 1
     speaking(networks.teacher.unet)
     x_t, t, y = sample(networks)
     with torch.no_grad():
-        said = [net(x_t, networks.schedule.index(t), networks.text(y)) for net in nets]
+        said = [net(x_t, networks.schedule.timestep(t), networks.text(y)) for net in nets]
         plain = load_model(str(teacher)).unet
-        untouched = Denoiser(plain)(x_t, networks.schedule.index(t), networks.text(y))
+        untouched = UNetDenoiser(plain)(x_t, networks.schedule.timestep(t), networks.text(y))
     student, real, fake, posterior = said
     assert torch.equal(real, untouched)
     for a, b in [(student, fake), (fake, posterior), (student, posterior), (fake, real), (student, real)]:
@@ -89,7 +90,7 @@ def test_the_posterior_is_the_fake_adapter_and_its_own_together(tmp_path, teache
     plain.load_state_dict(both)
     x_t, t, y = sample(networks)
     with torch.no_grad():
-        expected = networks.teacher.score(networks.text, plain)(x_t, t, y).x0
+        expected = networks.teacher.score_of(networks.text, networks.teacher.denoiser(plain))(x_t, t, y).x0
         torch.testing.assert_close(networks.posterior(x_t, t, y), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -177,14 +178,14 @@ def _gradients(run):
 def test_a_recomputed_forward_sees_the_adapters_of_the_first(teacher):
     """Without `now_on` the recomputation runs on the bare backbone and its gradients are wrong without a word."""
     unet = load_model(str(teacher)).unet
-    adapter = Adapter(unet, "fake", 2)
+    adapter = Adapter(unet, "fake", 2, TARGETS)
     speaking(unet)
     seen = []
     layer = next(iter(adapter.layers.values()))
     layer.register_forward_pre_hook(  # type: ignore[attr-defined]
         lambda *_: seen.append(list(layer._active_adapter)))
     unet.enable_gradient_checkpointing(execution.checkpointed)
-    net = Denoiser(unet, adapters=[adapter])
+    net = UNetDenoiser(unet, adapters=[adapter])
     x = torch.randn(1, 8, 8, 8)
     out = net(x, torch.tensor([100.0]), torch.randn(1, 16, load_model(str(teacher)).unet.config["cross_attention_dim"]))
     torch.autograd.grad(out.sum(), list(adapter.parameters()))
@@ -194,7 +195,7 @@ def test_a_recomputed_forward_sees_the_adapters_of_the_first(teacher):
 
 def test_switching_nests_and_comes_back(teacher):
     unet = load_model(str(teacher)).unet
-    a, b = Adapter(unet, "a", 2), Adapter(unet, "b", 1)
+    a, b = Adapter(unet, "a", 2, TARGETS), Adapter(unet, "b", 1, TARGETS)
     layer = next(iter(a.layers.values()))
     with switched_on([a]):
         with switched_on([a, b]):
@@ -314,7 +315,7 @@ def test_a_tiny_decoder_of_other_latents_is_refused(tmp_path, teacher, made, mes
 
 
 def test_what_is_no_tiny_decoder_is_refused(tmp_path, teacher):
-    with pytest.raises(UsageError, match="is no tiny autoencoder"):
+    with pytest.raises(UsageError, match="is not a tiny autoencoder"):
         networks_of(shared(tmp_path / "run", teacher, decoder=str(teacher / "unet")))
 
 
@@ -334,7 +335,7 @@ def test_a_field_added_since_counts_in_a_cells_name_only_where_it_changes_someth
 
 def test_a_cpus_networks_see_channels_last_tensors_and_give_contiguous_ones(teacher):
     model = load_model(str(teacher.parent / "controlled"))
-    net, seen = Denoiser(model.unet, model.controlnet), {}
+    net, seen = UNetDenoiser(model.unet, model.controlnet), {}
 
     def watch(module, inputs):
         seen.setdefault(names[module], inputs[0].is_contiguous(memory_format=torch.channels_last))

@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 import tiny
 from jdm.models import execution
 from jdm.models.adapters import Adapter
-from jdm.models.stable_diffusion import Denoiser
-from jdm.recipes.nano import nano_canny
+from jdm.models.stable_diffusion import UNetDenoiser
 from jdm.run import Run
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer
+from tiny import nano_canny
 
 LORA = {"student_rank": 2, "fake_rank": 2}
 
@@ -47,7 +47,7 @@ def backbone():
     fake, posterior = (Adapter(unet, name, 2, ("to_q", "conv1")) for name in ("fake", "posterior"))
     for p in [*fake.parameters(), *posterior.parameters()]:
         p.data.normal_(std=0.3)
-    return Denoiser(unet), Denoiser(unet, adapters=[fake]), Denoiser(unet, adapters=[fake, posterior])
+    return UNetDenoiser(unet), UNetDenoiser(unet, adapters=[fake]), UNetDenoiser(unet, adapters=[fake, posterior])
 
 
 def passes(real, fake, posterior, step):

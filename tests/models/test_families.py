@@ -22,13 +22,8 @@ from jdm.evaluation.sampling import Sampler, generator
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
-from jdm.models.stable_diffusion import (
-    Denoiser,
-    StableDiffusion,
-    new_controlnet,
-    one_step_scheduler,
-    save_pipeline,
-)
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded
@@ -207,16 +202,16 @@ def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path
     for part in model.modules().values():
         part.eval().requires_grad_(False)
     teacher = save_pipeline(model, tmp_path / "teacher")
-    card = {"kind": "one-step", "method": "diff-instruct", "control": None, "t_init": 625}
-    save_pipeline(model, tmp_path / "student", one_step_scheduler(nano.SCHEDULER, 625), card=card)
+    card = {"kind": "one-step", "method": "diff-instruct", "control": None, "levels": [625]}
+    save_pipeline(model, tmp_path / "student", model.step_scheduler([625]), card=card)
     run = tiny.run(all_recipes()[name](), tmp_path / "run", teacher)
-    told, passed = [], Denoiser._denoised
+    told, passed = [], UNetDenoiser._denoised
 
     def noted(self, x_t, index, text, control):
         told.append(text[1]["time_ids"])
         return passed(self, x_t, index, text, control)
 
-    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    monkeypatch.setattr(UNetDenoiser, "_denoised", noted)
     Trainer(replace(run, data=replace(run.data, size=(28, 44)))).step(0)
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
@@ -226,13 +221,13 @@ def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(
         torch.manual_seed(0)
         teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
     monkeypatch.setattr("jdm.evaluation.reference._cache", lambda: tmp_path / "cache")
-    told, passed = [], Denoiser._denoised
+    told, passed = [], UNetDenoiser._denoised
 
     def noted(self, x_t, index, text, control):
         told.append(text[1]["time_ids"])
         return passed(self, x_t, index, text, control)
 
-    monkeypatch.setattr(Denoiser, "_denoised", noted)
+    monkeypatch.setattr(UNetDenoiser, "_denoised", noted)
     pictures = load_pictures("fashion-mnist", "test[:4]", (28, 44))
     chosen = jdm.evaluation.evaluate.extractors("fashion-mnist", quick=True)
     references(str(teacher), chosen, pictures, steps=1, samples=4)
@@ -244,8 +239,8 @@ def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_ra
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
-        controlnet = new_controlnet(model.unet, model.downscale)
-    folder = save_pipeline(model.with_parts(controlnet=controlnet), tmp_path / "model")
+        controlnet = model.new_controlnet()
+    folder = save_pipeline(model.with_networks(controlnet=controlnet), tmp_path / "model")
     for part in ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet"):
         (file,) = (folder / part).glob("*.safetensors")
         before, tensors = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import reproducing
-from jdm.cli.commands import _again
-from jdm.cli.parser import _parsers, main
+from jdm.cli.parser import main, parsers
+from jdm.cli.reproduce import invocation
 from jdm.controls import Canny
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
@@ -151,8 +151,8 @@ def test_the_command_says_what_the_tables_are_made_with(monkeypatch):
     assert (asked.teacher, asked.guide, asked.source) == ("mine", "better", "pictures")
     assert (asked.scores, asked.prompts, asked.known) == (("hpsv2:A", "clip"), "B", ("one.json", "two.json"))
     assert (asked.device, usual) == ("cuda", setups.NANO)
-    given = _parsers()[0].parse_args(["reproduce", "table3", *flags, "--device", "cuda:1"])
-    assert _again(given) == ("jdm reproduce table3 --scale sd15 --model mine --guide better --source pictures "
+    given = parsers()[0].parse_args(["reproduce", "table3", *flags, "--device", "cuda:1"])
+    assert invocation(given) == ("jdm reproduce table3 --scale sd15 --model mine --guide better --source pictures "
                              "--prompts B --scores 'hpsv2:A, clip' --device cuda:1")
 
 

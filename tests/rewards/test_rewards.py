@@ -85,10 +85,10 @@ def test_known_names_load_alone_and_with_the_place_of_their_weights(tmp_path):
     ("hpsv3:weights.pt", "no reward 'hpsv3'; did you mean hpsv2:weights.pt"),
     ("nano-reward:", r"there is no reward 'nano-reward:'.*my_rewards\.py:brightness"),
     ("nano-reward:{folder}", r"holds no config\.json"),
-    ("{file}", "named by file and function"),
+    ("{file}", "name your own by file and function"),
     ("{folder}/none.py:it", r"there is no file .*none\.py"),
     ("{file}:brigthness", "no function or class brigthness; did you mean brightness"),
-    ("{file}:zzz", "what it defines is: brightness, Contrast, Needy, Silent, Refusing"),
+    ("{file}:zzz", "it defines: brightness, Contrast, Needy, Silent, Refusing"),
     ("{file}:Needy", r"without arguments .TypeError.*default"),
     ("{file}:Silent", r"is not a reward but Silent; write `def Silent.images, prompts.`"),
     ("{file}:number", "is not a reward but int"),
@@ -168,7 +168,7 @@ def test_a_prompt_of_no_class_is_named_with_the_nearest_caption(prompt, near):
 
 
 def test_prompts_and_captions_must_fit_the_pictures_and_the_classes():
-    with pytest.raises(UsageError, match="one for each of 3 images, got 2"):
+    with pytest.raises(UsageError, match="one prompt for each of 3 images, got 2"):
         PromptClassifier(tiny())(torch.rand(3, 3, 32, 32), PROMPTS)
     with pytest.raises(UsageError, match="captions of 2 classes, got 10"):
         PromptClassifier(tiny(classes=2))

@@ -292,14 +292,14 @@ def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(
 def test_broken_and_foreign_weights_are_refused(clip, open_clip, tmp_path):
     refused(lambda: HPSv2(str(tmp_path)), "holds none of HPS_v2.1_compressed.pt")
     (tmp_path / "bad.pt").write_bytes(b"not weights")
-    refused(lambda: HPSv2(str(tmp_path / "bad.pt")), "bad.pt is not a file of weights")
+    refused(lambda: HPSv2(str(tmp_path / "bad.pt")), "bad.pt is not a weights file")
     weights = open_clip.state_dict()
     del weights["ln_final.bias"]
     torch.save(weights, tmp_path / "less.pt")
     refused(lambda: HPSv2(str(tmp_path / "less.pt"), str(clip), config=clip_config()), "lacks 1 weights of CLIPModel")
     torch.save(score_head(5).state_dict(), tmp_path / "head.pth")
     refused(lambda: Aesthetic(str(tmp_path / "head.pth"), str(clip)), "has misshapen 0.weight")
-    refused(lambda: ImageReward(str(tmp_path / "bad.pt")), "bad.pt is not a file of weights")
+    refused(lambda: ImageReward(str(tmp_path / "bad.pt")), "bad.pt is not a weights file")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     refused(lambda: PickScore(str(tmp_path)), "pick-score needs")
-    refused(lambda: PickScore(str(clip))(pictures(), PROMPTS[:1]), "one for each of 2 images, got 1")
+    refused(lambda: PickScore(str(clip))(pictures(), PROMPTS[:1]), "one prompt for each of 2 images, got 1")

@@ -119,7 +119,7 @@ def test_the_command_line_says_which_step_was_the_best(judged, teacher, tmp_path
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"best": "beauty"}, "no probe measures 'beauty'.* choose --best from judge, prompt_agreement, fd, consistency"),
+    ({"best": "beauty"}, "cannot be compared by 'beauty'; choose --best from judge, prompt_agreement, fd, consistency"),
     ({"patience": 2}, "patience 2 needs --best"),
     ({"best": "fd", "probe_every": 0}, "--best needs --probe-every of at least 1"),
     ({"best": "fd", "patience": -1}, "--patience of at least 0, got 1 and -1"),

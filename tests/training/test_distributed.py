@@ -17,12 +17,13 @@ import torch
 import tiny
 from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
+from jdm.levels import Bound
 from jdm.library import load_model
-from jdm.recipes.nano import nano_canny
 from jdm.sharing import sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
 from several import run_of
+from tiny import nano_canny
 
 HERE = Path(__file__).parents[1]
 
@@ -98,7 +99,7 @@ def test_sharded_networks_train_probe_and_export_as_a_plain_folder(done):
     place = checkpoint.last(done / "model")
     assert place
     assert not (place / checkpoint.WHOLE).exists()
-    assert exported.one_step
+    assert exported.levels == (625,)
     parts = {"unet": exported.unet, "controlnet": exported.controlnet}
     found = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     averages = kept(done, "model")
@@ -159,7 +160,7 @@ def test_a_disk_that_is_full_for_one_process_ends_the_run_with_a_message_and_a_u
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert re.search(rf"RunError: checkpoint of step \d+ could not be written \(process {full}: \w+Error: .*\); "
-                     r"free some space and run the same command again: it goes on from \S*step-\d+\n", said)
+                     r"free some space and run the same command again to resume from \S*step-\d+\n", said)
     folder = tmp_path / "run" / "checkpoints"
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert_goes_on(tmp_path / "run", teacher)
@@ -216,7 +217,8 @@ def test_accumulation_changes_no_gradient_where_no_bound_looks_at_the_batch(tmp_
     found = []
     for turns in (1, 2):
         run = run_of(tmp_path / str(turns), teacher, 1, ranks, accumulate=turns)
-        trainer = Trainer(replace(run, method=replace(run.method, condition_clip=(0.0, 0.0))))
+        condition = replace(run.method.condition, bound=Bound(0.0, 0.0))
+        trainer = Trainer(replace(run, method=replace(run.method, condition=condition)))
         begun = trainer._begun(0, 0) if turns == 1 else None
         found.append([trainer._gradients(phase, 0, 0, begun)[0] for phase in trainer.task.phases])
     for whole, parts in zip(*found, strict=True):

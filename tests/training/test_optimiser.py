@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jdm.errors import UsageError
 from jdm.recipes import recorded
-from jdm.recipes.nano import nano_controlnet
 from jdm.run import Optimiser, Phase, described
 from jdm.training import checkpoint
 from jdm.training.optimiser import BLOCK, AdamW, dequantised, quantised
+from tiny import nano_controlnet
 
 SHAPES = (64, 96), (33, 5), (7,), (), (16, 8, 3, 3), (40, 300)  # the first and the last are large enough for 8 bits
 
@@ -211,7 +211,7 @@ def test_a_second_moment_never_becomes_zero_and_a_first_may():
 
 
 def test_states_of_another_name_are_refused():
-    with pytest.raises(UsageError, match="states are float32 or 8bit, got '4bit'"):
+    with pytest.raises(UsageError, match="states must be float32 or 8bit, got '4bit'"):
         ours(parameters(), 0.0, "4bit")
 
 

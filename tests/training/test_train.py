@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from jdm import loading
 from jdm.errors import RunError, UsageError
+from jdm.loading import Loaded
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Networks
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import all_recipes, entries, recorded
-from jdm.run import Optimiser, Run, Task
+from jdm.run import Needs, Optimiser, Product, Run, Task
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
 
@@ -74,8 +76,10 @@ def test_every_recipe_moves_what_it_trains_and_leaves_its_averages_as_a_model_an
 
 def at_full_rate(method):
     """Without warm-up: a weight of 1 is not moved by less than 6e-8."""
-    fields = {k: v for k, v in vars(method).items() if isinstance(v, Optimiser)}
-    return replace(method, **{k: replace(v, warmup=0) for k, v in fields.items()})
+    if isinstance(method, Optimiser):
+        return replace(method, warmup=0)
+    nested = {k: at_full_rate(v) for k, v in vars(method).items() if is_dataclass(v)}
+    return replace(method, **nested)
 
 
 def asleep(key: str) -> bool:
@@ -122,25 +126,22 @@ def test_every_recipe_survives_its_own_record(name, tmp_path):
 @pytest.fixture
 def frozen(monkeypatch):
     """Networks that no phase may move, by name, as a run loads or copies them: models, rewards, a student's UNet."""
-    import jdm.methods.text_to_image as module
-
     found: dict[str, torch.nn.Module] = {}
-    load, of, reward = StableDiffusion.load.__func__, Networks.of.__func__, module.load_reward  # type: ignore[attr-defined]
+    load, made_of, reward = StableDiffusion.load.__func__, Networks.__init__, loading.load_reward  # type: ignore[attr-defined]
 
     def model(cls, path, *args):
         made = load(cls, path, *args)
         found.update({f"{Path(path).name}/{len(found)}/{k}": m for k, m in made.modules().items()})
         return made
 
-    def networks(cls, *args, **kwargs):
-        made = of(cls, *args, **kwargs)
-        if not made.train_unet:
-            found["student"] = made.student
-        return made
+    def networks(self, *args, **kwargs):
+        made_of(self, *args, **kwargs)
+        if self.settings.optimiser is None:
+            found["student"] = self.student.backbone
 
     monkeypatch.setattr(StableDiffusion, "load", classmethod(model))
-    monkeypatch.setattr(Networks, "of", classmethod(networks))
-    monkeypatch.setattr(module, "load_reward", lambda *args: found.setdefault("reward", reward(*args)))
+    monkeypatch.setattr(Networks, "__init__", networks)
+    monkeypatch.setattr(loading, "load_reward", lambda *args: found.setdefault("reward", reward(*args)))
     return found
 
 
@@ -254,8 +255,14 @@ class Poisoned:
     at: int
     method: JDM
 
-    def task(self, run: Run) -> Task:
-        task, now = self.method.task(run), [0]
+    def needs(self, run: Run) -> Needs:
+        return self.method.needs(run)
+
+    def product(self, loaded: Loaded) -> Product:
+        return self.method.product(loaded)
+
+    def task(self, loaded: Loaded) -> Task:
+        task, now = self.method.task(loaded), [0]
         begin = task.begin
 
         def begun(step: int):

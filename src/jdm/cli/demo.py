@@ -1,7 +1,8 @@
-"""`jdm demo`: the main job on the shipped models, with a student trained on the spot. About ten minutes on a CPU."""
+"""`jdm demo`: the shipped models compared, and a student trained on the spot. About ten minutes on a CPU."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -14,23 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 from jdm import files
+from jdm.cli import checks, console
+from jdm.cli.progress import TrainingProgress
 from jdm.controls import Control, checked, load_control
 from jdm.data.pictures import grid
 from jdm.data.sources import load_pictures
-from jdm.evaluation import html as report
+from jdm.evaluation import html
 from jdm.evaluation.evaluate import cost, judge, measured
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.reference import Reference, references
 from jdm.evaluation.sampling import Sampler
+from jdm.levels import Bound
 from jdm.library import load_model
 from jdm.metrics.extractors import ClassifierFeatures
-from jdm.models.stable_diffusion import StableDiffusion, new_controlnet, one_step_scheduler
-from jdm.recipes.nano import nano_canny
+from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
 from jdm.training.loop import train
 
-# The full training set does not ship: half of the packaged test split trains, the other half asks.
+# The full training set does not ship: students train on one half of the packaged test split and are asked about the
+# other.
 TRAINS, ASKS = "test[:5000]", "test[5000:]"
 NAMES = {"controlnet50": "ControlNet, 50 steps", "shipped": "shipped student, 1 step",
          "fresh_before": "fresh student, before", "fresh_after": "fresh student, after"}
@@ -38,24 +42,38 @@ COLUMNS = ("fd", "fd_floor", "consistency", "consistency_chance", "diversity", "
            "seconds_per_image", "n")
 
 
-def recipe(out: Path, steps: int, batch: int = 32) -> Run:
-    """The shipped student's recipe, shortened, on the half of the packaged pictures that trains.
+def command(asked: argparse.Namespace) -> int:
+    out = checks.writable(Path(asked.out))
+    with TrainingProgress(asked.steps) as progress:
+        metrics = demo(out, asked.steps, asked.n, progress, progress.console.print)
+    head, body = rows(metrics)
+    by_measurement = [list(values) for values in zip(*[head, *body], strict=True)]
+    console.table(by_measurement[0], by_measurement[1:])
+    return 0
 
-    The condition term gets a looser bound: a few hundred steps must learn the control at once.
+
+def recipe(out: Path, steps: int, batch: int = 32) -> Run:
+    """The recipe of the shipped student, shortened, on one half of the packaged pictures.
+
+    The condition term has a looser bound, because the student must learn the control in a few hundred steps.
     """
-    run = nano_canny()
-    method = replace(run.method, condition_clip=(1.0, 1.0))
+    run = find("nano-canny")()
+    method = replace(run.method, condition=replace(run.method.condition, bound=Bound(1.0, 1.0)))
     return replace(run, method=method, out=out / "fresh", steps=steps, batch=batch, ema=0.98, save_every=100,
                    log_every=5, probe_every=50, data=replace(run.data, split=TRAINS, validation=ASKS))
 
 
 def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dict], None] | None = None,
          say: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
-    """Sample, train, evaluate, report; returns what metrics.json holds.
+    """Sample, train, evaluate and write report.html, metrics.json and grid.png into a folder.
 
     Args:
+        n: pictures per measurement.
         progress: called after every training step, as in `train`.
-        say: called with each line for the reader.
+        say: called with each line to print.
+
+    Returns:
+        The measurements of each generator by name, as metrics.json holds them.
     """
     run = recipe(out, steps)
     control = checked(load_control("canny"), run.data.size)
@@ -85,7 +103,7 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     say(f"2. Training a fresh student from the teacher with JDM: {steps} steps of batch {run.batch}")
     folder = train(run, progress)
     say("3. The same questions to the fresh student")
-    samplers["fresh_after"] = Sampler(StableDiffusion.load(str(folder)))
+    samplers["fresh_after"] = Sampler(load_model(str(folder)))
     ask("fresh_after")
     files.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     sheet = _sheet(questions, control, pictures)
@@ -96,19 +114,17 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
 
 
 def rows(metrics: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The table, as text: head and body."""
+    """The demo's table as text: its head, and a row for each generator."""
     body = [[NAMES[name], *(_text(row[c]) for c in COLUMNS)] for name, row in metrics.items()]
     return ["", *(c.replace("_", " ") for c in COLUMNS)], body
 
 
 def _untrained(run: Run) -> Sampler:
-    """The fresh student as training will find it: the teacher's UNet, a silent ControlNet, one step."""
+    """The fresh student before training: the teacher's UNet, a ControlNet that adds nothing yet, one step."""
     torch.manual_seed(run.seed)
     teacher = load_model(run.model)
-    student = teacher.with_parts(
-        controlnet=new_controlnet(teacher.unet, teacher.downscale).eval().requires_grad_(False),
-        scheduler=one_step_scheduler(teacher.scheduler, run.method.t_init), card={"kind": "one-step"})
-    return Sampler(student)
+    student = teacher.with_networks(controlnet=teacher.new_controlnet().eval().requires_grad_(False))
+    return Sampler(student.with_parts(card={"levels": [run.method.t_init]}))
 
 
 def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict[str, Reference],
@@ -118,7 +134,7 @@ def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict
 
 
 def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], columns: int = 16) -> Image.Image:
-    """A row of source pictures, a row of controls, then a row for each model."""
+    """One picture: a row of real pictures, a row of their controls, then a row for each generator."""
     assert questions.c is not None
     shown = [to_bytes(questions.images[:columns] * 2 - 1), to_bytes(control.image(questions.c[:columns]) * 2 - 1)]
     return grid(torch.cat([*shown, *(p[:columns] for p in pictures.values())]), columns, scale=2)
@@ -126,29 +142,30 @@ def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], 
 
 def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:
     log = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    curves = [report.curve(name, [(r["step"], r[key]) for r in log if key in r]) for name, key in (
+    curves = [html.curve(name, [(r["step"], r[key]) for r in log if key in r]) for name, key in (
         ("fidelity term, rms", "fidelity"), ("condition term, rms", "condition"), ("fake score's loss", "fake/loss"),
         ("posterior's loss", "posterior/loss"), ("standard deviation of x", "std_x"))]
     extractor = next(iter(metrics.values()))["fd_extractor"]
     many, one = metrics["controlnet50"], metrics["shipped"]
     ratio = many["seconds_per_image"] / one["seconds_per_image"]
     caption = "From the top: real test pictures, their Canny edges, then " + ", ".join(NAMES[k] for k in metrics)
-    files.write(out / "report.html", report.page(
-        "A one-step generator that obeys a new control",
-        report.paragraph("The teacher, nano-sd, knows prompts and no edges. Joint Distribution Matching teaches its "
-                         "one-step student Canny edges while it is distilled."),
-        report.picture(sheet, caption),
-        report.table(*rows(metrics)),
-        report.paragraph(f"fd: Frechet distance to uncontrolled teacher samples on the features of {extractor}; its "
-                         "floor is the distance of further teacher samples. consistency: mean |h(x) - c| with "
-                         "OpenCV's Canny, lower obeys better; chance is a control that is ignored. The shipped "
-                         f"student takes 1/{ratio:.0f} of the ControlNet's time per picture, at batch 64."),
-        report.heading(f"Training of the fresh student, {run.steps} steps of batch {run.batch}"),
+    files.write(out / "report.html", html.page(
+        "A one-step generator that follows a new control",
+        html.paragraph("The teacher, nano-sd, knows prompts but no edges. Joint Distribution Matching teaches its "
+                       "one-step student to follow Canny edges while it is distilled."),
+        html.picture(sheet, caption),
+        html.table(*rows(metrics)),
+        html.paragraph(f"fd: Frechet distance to samples of the teacher without control, on the features of "
+                       f"{extractor}; its floor is the distance of more such samples. consistency: mean |h(x) - c| "
+                       "with OpenCV's Canny, where lower follows the edges better; chance is the value if the control "
+                       f"is ignored. The shipped student takes 1/{ratio:.0f} of the ControlNet's time per picture, at "
+                       "batch 64."),
+        html.heading(f"Training of the fresh student, {run.steps} steps of batch {run.batch}"),
         *curves,
-        report.heading("Go on"),
-        report.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'
-                    "jdm evaluate nano-canny --control canny --n 1000 --seed 0 --json out.json\n"
-                    "jdm train nano-canny --steps 2000")))
+        html.heading("What to try next"),
+        html.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'
+                  "jdm evaluate nano-canny --control canny --n 1000 --seed 0 --json out.json\n"
+                  "jdm train nano-canny --steps 2000")))
 
 
 def _text(value: Any) -> str:

@@ -1,11 +1,13 @@
-"""The command line: a thin skin over the Python API. Only the standard library is imported before a command runs."""
+"""The command line. Only the standard library is imported before a command runs, so that help is quick."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import errno
+import importlib
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -26,15 +28,15 @@ EXAMPLES = """examples:
   jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8
   jdm evaluate nano-canny --n 1000 --json out.json
   jdm reproduce table1 --dry-run"""
-FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers, which is not imported
-MODELS = "nano-sd, nano-canny, nano-controlnet, nano-{soft-edge,silhouette,lowres}, a folder, a .safetensors, a hub id"
-GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # the keys of jdm.cost.gpus.GPUS, likewise
-# The keys of jdm.reproduce.tables.TABLES and of its scales, which are not imported for their names.
-REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")
+NARROWEST = 40  # columns that a help page is rendered for at least
+# Names that flags accept, written here too because the modules that own them import torch; tests compare them.
+FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers
+GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
+REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")  # of jdm.reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 2 for a usage error, 3 for a failed run, 130 or 143 where stopped."""
+    """Run one command. Returns the exit code: 2 for a usage error, 3 for a failed run, 130 or 143 if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser, commands = _parsers()
+    parser, commands = parsers()
     if arguments and not arguments[0].startswith("-"):
         name = arguments[0]
         if name not in commands:
@@ -63,16 +65,20 @@ def _run(arguments: list[str]) -> int:
     if asked.command is None:
         parser.print_help()
         return 0
-    if asked.command == "recipes":
-        return _recipes()
-    from jdm.cli import commands as bodies
+    if asked.command != "recipes":  # the one command that loads no model
+        _silence_diffusers()
+    return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
 
-    body: Callable[[argparse.Namespace], int] = getattr(bodies, asked.command)
-    return body(asked)
+
+def _silence_diffusers() -> None:
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
 
 
 def refuse_unknown(arguments: Iterable[str], known: Sequence[str], prog: str) -> None:
-    """UsageError, with the nearest flag, if any of the arguments is a flag that is not known."""
+    """Raise a UsageError that suggests the nearest flag if an argument is a flag that is not among the known."""
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and len(flag) > 2 and flag not in known:
@@ -90,7 +96,7 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 
 def _failed(error: Exception) -> int:
-    quiet = os.environ.get("RANK", "0") != "0"  # what every process of a run says alike, the first says for all
+    quiet = os.environ.get("RANK", "0") != "0"  # an error that every process has is printed by the first alone
     if isinstance(error, UsageError):
         return _say("" if quiet else str(error), 2)
     if isinstance(error, TerminatedError):
@@ -112,151 +118,188 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see: {self.prog} --help")
 
     def flags(self) -> list[str]:
+        """Every flag it accepts, such as --seed."""
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("jdm", description="One-step diffusion generators that learn new controls.", epilog=EXAMPLES,
-                     formatter_class=plain, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"jdm {__version__}")
-    under = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    made: dict[str, _Parser] = {}
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, width=max(NARROWEST, shutil.get_terminal_size().columns) - 2)
 
-    def command(name: str, summary: str) -> _Parser:
-        made[name] = under.add_parser(name, help=summary, description=summary, formatter_class=plain,
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `jdm` and those of its commands, by name."""
+    parser = Parser("jdm", description="One-step diffusion generators that learn new controls.", epilog=EXAMPLES,
+                    formatter_class=_Help, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"jdm {__version__}", help="print the version and exit")
+    under = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    made: dict[str, Parser] = {}
+
+    def command(name: str, summary: str, *flags: Callable[[argparse.ArgumentParser], None]) -> None:
+        made[name] = under.add_parser(name, help=summary, description=summary, formatter_class=_Help,
                                       allow_abbrev=False)
-        return made[name]
+        for add in flags:
+            add(made[name])
 
-    command("recipes", "list the recipes")
-    train = command("train", "train a recipe, resuming where a run stopped")
-    train.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
-    rest = train.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
-                              help="fields of the run; see: jdm train RECIPE --help")
-    rest.required = False
-    _run_flags(command("prepare", "what training would compute again, on disk: text states, pictures, latents"),
-               prepared_flags)
-    _run_flags(command("estimate", "a run's memory, FLOPs and GPU-hours, before anything is loaded"), cost_flags)
-    _sample_flags(command("sample", "pictures for a prompt, and for a control measured on a picture of yours"))
-    _evaluate_flags(command("evaluate", "measure a model"))
-    _export_flags(command("export", "a run's model as a folder that stock software loads"))
-    _reproduce_flags(command("reproduce", "a table or figure of the paper, beside the published one"))
-    demo = command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU")
-    demo.add_argument("--out", default="runs/demo")
-    demo.add_argument("--steps", type=_positive, default=300, help="of training")
-    demo.add_argument("--n", type=_positive, default=500, help="pictures per measurement")
+    command("recipes", "list the recipes that can be trained")
+    command("train", "train a recipe, or resume its run where it stopped", _run_flags)
+    command("prepare", "store what training would compute again: text states, pictures, latents", _run_flags,
+            prepare_flags)
+    command("estimate", "estimate a run's memory, FLOPs and GPU-hours without loading a model", _run_flags,
+            estimate_flags)
+    command("sample", "draw pictures for a prompt, and for a control measured on your own picture", _sample_flags)
+    command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
+    command("export", "write a run's model as a folder that other programs load", _export_flags)
+    command("reproduce", "reproduce a table or figure of the paper beside the published one", _reproduce_flags)
+    command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
     return parser, made
 
 
-def _run_flags(parser: _Parser, own: Callable[[argparse.ArgumentParser], None]) -> None:
-    """A recipe, the flags of its run, and the command's `own` among them."""
-    parser.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="see: jdm recipes")
-    rest = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="as in jdm train; and")
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="name of a recipe (see: jdm recipes), a file "
+                        "of your own with a function recipe(), or the record that a run left")
+    rest = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
+                               help="any fields of the run to change; for a list: jdm train RECIPE --help")
     rest.required = False
-    own(parser)
 
 
-def prepared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `jdm prepare` that are not the run's."""
-    parser.add_argument("--out", help="folder; runs/prepared/RECIPE where not given")
+def prepare_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `jdm prepare` that are not the run's."""
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write to (default: runs/prepared/RECIPE)")
 
 
-def cost_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `jdm estimate` that are not the run's."""
-    parser.add_argument("--gpu", action="append", type=_among(GPUS), help=f"{', '.join(GPUS)}; repeatable; all of them "
-                        "where not given")
-    parser.add_argument("--json", help="file for the numbers")
+def estimate_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `jdm estimate` that are not the run's."""
+    parser.add_argument("--gpu", action="append", type=_among(GPUS), help=f"GPU to estimate times for: "
+                        f"{', '.join(GPUS)}; repeatable (default: all of them)")
+    parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
 
 
-def _sample_flags(sample: _Parser) -> None:
-    sample.add_argument("model", metavar="MODEL",
-                        help=MODELS)
-    sample.add_argument("--prompt", required=True)
-    sample.add_argument("--image", help="a picture to measure the control on: any format, any size")
-    sample.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
-    sample.add_argument("--control-map", help="a ready control map, as large as the model's pictures")
-    sample.add_argument("--also", action="append", default=[], metavar="MODEL",
-                        help="a further ControlNet for the same UNet, measured on the same picture; repeatable")
-    sample.add_argument("--strength", action="append", type=float, default=[],
-                        help="of each control in turn, the model's own first; 1 where not given; repeatable")
-    sample.add_argument("--n", type=_positive, default=4, help="how many")
-    sample.add_argument("--size", type=_positive, nargs="+", metavar="PIXELS",
-                        help="a square's side, or height and width; the model's own where not given")
-    sample.add_argument("--seed", type=_seed, default=0)
-    sample.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
-    sample.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
-    sample.add_argument("--out", default="samples", help="folder for control.png, 000.png, ... and grid.png")
-    sample.add_argument("--device", default="cpu")
+def _model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="nano-sd, nano-canny, nano-controlnet, nano-soft-edge, "
+                        "nano-silhouette, nano-lowres, a folder, a .safetensors file or a Hugging Face id")
 
 
-def _evaluate_flags(evaluate: _Parser) -> None:
-    evaluate.add_argument("model", metavar="MODEL",
-                          help=MODELS)
-    evaluate.add_argument("--control", help="canny or my_controls.py:Posterize; the model's own where not given")
-    evaluate.add_argument("--n", type=_positive, default=1000, help="pictures")
-    evaluate.add_argument("--seed", type=_seed, default=0)
-    evaluate.add_argument("--json", help="file for the numbers")
-    evaluate.add_argument("--data.source", dest="source", default="fashion-mnist", help="as in jdm train")
-    evaluate.add_argument("--split", default="test", help="test, validation or a slice: test[:1000]")
-    evaluate.add_argument("--steps", type=_positive, help="1 for a one-step student, 50 for others where not given")
-    evaluate.add_argument("--guidance", type=float, help="of models with many steps; 1 is none")
-    evaluate.add_argument("--teacher", default="nano-sd", help="distances are taken to its uncontrolled samples")
-    evaluate.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
-    evaluate.add_argument("--scores", help="clip, hpsv2, aesthetic, pick-score, image-reward (hpsv2:FOLDER where its "
-                          "weights are elsewhere), or my_rewards.py:brightness; separated by commas")
-    evaluate.add_argument("--prompts", help="a folder of JSON lists, one a style, or a file: text-to-image, scored "
-                          "alone; --n of each style")
-    evaluate.add_argument("--extractor", action="append", default=[], help="inception or inception:FILE: FID too; it "
-                          "needs pip install 'jdm[fid]'")
-    evaluate.add_argument("--device", default="cpu")
+def _sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `jdm sample` and `jdm evaluate` share."""
+    parser.add_argument("--control", help="control to measure, such as canny or my_controls.py:Posterize (default: "
+                        "the one the model was trained with)")
+    parser.add_argument("--seed", type=_seed, default=0,
+                        help="seed of the starting noise, a whole number below 2^40 (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive,
+                        help="sampling steps, at least 1 (default: a student's own, 50 for other models)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale of a multi-step model; 1 turns "
+                        "guidance off (default: the model's own, or 2)")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
+                        "%(default)s)")
 
 
-def _export_flags(export: _Parser) -> None:
-    export.add_argument("run", metavar="RUN", help="a run's folder, finished or not, or a model's")
-    export.add_argument("out", metavar="OUT", help="a new folder")
-    export.add_argument("--format", type=_among(FORMATS), default="diffusers",
-                        help="diffusers: a whole folder; single-file: for ComfyUI and A1111; controlnet: it alone, for "
-                             "either; lora: the UNet's difference from its base, for either")
-    export.add_argument("--rank", type=_positive, help="of the LoRA; 64 where not given")
-    export.add_argument("--base", metavar="MODEL", help="what the LoRA is laid over; the run's teacher where not given")
-    export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
-                        help="precision of the weights on disk")
-    export.add_argument("--metrics", metavar="out.json", help="what jdm evaluate --json wrote, for the README")
-    export.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to the hub, under this name")
+def _sample_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument("--prompt", required=True, help="text to draw pictures for")
+    parser.add_argument("--image", metavar="FILE", help="picture to measure the control on, of any format and size")
+    parser.add_argument("--control-map", metavar="FILE", help="ready control map to use instead of --image; as large "
+                        "as the pictures the model draws")
+    parser.add_argument("--also", action="append", default=[], metavar="MODEL", help="another ControlNet for the same "
+                        "UNet, with its control measured on the same picture; repeatable")
+    parser.add_argument("--strength", action="append", type=float, default=[], help="factor on each control in turn, "
+                        "the model's own first; 0 ignores a control; repeatable (default: 1)")
+    parser.add_argument("--n", type=_positive, default=4, help="number of pictures to draw (default: %(default)s)")
+    parser.add_argument("--size", type=_positive, nargs="+", metavar="PIXELS", help="side of a square, or height and "
+                        "width, in pixels (default: the size the model was trained at)")
+    parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
+                        "and grid.png to (default: %(default)s)")
+    _sampler_flags(parser)
 
 
-def _reproduce_flags(reproduce: _Parser) -> None:
-    reproduce.add_argument("table", metavar="TABLE", type=_among(REPRODUCED), help=", ".join(REPRODUCED))
-    reproduce.add_argument("--seeds", type=_positive, default=1, help="training seeds 0, 1, ...")
-    reproduce.add_argument("--cells", help="which to fill: canny/nct,... as column/row, or one of both; * and ? fit")
-    reproduce.add_argument("--n", type=_positive, help="pictures per cell; 5000, of figures 1000, where not given")
-    reproduce.add_argument("--steps", type=_positive, help="of every training; the recipes' own where not given")
-    reproduce.add_argument("--out", default="runs/reproduce", help="folder for models and cells, reused between calls")
-    reproduce.add_argument("--page", default="docs/results", help="folder for the page and its numbers")
-    reproduce.add_argument("--scale", type=_among(SCALES), default="nano", help=", ".join(SCALES))
-    reproduce.add_argument("--model", help="another teacher: a folder or hub id; then nothing that ships is used")
-    reproduce.add_argument("--guide", help="another better teacher for table3; of sd15 it is SD2.1")
-    reproduce.add_argument("--source", help="other pictures, as in jdm train")
-    reproduce.add_argument("--prompts", help="that text-to-image models are scored on, as in jdm evaluate; those of "
-                           "the pictures where not given")
-    reproduce.add_argument("--scores", help="as in jdm evaluate, in place of the scale's own")
-    reproduce.add_argument("--device", help="the scale's own where not given: cpu, of sd15 cuda")
-    reproduce.add_argument("--known", action="append", default=[], metavar="PAGE.json", help="take the cells of a page "
-                           "that were made by the same recipes, pictures and measurements")
-    reproduce.add_argument("--quick", action="store_true", help="one extractor, fewer draws, fewer timings")
-    reproduce.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
-                           help="print the cells, what is there and what the rest would cost")
-    reproduce.add_argument("--no-run", action="store_true", help="write the page from what is there")
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument("--n", type=_positive, default=1000, help="number of pictures to measure; with --prompts, "
+                        "number of each style (default: %(default)s)")
+    parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, a folder of "
+                        "captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="split of the data, or a slice of one, such as test[:1000] "
+                        "(default: %(default)s)")
+    parser.add_argument("--teacher", default="nano-sd", metavar="MODEL", help="model whose samples without control the "
+                        "Frechet distance is taken to (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="measure faster and less precisely: one feature "
+                        "extractor, fewer draws and timings")
+    parser.add_argument("--scores", help="networks that score pictures, separated by commas: clip, hpsv2, aesthetic, "
+                        "pick-score, image-reward, or my_rewards.py:brightness; NAME:FOLDER gives their weights")
+    parser.add_argument("--prompts", metavar="PATH", help="file of prompts, or folder with a JSON list for each style: "
+                        "draw pictures for them and compute --scores alone")
+    parser.add_argument("--extractor", action="append", default=[], help="further features for the Frechet distance: "
+                        "inception or inception:FILE gives FID and needs pip install 'jdm[fid]'; repeatable")
+    parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
+    _sampler_flags(parser)
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run, finished or not, or of a model")
+    parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
+    parser.add_argument("--format", type=_among(FORMATS), default="diffusers",
+                        help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
+                             "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
+                             "base, in both layouts (default: %(default)s)")
+    parser.add_argument("--rank", type=_positive, help="rank of the LoRA, at least 1 (default: 64)")
+    parser.add_argument("--base", metavar="MODEL", help="model the LoRA is applied to (default: the run's teacher)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
+                        help="number format of the weights on disk (default: %(default)s)")
+    parser.add_argument("--metrics", metavar="FILE", help="file that jdm evaluate --json wrote, to quote in the README")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to Hugging Face by this name")
+
+
+def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", type=_among(REPRODUCED),
+                        help=f"table or figure to reproduce: {', '.join(REPRODUCED)}")
+    parser.add_argument("--seeds", type=_positive, default=1, help="number of training seeds: 0, 1, ... (default: "
+                        "%(default)s)")
+    parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
+                        "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
+    parser.add_argument("--n", type=_positive, help="number of pictures per cell (default: 5000, 1000 for figures)")
+    parser.add_argument("--steps", type=_positive, help="steps of every training run (default: each recipe's own)")
+    parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="folder for models and measured "
+                        "cells, reused by later calls (default: %(default)s)")
+    parser.add_argument("--page", default="docs/results", metavar="FOLDER",
+                        help="folder to write the page and its numbers to (default: %(default)s)")
+    parser.add_argument("--scale", type=_among(SCALES), default="nano", help="recipes to fill the table with: "
+                        f"{' or '.join(SCALES)} (default: %(default)s)")
+    parser.add_argument("--model", help="other teacher, a folder or Hugging Face id; no shipped model is used then")
+    parser.add_argument("--guide", metavar="MODEL", help="other model for guidance in table3 (default: SD2.1 at scale "
+                        "sd15)")
+    parser.add_argument("--source", help="other pictures: any --data.source that jdm train accepts")
+    parser.add_argument("--prompts", metavar="PATH", help="prompts to score text-to-image models on, as in jdm "
+                        "evaluate (default: the pictures' captions)")
+    parser.add_argument("--scores", help="networks that score pictures, as in jdm evaluate (default: the scale's own)")
+    parser.add_argument("--device", help="device to compute on (default: cpu at scale nano, cuda at sd15)")
+    parser.add_argument("--known", action="append", default=[], metavar="PAGE.json", help="earlier page whose cells "
+                        "are reused if recipe, pictures and measurements agree; repeatable")
+    parser.add_argument("--quick", action="store_true", help="measure faster and less precisely: one feature "
+                        "extractor, fewer draws and timings")
+    parser.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
+                        help="only list the cells, which are filled, and the cost of the others")
+    parser.add_argument("--no-run", action="store_true", help="write the page from the cells that are already filled")
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="folder to write report.html, "
+                        "metrics.json, grid.png and the trained student to (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=300, help="training steps of the fresh student, at least 1 "
+                        "(default: %(default)s)")
+    parser.add_argument("--n", type=_positive, default=500, help="number of pictures per measurement (default: "
+                        "%(default)s)")
 
 
 def _among(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type that accepts these names and suggests the nearest to any other."""
+
     def name(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"there is no {text!r}; {_hint(text, names) or ', '.join(names)}")
@@ -275,16 +318,6 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text!r}")
     return int(text)
-
-
-def _recipes() -> int:
-    from jdm.recipes import entries
-
-    found = entries()
-    width = max(len(name) for name in found)
-    for name, entry in found.items():
-        print(f"{name:{width}}  {entry.summary}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's progress for a reader: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long command: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TERMS = ("fidelity", "condition")
 
 
 class TrainingProgress:
-    """A callable for `train`: (steps done, latest numbers) -> the terms' sizes, consistency and time left.
+    """Shows the steps done, the terms' sizes, the last probe and the time left of a training run.
 
-    Use as a context. The numbers are read off the device only when they are shown.
+    Enter it as a context, then pass it to `train`, which calls it with (steps done, latest numbers). The numbers are
+    copied from the device only when they are shown.
     """
 
     def __init__(self, steps: int, console: Console | None = None):
@@ -67,7 +68,10 @@ class TrainingProgress:
 
 
 class PartsProgress:
-    """A callable for `prepare`: (part, done, of) -> a bar for each part on a terminal, nothing elsewhere. A context."""
+    """Shows a bar for each part that `prepare` writes, on a terminal; shows nothing elsewhere.
+
+    Enter it as a context, then pass it to `prepare`, which calls it with (part, done, of).
+    """
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)

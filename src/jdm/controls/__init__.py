@@ -1,4 +1,4 @@
-"""Controls: measurements h that the teacher never knew."""
+"""Controls: measurements h of a picture that the teacher was not trained on."""
 
 from jdm.controls.base import Control, checked, load_control
 from jdm.controls.canny import Canny

@@ -1,4 +1,4 @@
-"""What a control is: a measurement h of a picture, and how likely a control is given a picture."""
+"""Controls: a measurement h of a picture, and the likelihood of a control map given a picture."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KNOWN = {
 
 
 class Control:
-    """c = h(images): subclass, give `h`, and JDM can train it; `my_controls.py:Posterize` names it.
+    """c = h(images). To add a control, subclass this and define `h`; name it on the command line as `FILE.py:CLASS`.
 
-    `h` is what the generator sees and what consistency compares. Where it has a useful gradient the default
-    `log_prob` suffices; where it has none (hard edges, thresholds), override `log_prob` with a surrogate.
+    The generator sees h, and consistency compares it. If h has a useful gradient, the default `log_prob`
+    suffices; if it has none (hard edges, thresholds), override `log_prob` with a surrogate.
 
     Attributes:
         name: one word for tables and file names.
-        channels: of c; one channel is shown to the ControlNet as three equal ones.
+        channels: channels of c; a single channel is repeated three times for the ControlNet.
         temperature: standard deviation of the Gaussian likelihood, in units of c.
     """
 
@@ -46,33 +46,33 @@ class Control:
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
         """log p(c | images) up to a constant, summed over pixels: [B], nats, differentiable in images.
 
-        Each value is of its own picture alone: large ones are measured one after the other.
+        Each value may depend on its own picture only: large pictures are measured one at a time.
 
         Args:
             images: [B, 3, H, W], nominally in [0, 1] (a decoder may overshoot).
-            c: [B, channels, H, W], the control the generator was given.
-            reference: the picture c came from, where there is one; [B, 3, H, W] in [0, 1].
+            c: [B, channels, H, W], the control given to the generator.
+            reference: [B, 3, H, W] in [0, 1], the picture c was measured on, or None if there is none.
         """
         error = (self.h(images) - c).square().flatten(1).sum(1)
         return -error / (2 * self.temperature**2)
 
     def image(self, c: Tensor) -> Tensor:
-        """c as the ControlNet takes it: [B, 3, H, W] in [0, 1]."""
+        """Returns c in the form the ControlNet takes: [B, 3, H, W] in [0, 1]."""
         return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c
 
 
 def load_control(spec: str) -> Control:
-    """The control that `spec` names: `canny`, `my_controls.py:Posterize` or `package.module:Class`.
+    """Returns the control named by `spec`: `canny`, `my_controls.py:Posterize` or `package.module:Class`.
 
-    A class is made without arguments. Loading runs the file, as `python my_controls.py` would.
-    UsageError where nothing of that name can be made.
+    The class is instantiated without arguments. Loading executes the file, as `python my_controls.py` would.
+    Raises UsageError if the name is unknown or the class cannot be instantiated.
     """
     spec = KNOWN.get(spec, spec)
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
         near = difflib.get_close_matches(spec, KNOWN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
-        raise UsageError(f"there is no control {spec!r}; {hint} your own is named by file and class, "
+        raise UsageError(f"there is no control {spec!r}; {hint} name your own by file and class, "
                          "such as my_controls.py:Posterize")
     module = imported(source)
     found = getattr(module, name, None)
@@ -87,18 +87,18 @@ def load_control(spec: str) -> Control:
     try:
         made = found()
     except Exception as error:  # a user's constructor may raise anything
-        raise UsageError(f"{spec} could not be made without arguments ({in_short(error)}); "
-                         "give each of them a default") from error
+        raise UsageError(f"{spec} could not be instantiated without arguments ({in_short(error)}); "
+                         "give every argument a default") from error
     _check_fields(made)
     return made
 
 
 def checked(control: Control, size: Size) -> Control:
-    """`control` itself, once two pictures [2, 3, H, W] have gone through `h` and `log_prob`.
+    """Returns `control` after trying `h` and `log_prob` on two random pictures [2, 3, H, W].
 
-    UsageError, naming the class, what came back, the bound and the remedy, unless c is [2, channels, H,
-    W], floating point, finite and in [0, 1], and log_prob is [2], finite, with a finite gradient over the
-    pictures that is not all 0. Half of one picture is black: there a bare square root or logarithm shows.
+    Raises UsageError unless c is [2, channels, H, W], floating point, finite and in [0, 1], and log_prob is
+    [2] and finite, with a finite, nonzero gradient over the pictures. Half of one picture is black, which
+    exposes a square root or logarithm of 0.
     """
     name = type(control).__name__
     if control.channels not in (1, 3):
@@ -112,7 +112,7 @@ def checked(control: Control, size: Size) -> Control:
             try:
                 value = control.log_prob(images, c, reference)
             except UsageError:
-                if reference is None:  # a likelihood may refuse bare control maps
+                if reference is None:  # a likelihood may require a reference
                     continue
                 raise
             except Exception as error:
@@ -139,7 +139,7 @@ def _check_map(name: str, c: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_fields(control: Control) -> None:
-    """A plain subclass of a frozen dataclass cannot change a field by naming it: refused, not ignored."""
+    """Raises UsageError if a plain subclass of a dataclass assigns a field, which would have no effect."""
     own = vars(type(control))
     if not dataclasses.is_dataclass(control) or "__dataclass_fields__" in own:
         return

@@ -1,4 +1,4 @@
-"""Canny edges: OpenCV's own as the measurement, a soft edge map with a gradient as the likelihood."""
+"""Canny edges: cv2.Canny is the measurement, a differentiable soft edge map gives the likelihood."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from jdm.schedule import precise
 class Canny(Control):
     """c = cv2.Canny(grey, low, high) / 255; log p(c | images) = sum q log s + (1 - q) log(1 - s), Bernoulli.
 
-    The soft edges s = sigmoid((|gx| + |gy| - (low + high) / 2) / temperature) are of the Sobel gradient that
-    cv2.Canny thresholds, in the same units. The derivative by the logit is q - s: it vanishes neither where
-    an edge is missing nor where one is spurious, however strong. The entropy of q is added, so that
+    The soft edges are s = sigmoid((|gx| + |gy| - (low + high) / 2) / temperature), where (gx, gy) is the Sobel
+    gradient that cv2.Canny thresholds, in the same units. The derivative by the logit is q - s, which vanishes
+    neither at a missing edge nor at a spurious one, however strong. The entropy of q is added, so that
     `reference` is -KL(q || s), 0 where both maps agree.
 
     Attributes:
         low, high: hysteresis thresholds on |gx| + |gy| of 8-bit grey.
-        likelihood: what the target q is. `reference`: soft edges of the picture c came from, pixel by pixel.
-            `blurred`: c itself, all that a bare control map offers, blurred and times `width`; log s is then
-            of the blurred s. In photographs a shift by one pixel costs a sixth of a miss; a lone step from
-            black to white costs nothing one way and twice a miss the other. `auto`: `reference` where a
-            reference is given, else `blurred`.
+        likelihood: the target q.
+            `reference`: the soft edges of the picture c was measured on, pixel by pixel.
+            `blurred`: c itself, blurred and multiplied by `width`, for control maps that come without a
+            picture; log s then uses the blurred s. In photographs a shift by one pixel costs a sixth of a
+            missing edge; a lone step from black to white costs nothing one way and twice a missing edge the other.
+            `auto`: `reference` if a reference is given, else `blurred`.
         temperature: softness of the threshold, in the units of low and high; lower is closer to the hard
             map and has a gradient at fewer pixels.
-        blur: standard deviation of the Gaussian of `blurred`, in pixels.
-        width: how many pixels wide a soft edge is drawn for a one-pixel line of c in `blurred`. Soft edges
+        blur: standard deviation, in pixels, of the Gaussian that `blurred` uses.
+        width: width in pixels of the soft edge that `blurred` targets for a one-pixel line of c. Soft edges
             of photographs measure 2; at 1.5 gradient ascent draws hard edges nearer to c. Blur 1 and
-            width 2.5 forgive more and draw less exactly.
+            width 2.5 tolerate larger shifts and draw less exactly.
     """
 
     low: float = 100.0
@@ -48,7 +49,7 @@ class Canny(Control):
     blur: float = 0.7
     width: float = 1.5
 
-    # No annotations: these are the class's, not fields.
+    # Without annotations, so that they are class attributes and not dataclass fields.
     name = "canny"
     channels = 1
 
@@ -78,20 +79,20 @@ class Canny(Control):
 
         Args:
             images: [B, 3, H, W], nominally in [0, 1]; not clamped, so that an overshoot keeps its gradient.
-            c: [B, 1, H, W] in {0, 1}; read by `blurred` only.
-            reference: [B, 3, H, W] in [0, 1], or None; read by `reference` only. No gradient reaches it.
+            c: [B, 1, H, W] in {0, 1}; used by `blurred` only.
+            reference: [B, 3, H, W] in [0, 1], or None; used by `reference` only, without a gradient.
         """
         logits = self._logits(images)
         if self.likelihood == "reference" and reference is None:
             raise UsageError("canny's likelihood 'reference' needs the pictures c came from, got only c; "
-                             "choose 'auto' or 'blurred' to train from bare control maps")
+                             "choose 'auto' or 'blurred' to train from control maps alone")
         if self.likelihood == "blurred" or reference is None:
-            # Above the threshold 1 - s falls as 1 / (2 + logit), not as exp(-logit): else the cost of the
-            # second pixel of a true but strong edge grows with its strength and washes it out.
+            # Above the threshold 1 - s falls as 1 / (2 + logit), not as exp(-logit). Otherwise the cost of the
+            # second pixel of a strong true edge grows with the edge's strength and washes it out.
             logits = torch.where(logits > 0, logits.clamp(min=0).log1p(), logits)
             target = (self.width * _log_blurred(c.to(logits).log(), self.blur).exp()).clamp(max=1)
-            # An edge of c may be met by any soft edge near it. 1 - s is not blurred: among its neighbours
-            # the small 1 - s of a strong spurious edge would have next to no gradient.
+            # Any soft edge near an edge of c may match it. 1 - s is not blurred: averaged with its neighbours,
+            # the small 1 - s of a strong spurious edge would have almost no gradient.
             log_edge = _log_blurred(functional.logsigmoid(logits), self.blur)
         else:
             target = self.soft_edges(reference).to(logits)
@@ -109,10 +110,10 @@ class Canny(Control):
 
 
 def edge_magnitude(images: Tensor) -> Tensor:
-    """|gx| + |gy|, 3x3 Sobel of grey in 0..255 with replicated borders: what cv2.Canny thresholds.
+    """|gx| + |gy|, 3x3 Sobel of grey in 0..255 with replicated borders: the value that cv2.Canny thresholds.
 
-    Images [B, 3, H, W] in [0, 1] -> [B, 1, H, W], float32 or wider. Not rounded to 8 bits: differentiable
-    but where gx or gy is exactly 0.
+    Images [B, 3, H, W] in [0, 1] -> [B, 1, H, W], float32 or wider. Not rounded to 8 bits, so it is
+    differentiable except where gx or gy is exactly 0.
     """
     grey = 255 * luma(precise(images))
     gx = grey.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])

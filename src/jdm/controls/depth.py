@@ -1,4 +1,4 @@
-"""Depth: any DPT, MiDaS or Depth Anything model of transformers, with gradients down to the picture."""
+"""Depth by any DPT, MiDaS or Depth Anything model in transformers, differentiable in the picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jdm.errors import UsageError, in_short
 from jdm.schedule import precise
 
 KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
-FLAT = 1e-5  # of a map's greatest magnitude: float32 noise of a constant map, which is not to be drawn as depth
+FLAT = 1e-5  # a range below this share of the greatest magnitude is float32 noise of a constant map, not depth
 
 
 class Depth(Control):
-    """c = (d - min d) / (max d - min d) for each picture, d the estimator's depth; 0 where d is flat.
+    """c = (d - min d) / (max d - min d) for each picture, d the estimated depth; 0 where d is constant.
 
-    Near is bright, since these models predict inverse depth; one trained for metric depth draws far bright.
-    The model is loaded at the first measurement, not before. Another model is a subclass in a file of yours:
+    Near is bright, since these models predict inverse depth; with a metric depth model, far is bright.
+    The model is loaded at the first measurement. To use another model, write a subclass in a file of your own:
 
         class Anything(Depth):
             model = "depth-anything/Depth-Anything-V2-Small-hf"
@@ -44,7 +44,7 @@ class Depth(Control):
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> c [B, 1, H, W] in [0, 1], differentiable.
 
-        float32 or wider, on the pictures' device. UsageError where the model is not to be had.
+        c is float32 or wider, on the pictures' device. Raises UsageError if the model cannot be loaded.
         """
         images = precise(images)
         network, preprocessing = self.loaded
@@ -58,7 +58,7 @@ class Depth(Control):
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, Preprocessing]:
-        """The frozen network, and how it wants its pictures."""
+        """The frozen network and its preprocessing."""
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         try:
@@ -75,16 +75,19 @@ class Depth(Control):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """(resized(images) scale - mean) / std, padded: what DPT's image processor does to 8-bit pictures, in torch.
+    """(resized(images) scale - mean) / std, padded: DPT's image processor for 8-bit pictures, in torch.
 
-    Resized as PIL does, antialiased, but neither rounded to 8 bits nor clipped to [0, 1], so that gradients
-    survive; bicubic overshoots beside sharp edges, which PIL clips.
+    Resizing is antialiased, as PIL's is, but neither rounded to 8 bits nor clipped to [0, 1], so that gradients
+    survive; beside sharp edges bicubic overshoots, which PIL clips.
 
     Attributes:
         size: (height, width) to resize to; None to leave pictures as they are.
-        keep_aspect: scale both sides by that factor of the two which is nearer to 1.
-        multiple: sides are rounded to it. divisor: sides are padded to it with 0, evenly.
-        kernel: bilinear or bicubic. scale: of images in [0, 1]. mean, std: of R, G and B.
+        keep_aspect: scale both sides by whichever of the two factors is nearer to 1.
+        multiple: sides are rounded to a multiple of this.
+        divisor: sides are padded evenly with 0 to a multiple of this.
+        kernel: bilinear or bicubic.
+        scale: factor applied to images in [0, 1].
+        mean, std: for R, G and B.
     """
 
     size: tuple[int, int] | None
@@ -98,7 +101,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, processor: Any, model: str) -> Preprocessing:
-        """What a DPT image processor of transformers, of either backend, is configured to do."""
+        """Reads the settings of a DPT image processor from transformers, of either backend."""
         kernel = KERNELS.get(getattr(processor.resample, "value", processor.resample))
         if not type(processor).__name__.startswith("DPTImageProcessor") or kernel is None:
             raise UsageError(f"depth cannot differentiate the preprocessing of {model} ({type(processor).__name__}, "
@@ -115,23 +118,23 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> what the network takes."""
+        """Images [B, 3, H, W] in [0, 1] -> the network's input."""
         sides = self.sides(*images.shape[-2:])
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return functional.pad((resized(images, sides, self.kernel) * self.scale - mean) / std, self._padding(*sides))
 
     def undone(self, depth: Tensor, images: Tensor) -> Tensor:
-        """Depth [B, 1, h, w] of __call__(images), without the padding and at the size of the pictures."""
+        """Removes the padding from depth [B, 1, h, w] and resizes it to the size of the pictures."""
         height, width = sides = self.sides(*images.shape[-2:])
         left, right, top, bottom = self._padding(*sides)
         if left + right + top + bottom:
             depth = resized(depth, (height + top + bottom, width + left + right), "bicubic")
             depth = depth[..., top : top + height, left : left + width]
-        # Antialiased, unlike the library's: from 384 to 32 px its bicubic would read a ninth of the pixels.
+        # transformers resizes without antialiasing: from 384 to 32 px its bicubic would read a ninth of the pixels.
         return resized(depth, (images.shape[-2], images.shape[-1]), "bicubic")
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that pictures of that size are resized to."""
+        """(height, width) that pictures of this size are resized to."""
         if self.size is None:
             return height, width
         down, across = self.size[0] / height, self.size[1] / width
@@ -148,14 +151,14 @@ class Preprocessing:
 
 
 def resized(images: Tensor, size: tuple[int, int], kernel: str) -> Tensor:
-    """[B, C, H, W] -> [B, C, *size] with PIL's kernels, torch's where antialias is set."""
+    """[B, C, H, W] -> [B, C, *size] with PIL's kernels, which torch uses if antialias is set."""
     if tuple(images.shape[-2:]) == size:
         return images
     return functional.interpolate(images, size, mode=kernel, align_corners=False, antialias=True)
 
 
 def normalised(depth: Tensor) -> Tensor:
-    """Each map [1, H, W] of [B, 1, H, W] stretched to [0, 1]; flat ones are 0."""
+    """Stretches each map of [B, 1, H, W] to [0, 1]; a constant map becomes 0."""
     low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
     flat = high - low <= FLAT * torch.maximum(low.abs(), high.abs())
     return ((depth - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)

@@ -1,4 +1,4 @@
-"""What several measurements are made of: precision, luma, Gaussian kernels, networks in pieces."""
+"""Building blocks that several controls share: luma, Gaussian kernels, networks run in pieces."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def luma(images: Tensor) -> Tensor:
 
 
 def gaussian(std: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets -r..r in pixels, r = ceil(3 std), and the Gaussian's weights there, of sum 1."""
+    """Offsets -r..r in pixels, r = ceil(3 std), and the Gaussian's weights there, which sum to 1."""
     radius = math.ceil(3 * std)
     offsets = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
     return offsets, torch.softmax(-(offsets**2) / (2 * std**2), dim=0)
 
 
 def filtered(image: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """[B, 1, H, W] correlated with `down` along H and `across` along W, of equal odd lengths; borders replicated."""
+    """Correlates [B, 1, H, W] with `down` along H and `across` along W, of equal odd length; borders replicated."""
     radius = len(down) // 2
     padded = functional.pad(image, (radius,) * 4, mode="replicate")
     return functional.conv2d(functional.conv2d(padded, down.view(1, 1, -1, 1)), across.view(1, 1, 1, -1))
 
 
 def in_pieces(measure: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """measure(images) by a network: a few pictures at a time unless a gradient is asked.
+    """measure(images), a few pictures at a time unless a gradient is needed.
 
-    Evaluation hands over hundreds of pictures at once; their activations together need not fit.
+    Evaluation passes hundreds of pictures at once, whose activations may not fit in memory together.
     """
     if torch.is_grad_enabled() and images.requires_grad:
         return measure(images)

@@ -1,4 +1,4 @@
-"""HED soft edges (arXiv 1504.06375), in the architecture of the weights that ControlNets were trained with."""
+"""HED soft edges (arXiv 1504.06375), in the architecture of the weights that published ControlNets used."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ REMEDY = f"fetch {FILE} of lllyasviel/Annotators and name it: class MyHED(HED): 
 
 
 class HED(Control):
-    """c = sigmoid of the mean of five side outputs, each drawn up bilinearly to the picture's size.
+    """c = sigmoid of the mean of five side outputs, each upsampled bilinearly to the picture's size.
 
-    The weights are read at the first measurement, not before. Your own copy is a subclass in a file of yours:
+    The weights are read at the first measurement. To use your own copy, write a subclass in a file of your own:
 
         class MyHED(HED):
             weights = "models/ControlNetHED.pth"
 
     Attributes:
-        weights: a file (.safetensors, or a pickle of tensors and nothing else), a folder that holds
-            ControlNetHED.pth or ControlNetHED.safetensors, or a hub id whose ControlNetHED.pth is downloaded.
+        weights: a file (.safetensors, or a pickle that contains only tensors), a folder with ControlNetHED.pth
+            or ControlNetHED.safetensors, or a hub id, from which ControlNetHED.pth is downloaded.
         widths: channels of the five blocks; the published weights have these.
     """
 
@@ -47,7 +47,7 @@ class HED(Control):
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], at least 16 px -> c [B, 1, H, W] in [0, 1], differentiable.
 
-        float32 or wider, on the pictures' device. UsageError where the weights are not to be had.
+        c is float32 or wider, on the pictures' device. Raises UsageError if the weights cannot be loaded.
         """
         height, width = images.shape[-2:]
         if min(height, width) < SMALLEST:
@@ -59,7 +59,7 @@ class HED(Control):
 
     @cached_property
     def network(self) -> HEDNetwork:
-        """Frozen, with the weights loaded."""
+        """The frozen network with its weights loaded."""
         with torch.device("meta"):
             network = HEDNetwork(self.widths)
         file = _found(self.weights)
@@ -72,7 +72,7 @@ class HED(Control):
 class HEDNetwork(nn.Module):
     """Five VGG blocks with a side output each: RGB [B, 3, H, W] in 0..255 -> mean logit [B, 1, H, W].
 
-    Parameter names are the published weights': norm, block1.convs.0.weight, block1.projection.weight, ...
+    Parameters are named as in the published weights: norm, block1.convs.0.weight, block1.projection.weight, ...
     """
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS):
@@ -90,7 +90,7 @@ class HEDNetwork(nn.Module):
 
 
 class Block(nn.Module):
-    """depth convolutions 3x3, each with a ReLU -> (features [B, width, H, W], side output [B, 1, H, W])."""
+    """`depth` 3x3 convolutions, each with a ReLU -> (features [B, width, H, W], side output [B, 1, H, W])."""
 
     def __init__(self, inputs: int, width: int, depth: int):
         super().__init__()
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
 
 def _found(place: str) -> Path:
-    """The file of weights that a path or hub id names."""
+    """Returns the weights file for a path or hub id; downloads it for a hub id."""
     path = Path(place).expanduser()
     if path.is_dir():
         names = [FILE, str(Path(FILE).with_suffix(".safetensors"))]
@@ -116,7 +116,7 @@ def _found(place: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or place.count("/") != 1:
-        raise UsageError(f"hed's weights {place} are not there; {REMEDY}")
+        raise UsageError(f"hed's weights {place} do not exist; {REMEDY}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -131,7 +131,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(file)
-        # Tensors only: a pickle of anything else could run code, and is refused before it does.
+        # Tensors only: a pickle of anything else could execute code, so it is refused.
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file may be damaged in any way
         raise UsageError(f"{file} cannot be read as weights ({in_short(error)}); {REMEDY}") from error
@@ -140,8 +140,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _check(file: Path, state: object, expected: dict[str, Tensor]) -> None:
     values = state.values() if isinstance(state, dict) else [state]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
-        raise UsageError(f"{file} holds no dictionary of floating-point tensors; {REMEDY}")
+        raise UsageError(f"{file} does not hold a dictionary of floating-point tensors; {REMEDY}")
     for key in [*expected, *state]:
         got, wanted = (list(where[key].shape) if key in where else "nothing" for where in (state, expected))
         if got != wanted:
-            raise UsageError(f"{file} is not HED's: {key} must be {wanted}, got {got}; {REMEDY}")
+            raise UsageError(f"{file} does not hold HED's weights: {key} must be {wanted}, got {got}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Low resolution, as for super-resolution: every factor-th pixel, drawn up again to the full size."""
+"""Low resolution, for super-resolution: every factor-th pixel, enlarged again to the full size."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from jdm.schedule import precise
 
 @dataclass(frozen=True)
 class LowRes(Control):
-    """c = the pixel at row and column factor // 2 of each block of factor x factor, drawn over the block.
+    """c = the pixel at row and column factor // 2 of each factor x factor block, repeated over the block.
 
-    That is nearest-exact down and up again (torch's "nearest-exact", PIL's NEAREST, OpenCV's
-    INTER_NEAREST_EXACT); torch's "nearest" and OpenCV's INTER_NEAREST take row 0, on padded pictures padding.
+    This is nearest-exact resampling down and up again (torch's "nearest-exact", PIL's NEAREST, OpenCV's
+    INTER_NEAREST_EXACT); torch's "nearest" and OpenCV's INTER_NEAREST take row 0, which on padded pictures
+    is padding.
 
-    log p(c | images) = -|A images - target|^2 / (2 temperature^2), A the mean of each block: nearest-exact
-    touches 1 / factor^2 of the pixels, the mean all of them. The metric, mean |h(x) - c|, stays nearest-exact.
+    log p(c | images) = -|A images - target|^2 / (2 temperature^2), A the mean of each block. Nearest-exact
+    depends on 1 / factor^2 of the pixels, the mean on all. The metric, mean |h(x) - c|, stays nearest-exact.
 
     Attributes:
         factor: side of a block, in pixels; it must divide height and width.
-        temperature: standard deviation of a block's mean about its target.
+        temperature: standard deviation of a block's mean around its target.
     """
 
     factor: int = 4
@@ -41,7 +42,7 @@ class LowRes(Control):
             raise UsageError(f"{self.name}'s temperature must be above 0 and finite, got {self.temperature:g}")
 
     def h(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> c [B, 3, H, W]. UsageError where the factor does not divide H and W."""
+        """Images [B, 3, H, W] in [0, 1] -> c [B, 3, H, W]. Raises UsageError unless factor divides H and W."""
         self._check(images)
         first = self.factor // 2
         small = images[..., first :: self.factor, first :: self.factor]
@@ -50,11 +51,11 @@ class LowRes(Control):
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
         """log p(c | images), summed over blocks and colours: [B], nats, float32 (float64 for float64 images).
 
-        With a `reference` [B, 3, H, W] the target is its block means, and the reference itself is a maximum.
-        With c alone it is c's values, single pixels that a block's mean then has to equal: off by .13 (factor
-        4) and .20 (factor 8) r.m.s. on Fashion-MNIST, but flat blocks are what the nearest-exact metric likes
-        best. Ascent alone, from noisy pictures, leaves consistency at .07 and .06 (chance: .20); from a blank
-        at .07 and .002. No gradient reaches c or the reference.
+        With a `reference` [B, 3, H, W] the target is its block means, so the reference itself is a maximum.
+        With c alone the target is c's values: each block's mean must equal one pixel of the picture. The two
+        differ by .13 (factor 4) and .20 (factor 8) r.m.s. on Fashion-MNIST, but flat blocks score best on the
+        nearest-exact metric. Ascent on this term alone reaches a consistency of .07 and .06 from noisy pictures
+        (chance: .20), and of .07 and .002 from a blank one. No gradient reaches c or the reference.
         """
         images = precise(images)
         target = self.area(c if reference is None else reference).detach()
@@ -62,7 +63,7 @@ class LowRes(Control):
         return -error / (2 * self.temperature**2)
 
     def area(self, images: Tensor) -> Tensor:
-        """Block means: [B, 3, H, W] -> [B, 3, H / factor, W / factor]; of c, the low resolution it shows."""
+        """Block means: [B, 3, H, W] -> [B, 3, H / factor, W / factor]; for c, the low-resolution picture."""
         self._check(images)
         return functional.avg_pool2d(precise(images), self.factor)
 

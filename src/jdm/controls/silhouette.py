@@ -1,4 +1,4 @@
-"""Silhouettes: the foreground of pictures on dark ground, such as Fashion-MNIST."""
+"""Silhouettes: the foreground of pictures on a dark background, such as Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jdm.schedule import precise
 class Silhouette(Control):
     """c = s(images) = sigmoid((b - threshold) / temperature), b the mean of R, G and B, lightly smoothed.
 
-    log p(c | images) = sum c log s + (1 - c) log(1 - s) + entropy of c, Bernoulli: -KL(c || s), 0 where both
-    masks agree. The derivative by the logit is c - s. A Gaussian's has the factor s (1 - s), which is 0 to
-    machine precision at a bright pixel that should be black.
+    log p(c | images) = sum c log s + (1 - c) log(1 - s) + entropy of c (Bernoulli), which is -KL(c || s), 0
+    where both masks agree. The derivative by the logit is c - s; a Gaussian's has the factor s (1 - s), which
+    is 0 to machine precision at a bright pixel that should be black.
 
     Attributes:
         threshold: brightness of the mask's border, in [0, 1]; black is drawn as sigmoid(-threshold / temperature).
         temperature: softness of the threshold, in units of brightness.
-        smoothing: standard deviation of the Gaussian, in pixels; it closes pinholes and gives the border a width.
+        smoothing: standard deviation of the Gaussian, in pixels; it closes pinholes and widens the border.
     """
 
     threshold: float = 0.1

@@ -18,16 +18,16 @@ from jdm.schedule import precise
 class SoftEdge(Control):
     """c = m / (m + contrast), m the mean over scales of sqrt(gx^2 + gy^2 + floor^2) - floor.
 
-    (gx, gy) is the gradient of the Gaussian-smoothed grey, in units of a step: a step from 0 to 1 has
-    magnitude 1 at every scale, on the two pixels beside it. The quotient falls off slowly, so that a strong
-    spurious edge keeps a gradient where tanh would have none. An honest name: this reads like a HED map
-    but knows nothing of objects, and texture counts as edges.
+    (gx, gy) is the gradient of the Gaussian-smoothed grey, scaled so that a step from 0 to 1 has magnitude 1
+    at every scale, on the two pixels beside it. The quotient saturates slowly, so that a strong spurious edge
+    keeps a gradient where tanh would have none. The map looks like HED's, but it knows nothing of objects and
+    counts texture as edges.
 
     Attributes:
         scales: standard deviations of the Gaussians, in pixels.
-        contrast: of the step that is drawn half grey.
-        floor: magnitudes below it are drawn, and have gradients, smaller than in proportion; above 0,
-            for a bare square root has no gradient in the flat parts of a picture.
+        contrast: height of the step that is drawn as half grey.
+        floor: magnitudes below it, and their gradients, shrink faster than in proportion. It must be above 0,
+            because the square root has no gradient at 0, in the flat parts of a picture.
         temperature: standard deviation of the Gaussian likelihood, in units of c.
     """
 

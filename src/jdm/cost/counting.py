@@ -1,8 +1,7 @@
-"""What a piece of a program costs, by whatever it runs on: FLOPs by pass, bytes alive."""
+"""Counts the FLOPs of a program by pass and its live bytes, on any device."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,25 +14,25 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
-# PyTorch's own table knows the attention kernels of GPUs only; the CPU's does the same products.
+# PyTorch's table has only the attention kernels of GPUs; the CPU's kernel computes the same products.
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 CONVOLUTIONS = {aten.convolution, aten._convolution, aten.cudnn_convolution, aten.convolution_backward}
-SLACK = 0.005  # of a peak: what is dead is looked for only where the living may pass it by more
+SLACK = 0.005  # dead storages are searched for only when the total may exceed the peak by this share
 
 
 class Ledger:
-    """Bytes of storages that are alive, each counted once, and their maximum to within SLACK.
+    """Bytes of live storages, each counted once, and their maximum to within SLACK.
 
-    PyTorch's own weak references are asked: Python's know the wrapper of a storage, not the storage.
+    Uses PyTorch's weak references, because Python's refer to the wrapper of a storage and not to the storage.
     """
 
     def __init__(self):
         self.bytes = self.peak = self.clock = self.peak_clock = 0
-        self._known: dict[int, tuple[StorageWeakRef, int, int]] = {}  # reference, bytes, when it was made
+        self._known: dict[int, tuple[StorageWeakRef, int, int]] = {}  # reference, bytes, clock at creation
 
     def add(self, value: Tensor) -> None:
         storage = value.untyped_storage()
@@ -44,38 +43,38 @@ class Ledger:
         self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self.clock
         self.bytes += storage.nbytes() - (replaced[1] if replaced else 0)
         if self.bytes > self.peak * (1 + SLACK):
-            self._bury()
+            self._drop_dead()
             if self.bytes > self.peak:
                 self.peak, self.peak_clock = self.bytes, self.clock
 
     def now(self) -> int:
-        """Bytes alive, exactly."""
-        self._bury()
+        """The exact number of live bytes."""
+        self._drop_dead()
         return self.bytes
 
     def reset_peak(self) -> None:
-        self._bury()
+        self._drop_dead()
         self.peak, self.peak_clock = self.bytes, self.clock
 
     def there_at_peak(self, tensors: Iterable[Tensor | None]) -> int:
-        """Bytes of those of the living tensors that were made before the peak."""
+        """Bytes of those of the given live tensors that existed at the peak."""
         keys = {_key(t) for t in tensors if t is not None}
         found = [self._known[key] for key in keys if key in self._known]
-        return sum(n for _, n, made in found if made <= self.peak_clock)
+        return sum(n for _, n, created in found if created <= self.peak_clock)
 
-    def _bury(self) -> None:
+    def _drop_dead(self) -> None:
         for key in [key for key, (reference, *_) in self._known.items() if reference.expired()]:
             self.bytes -= self._known.pop(key)[1]
 
 
 class Meter(TorchDispatchMode):
-    """Counts while it is active, on real tensors as on fake ones.
+    """Counts FLOPs and bytes while it is active, on real and on fake tensors.
 
     Attributes:
-        label: what FLOPs are put down to: set it before a forward; backward passes start with `label` too.
-        flops: by (label, backward, kind of arithmetic), the last "convolution" or "product" with the input's dtype.
-        alive: the storages made under the meter.
-        held: bytes alive where a backward starts, at most: what autograd saved for it, with all else that is there.
+        label: name to which FLOPs are assigned; set it before a forward or backward pass.
+        flops: FLOPs by (label, backward, kind of arithmetic); the kind is "convolution" or "product" and the dtype.
+        alive: the storages created under the meter.
+        held: largest number of live bytes at the start of a backward pass, which includes what autograd saved for it.
     """
 
     def __init__(self):
@@ -110,12 +109,12 @@ def _key(value: Tensor) -> int:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, what `to` and `float` are made of; torch's own cannot put a fake tensor in another's place."""
+    """nn.Module._apply, used by `to` and `float`; torch's version cannot replace one fake tensor by another."""
     for child in module.children() if recurse else ():
         converted(child, fn)
     for key, old in module._parameters.items():
@@ -126,9 +125,3 @@ def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool =
     for key, old in module._buffers.items():
         module._buffers[key] = old if old is None else fn(old)
     return module
-
-
-def copy_of(module: nn.Module) -> nn.Module:
-    """copy.deepcopy, which reads the memory of tensors and so corrupts that of fake ones."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, memo | {id(b): torch.empty_like(b) for b in module.buffers()})

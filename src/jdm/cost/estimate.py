@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter, bytes_of, copy_of
+from jdm.cost.counting import Meter, bytes_of
 from jdm.cost.gpus import GPU, GPUS
 from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
@@ -36,7 +36,8 @@ from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion
+from jdm.models.family import Denoiser, copied
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
@@ -344,7 +345,7 @@ class Shapes(Loaded):
         with unset_fake_temporarily():
             real = make()
         with self.mode:
-            return copy_of(real)
+            return copied(real).requires_grad_(False)
 
 
 @contextmanager

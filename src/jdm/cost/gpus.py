@@ -1,4 +1,4 @@
-"""GPUs by name, as their data sheets have them."""
+"""GPUs by name, with the numbers of their data sheets."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """A data sheet. memory: bytes, as the driver reports it. Rates: peak FLOP/s, dense, by dtype.
+    """A GPU's data sheet.
 
-    float32 convolutions run in TF32, PyTorch's default for them; float32 products do not, by the same defaults.
+    By PyTorch's defaults float32 convolutions run in TF32 and float32 products do not.
+
+    Attributes:
+        memory: bytes, as the driver reports them.
+        bfloat16, tf32, float32: peak dense FLOP/s.
     """
 
     name: str
@@ -19,7 +23,7 @@ class GPU:
     float32: float
 
     def rate(self, kind: str) -> float:
-        """Peak FLOP/s of a kind of arithmetic, as `Meter` names it."""
+        """Peak FLOP/s of a kind of arithmetic, named as in `Meter.flops`."""
         if kind.endswith("16"):
             return self.bfloat16
         return self.tf32 if kind.startswith("convolution") else self.float32

@@ -1,4 +1,4 @@
-"""Shapes without weights: published configurations, or those of a local folder or checkpoint."""
+"""Models without weights, from published configurations or those of a local folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
 from jdm.library import FAMILIES, SHIPPED
+from jdm.models.folder import folder_json, model_index
 from jdm.models.published import KNOWN, networks
-from jdm.models.stable_diffusion import StableDiffusion, _json, model_index
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
 
 def without_weights(name: str) -> StableDiffusion:
-    """The model `load_model(name)` gives, its tokenizer replaced by one that reads every prompt as zeros.
+    """The model that `load_model(name)` returns, with random weights and a tokenizer that maps all prompts to zeros.
 
-    Its networks are made where the caller says: under a FakeTensorMode or torch.device("meta") they take no memory.
+    Under a FakeTensorMode or torch.device("meta") its networks take no memory.
 
     Raises:
-        UsageError: the name is neither known, nor shipped, nor a local folder with configurations or a checkpoint.
+        UsageError: the name is neither known nor shipped, nor a local folder with configurations, nor a checkpoint.
     """
     configs = KNOWN.get(name) or checkpoint_configs(name) or _of_folder(name)
     lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
@@ -42,7 +43,7 @@ def without_weights(name: str) -> StableDiffusion:
 
 
 class Zeros:
-    """Stands for a tokenizer whose vocabulary is not needed: all prompts are `length` zeros."""
+    """A tokenizer without a vocabulary: every prompt becomes `length` zeros."""
 
     def __init__(self, length: int):
         self.model_max_length = length
@@ -65,9 +66,9 @@ def _of_folder(name: str) -> dict[str, dict]:
         files["text_encoder_2"] = "text_encoder_2/config.json"
     if index.get("controlnet", [None])[0] is not None:
         files["controlnet"] = "controlnet/config.json"
-    found = {part: _json(str(path), file) for part, file in files.items()}
+    found = {part: folder_json(str(path), file) for part, file in files.items()}
     if controlnet:
-        found["controlnet"] = _json(str(ASSETS / controlnet), "config.json")
+        found["controlnet"] = folder_json(str(ASSETS / controlnet), "config.json")
     missing = [part for part, config in found.items() if config is None and part not in ("card", "scheduler")]
     if missing:
         raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")
@@ -82,7 +83,7 @@ def dpt_hybrid() -> nn.Module:
 
 
 def image_reward() -> nn.Module:
-    """ImageReward without its weights: the published encoders and head, behind prompts that are zeros."""
+    """ImageReward without its weights: the published encoders and head, with a tokenizer that returns zeros."""
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 

@@ -1,4 +1,4 @@
-"""A run's pictures, batch by batch: the next step's are read while this one is computed."""
+"""Batches of a run's pictures; the next step's pictures are read while the current step is computed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jdm.sharing import Share, share
 class Batches:
     """step -> (rows [B] of a split, their pictures uint8 [B, 3, H, W]): this share's part of the step's batch.
 
-    Each part of a batch is read once, however many phases ask for it. What cannot be read is raised by the step that
-    needs it.
+    Each part of a batch is read once, even if several phases use it. A reading error is raised at the step that
+    needs the picture.
     """
 
     def __init__(self, pictures: Pictures, batch: int, seed: int):

@@ -1,13 +1,14 @@
-"""What `jdm prepare` left on disk, as training reads it: text states, pictures, latents; or what has changed since.
+"""The preparation that `jdm prepare` wrote, as training reads it: text states, pictures, latents.
 
-    DIR/manifest.json      what all was made from and which parts belong to it; written last
-    DIR/text-*/            0.npy: hidden states [prompts, L, D]; SDXL's pooled ones [prompts, P] in 1.npy
+    DIR/manifest.json      the inputs of the preparation and the names of its parts; written last
+    DIR/text-*/            0.npy: hidden states [prompts, L, D]; SDXL's pooled states [prompts, P] in 1.npy
     DIR/pictures-*/        0.npy: uint8 [N, 3, size, size]
     DIR/latents-*/         0.npy: [N, C, h, w]
     DIR/prompts-*.json     the distinct captions of the split and "", in the order of the states
     DIR/files-*.json       name, status and SHA-256 of every file the pictures were read from
 
-Arrays are mapped, not loaded, and nothing here writes: any number of processes may share one folder.
+Anything that changed since is reported as an error. Arrays are memory-mapped and nothing here writes, so any number of
+processes may share one folder.
 """
 
 from __future__ import annotations
@@ -33,17 +34,13 @@ from jdm.size import spelled
 from jdm.space import Space
 
 MANIFEST = "manifest.json"
-LAYOUT = 2  # to be raised when the files, or the rule by which pictures are decoded and cut, change
-CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # facts, in a message
-Sign = list  # of a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
+LAYOUT = 2  # increase when the files, or the decoding and cropping of pictures, change
+CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # `facts` in messages
+Sign = list  # identifies a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
 
 
 class Cache:
-    """A prepared folder, finished.
-
-    Args:
-        manifest: its manifest.json.
-    """
+    """A finished preparation: its folder and the contents of its manifest.json."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
@@ -57,49 +54,49 @@ class Cache:
         return cls(folder, manifest)
 
     def pictures(self, data: Data, loaded: Pictures) -> Pictures:
-        """The split with its pictures mapped from disk, and its latents where they are prepared."""
+        """Returns the split with pictures, and latents if prepared, memory-mapped from disk."""
         self._check(data, loaded)
         stored, place = self._arrays(self.manifest["pictures"]["part"], len(loaded))[0], places(loaded.indices)
         return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents, slow=False)
 
     def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
-        """Prompt -> its states on the CPU, as `TextEncoder` remembers them."""
-        asked, made = encoder_signs(encoder), self.manifest["text"]
+        """Prompt -> its text states on the CPU, in the form that `TextEncoder` caches."""
+        own, made = encoder_signs(encoder), self.manifest["text"]
         for entry in made:
-            if entry.items() >= asked.items():
+            if entry.items() >= own.items():
                 prompts = json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8"))
                 return States(prompts, self._arrays(entry["part"], len(prompts)))
-        known = any(entry["text encoder"] == asked["text encoder"] for entry in made)
-        raise self._another("tokenizer" if known else "text encoder")
+        known = any(entry["text encoder"] == own["text encoder"] for entry in made)
+        raise self._mismatch("tokenizer" if known else "text encoder")
 
     def latents(self, space: Space) -> Tensor:
-        """[N, C, h, w], mapped from disk."""
+        """The split's latents [N, C, h, w], memory-mapped from disk."""
         for entry in self.manifest["latents"]:
             if entry["autoencoder"] == space_sign(space):
                 return self._arrays(entry["part"], self.manifest["data"]["n"])[0]
         if not self.manifest["latents"]:
             raise UsageError(f"{self.folder} holds no latents, which this run's method needs; {self._remedy}")
-        raise self._another("autoencoder")
+        raise self._mismatch("autoencoder")
 
     def _check(self, data: Data, loaded: Pictures) -> None:
         made, now = self.manifest["data"], facts(data, loaded)
         for fact, name in CALLED.items():
             if made[fact] != now[fact]:
-                told = f" ({made[fact]}, not {now[fact]})" if fact != "prompts" else self._new_prompt(loaded)
-                raise self._another(name, told)
+                detail = f" ({made[fact]}, not {now[fact]})" if fact != "prompts" else self._new_prompt(loaded)
+                raise self._mismatch(name, detail)
         known = json.loads((self.folder / made["files"]).read_text(encoding="utf-8"))
         found = signs(loaded, known)
         changed = [after[0] for before, after in zip(known, found, strict=False) if before[-1] != after[-1]]
         if changed or len(found) != len(known):
-            raise self._another("picture", f" ({changed[0]})" if changed else "")
+            raise self._mismatch("picture", f" ({changed[0]})" if changed else "")
 
     def _new_prompt(self, loaded: Pictures) -> str:
         known = set(json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8")))
         new = [prompt for prompt in distinct(loaded) if prompt not in known]
         return f" ({new[0]!r} is new)" if new else ""
 
-    def _another(self, what: str, told: str = "") -> UsageError:
-        return UsageError(f"{self.folder} was prepared with another {what} than this run's{told}; {self._remedy}")
+    def _mismatch(self, what: str, detail: str = "") -> UsageError:
+        return UsageError(f"{self.folder} was prepared with another {what} than this run's{detail}; {self._remedy}")
 
     @property
     def _remedy(self) -> str:
@@ -136,44 +133,44 @@ class States(Mapping[str, Any]):
 
 
 def mapped(file: Path) -> Tensor:
-    """An .npy file as a tensor on the CPU, read page by page as it is used; never to be written to."""
+    """Memory-maps an .npy file as a CPU tensor, which must not be written to."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to
+        warnings.simplefilter("ignore")  # about the array being read-only
         return torch.from_numpy(np.load(file, mmap_mode="r"))
 
 
 def places(indices: Tensor) -> Tensor:
-    """For each index of a source, its row in a split."""
+    """Maps each index of a source to its row in the split; -1 if it is not in the split."""
     place = torch.full((int(indices.max()) + 1,), -1)
     place[indices] = torch.arange(len(indices))
     return place
 
 
-# What a preparation was made from
+# The inputs of a preparation
 
 
 def facts(data: Data, loaded: Pictures) -> dict[str, Any]:
-    """Size, split, number of pictures, and the SHA-256 of every picture's captions."""
+    """Size, split, number of pictures, and the SHA-256 of all captions."""
     keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
     used, of = keys.unique(return_inverse=True)
-    said = [[loaded.captions[k] for k in used.tolist()], of.tolist()]
-    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": sha256(said)}
+    captions = [[loaded.captions[k] for k in used.tolist()], of.tolist()]
+    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": sha256(captions)}
 
 
 def distinct(loaded: Pictures) -> list[str]:
-    """Every caption of a split once, and "" for guidance and dropout."""
+    """The distinct captions of a split, sorted, with "" for guidance and dropout."""
     keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
     return sorted({"", *(caption for k in keys.unique().tolist() for caption in loaded.captions[k])})
 
 
 def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
-    """Of every file that a split is read from. One that has the status it is known by is not read again.
+    """Signs of all files that a split is read from. A file whose status is in `known` is not hashed again.
 
-    The status holds the time of the last change of the inode, which no program sets: an edit that keeps the size and
-    puts the time of modification back is noticed.
+    The status includes the inode's change time, which programs cannot set, so that an edit is noticed even if it keeps
+    the size and restores the modification time.
     """
     files = loaded.files(loaded.indices) if loaded.files else []
-    if not files:  # pictures in memory have nothing but their pixels
+    if not files:  # pictures in memory are identified by their pixels
         digest = hashlib.sha256()
         for rows in torch.arange(len(loaded)).split(500):
             digest.update(loaded.batch(rows).contiguous().numpy().data)
@@ -188,11 +185,11 @@ def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
 
 
 def encoder_signs(encoder: TextEncoder) -> dict[str, str]:
-    """SHA-256 of the text models' weights, and of their tokenizers."""
+    """SHA-256 of the text models' weights and of their tokenizers."""
     models, tokenizers = zip(*encoder.networks, strict=True)
-    told = [[tokenizer.model_max_length, tokenizer.pad_token, *_backend(tokenizer)] for tokenizer in tokenizers]
+    settings = [[tokenizer.model_max_length, tokenizer.pad_token, *_backend(tokenizer)] for tokenizer in tokenizers]
     return {"text encoder": sha256([*map(weights_sha256, models), getattr(encoder, "zeros", None)]),
-            "tokenizer": sha256(told)}
+            "tokenizer": sha256(settings)}
 
 
 def space_sign(space: Space) -> str:
@@ -201,7 +198,7 @@ def space_sign(space: Space) -> str:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of every tensor of a network, with its name, type and shape."""
+    """SHA-256 of every tensor of a network, with its name, dtype and shape."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
@@ -210,12 +207,12 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def sha256(value: Any) -> str:
-    """Of a value as JSON."""
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _backend(tokenizer: Any) -> list[Any]:
-    """A tokenizer's vocabulary and rules; not its padding and truncation, which calls set."""
+    """A tokenizer's vocabulary and rules, without padding and truncation, which each call sets."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return [{k: v for k, v in rules.items() if k not in ("truncation", "padding")}]
 

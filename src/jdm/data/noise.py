@@ -1,4 +1,4 @@
-"""Every random number of a run: order of pictures, noise, choices; each a pure function of (seed, step, stream)."""
+"""All random numbers of a run (picture order, noise, choices), each a pure function of (seed, step, stream)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jdm.sharing import Share, share
 
 
 def rows_at(n: int, batch: int, seed: int, step: int) -> Tensor:
-    """Rows of batch number `step`, those of this share: consecutive pieces of a fresh permutation of n every epoch."""
+    """This share's rows of batch `step`. Batches are consecutive pieces of a new permutation of n in every epoch."""
     places = torch.arange(step * batch, (step + 1) * batch)[share().rows(batch)]
     return torch.stack([_permutation(n, seed, int(p) // n)[int(p) % n] for p in places])
 
@@ -25,14 +25,14 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def keyed_generator(seed: int, step: int, stream: str) -> torch.Generator:
-    """A generator that depends on nothing but (seed, step, stream)."""
+    """A random generator that depends only on (seed, step, stream)."""
     digest = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The random numbers of one step, by stream name: the same for any resume, order of asking and share."""
+    """The random numbers of one step, by stream name, independent of resuming, order of calls and share."""
 
     seed: int
     step: int
@@ -40,11 +40,11 @@ class Noise:
     share: Share = field(default_factory=share)
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal, of `shape`; the rows of this share out of all of them."""
+        """Standard normal numbers of `shape`: this share's rows of the global batch."""
         return self._rows(torch.randn((shape[0] * self.share.count, *shape[1:]), generator=self._generator(stream)))
 
     def uniform(self, stream: str, n: int) -> Tensor:
-        """In [0, 1), [n], likewise."""
+        """Uniform numbers in [0, 1), [n]: this share's rows of the global batch."""
         return self._rows(torch.rand(n * self.share.count, generator=self._generator(stream)))
 
     def choice(self, stream: str, n: int) -> int:

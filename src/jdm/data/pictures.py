@@ -1,4 +1,4 @@
-"""Picture files: any picture a person has -> uint8 at the size asked for, and tensors -> PNG files and sheets."""
+"""Picture files: reading any common picture as uint8 at a given size, and writing PNG files and contact sheets."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def load_picture(path: str | Path, size: Size) -> Tensor:
-    """The picture at `path` -> [3, H, W] of that size, uint8 RGB.
+    """Reads the picture at `path` as uint8 RGB [3, H, W] of the given size.
 
-    The rule: turned as its EXIF orientation says; transparent parts over black; grey repeated to three
-    channels; 16-bit grey divided by 257 and float grey in [0, 1] times 255, rounded; of several frames the
-    first. Then resized to cover `size`, its proportions kept (Lanczos, antialiased), and its centre kept.
-    Colour profiles are not applied.
+    It is rotated by its EXIF orientation; transparency is composited over black; grey is repeated to three
+    channels; 16-bit grey is divided by 257 and float grey in [0, 1] multiplied by 255, both rounded; only
+    the first frame is read. The picture is then resized to cover `size`, keeping its proportions (Lanczos,
+    antialiased), and cropped at the centre. Colour profiles are not applied.
 
-    UsageError where there is no such file, it is no whole picture that Pillow reads, a side is below
+    Raises UsageError if the file does not exist, Pillow cannot read it as a whole picture, a side is below
     8 pixels, or it has more pixels than Pillow's limit against decompression bombs.
     """
     path = Path(path).expanduser()
@@ -40,10 +40,10 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
 
 
 def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) -> Tensor:
-    """The same for a file, or the bytes of one; `path` and `length`, in bytes, are for messages."""
+    """`load_picture` for an open file or a path; `path` and `length` (bytes) are only for messages."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large but allowed pictures and odd metadata
+            warnings.simplefilter("ignore")  # about large but allowed pictures and odd metadata
             with Image.open(source) as image:
                 _check_size(path, image)
                 image.load()
@@ -52,13 +52,13 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) ->
         raise
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise UsageError(f"{path}: more than {limit:,} pixels, the most that is opened; "
+        raise UsageError(f"{path}: more than {limit:,} pixels, the limit for opening a picture; "
                          "shrink it first") from error
     except Image.UnidentifiedImageError as error:
         raise UsageError(f"{path}: not a picture that Pillow reads ({length:,} bytes); "
                          "save it as PNG, JPEG or WebP") from error
     except PermissionError as error:
-        raise UsageError(f"{path}: may not be read; change its permissions or copy it") from error
+        raise UsageError(f"{path}: permission denied; change its permissions or copy it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UsageError(f"{path}: damaged or incomplete ({in_short(error)}); "
                          "copy or save it again") from error
@@ -66,25 +66,25 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) ->
 
 
 def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
-    """A picture that is open already -> [3, H, W], uint8 RGB, by the rule of `load_picture`."""
+    """`load_picture` for an image that is already open: uint8 RGB [3, H, W]."""
     _check_size(name, image)
     return _covering(_rgb(name, ImageOps.exif_transpose(image)), size)
 
 
 def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
-    """`read` of every item -> [N, 3, H, W], several at once: decoding and resizing leave Python alone.
+    """Calls `read` on every item in threads -> [N, 3, H, W]; decoding and resizing release Python's lock.
 
-    NumPy puts them together: a thread that enters PyTorch's parallel loops gets OpenMP threads of its own, and then
-    none of them spins between loops any more, which halves the pace of training on a CPU.
+    NumPy stacks the pictures: a thread that enters PyTorch's parallel loops gets its own OpenMP threads, after which
+    no OpenMP thread spins between loops, which halves the speed of training on a CPU.
     """
     with ThreadPoolExecutor(max(1, min(at_once, len(items)))) as readers:
         return torch.from_numpy(np.stack([image.numpy() for image in readers.map(read, items)]))
 
 
 def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
-    """uint8 [N, 3, H, W] -> folder/000.png, ...: the paths written, in order; the folder is made.
+    """Writes uint8 [N, 3, H, W] as folder/000.png, ...; returns the paths in order.
 
-    An older file of the same name is replaced. RunError where the disk refuses.
+    Creates the folder and replaces files of the same names. Raises RunError if the disk cannot be written.
     """
     _check_bytes(images)
     digits = max(3, len(str(len(images) - 1)))
@@ -100,10 +100,10 @@ def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Image:
-    """uint8 [N, 3, H, W] -> one sheet on white, row by row, each picture `scale` times larger (nearest).
+    """Arranges uint8 [N, 3, H, W] row by row on a white sheet, each picture `scale` times larger (nearest).
 
-    `pad` white pixels, not scaled, lie around and between the pictures. Fewer than `columns` pictures make
-    a narrower sheet.
+    `pad` unscaled white pixels surround and separate the pictures. Fewer than `columns` pictures make a
+    narrower sheet.
     """
     _check_bytes(images)
     if len(images) < 1 or columns < 1 or scale < 1 or pad < 0:
@@ -128,8 +128,8 @@ def _covering(rgb: Image.Image, size: Size) -> Tensor:
     else:
         down = across * height / width
     left, top = (rgb.width - across) / 2, (rgb.height - down) / 2
-    # A box, not a crop: the filter reads across its border, so this is resize-then-crop without the large
-    # intermediate picture that a panorama would need.
+    # `box` instead of a crop: the filter reads beyond its border, so the result is that of resizing and then
+    # cropping, without the large intermediate picture that a panorama would need.
     part = rgb.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
     return torch.from_numpy(np.ascontiguousarray(np.asarray(part).transpose(2, 0, 1)))
 
@@ -141,7 +141,7 @@ def _check_size(path: str, image: Image.Image) -> None:
 
 
 def _rgb(path: str, image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, 8 bits."""
+    """Converts any mode to 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(path, image)
     if image.has_transparency_data:
@@ -150,16 +150,16 @@ def _rgb(path: str, image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise UsageError(f"{path}: colour mode {image.mode} cannot be turned into RGB; "
+        raise UsageError(f"{path}: colour mode {image.mode} cannot be converted to RGB; "
                          "save it as an RGB PNG") from error
 
 
 def _eight_bits(path: str, image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits (I;16, I) or floating point (F) -> L. Pillow's own conversion would clip."""
+    """Converts 16-bit, 32-bit (I;16, I) or float (F) grey to L; Pillow's own conversion would clip."""
     grey = np.asarray(image).astype(np.float32 if image.mode == "F" else np.int64)
     top = 1 if image.mode == "F" else 65535
     low, high = grey.min(), grey.max()
-    if not (low >= 0 and high <= top):  # NaN too
+    if not (low >= 0 and high <= top):  # also true for NaN
         raise UsageError(f"{path}: grey values must be in 0..{top}, got {low:g}..{high:g}; "
                          "save it with 8 bits")
     return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
@@ -168,7 +168,7 @@ def _eight_bits(path: str, image: Image.Image) -> Image.Image:
 def _check_bytes(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UsageError(f"pictures must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}; "
-                         "jdm.space.to_bytes turns pixels in [-1, 1] into bytes")
+                         "convert pixels in [-1, 1] with jdm.space.to_bytes")
 
 
 def _image(image: Tensor) -> Image.Image:

@@ -1,8 +1,8 @@
-"""Tar shards of pictures with captions, in WebDataset's layout, read where they lie: on disks or in object stores.
+"""Tar shards of captioned pictures in WebDataset's layout, read in place from disks or object stores.
 
-A shard's pictures are read one by one, by their place in it, so that a run on shards has the order of any other: the
-same for every world size, and after a resume. The first use reads every shard through once, for places and captions;
-`datasets` keeps that table.
+Pictures are read one by one, by their offset in a shard, so that their order is that of any other source: the same
+for every world size and after a resume. The first use reads every shard once to find offsets and captions; `datasets`
+caches that table.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jdm.data.pictures import SUFFIXES, read_all, read_picture
 from jdm.errors import UsageError, in_short
 from jdm.size import Size
 
-READERS = 32  # requests at once: an object store answers slowly, but many
+READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
 
 
 class Shards:
-    """The pictures of some shards, by index.
+    """The pictures of a set of shards, by index.
 
     Args:
         source: path or URL of .tar files, with * or {00000..00099}: s3://bucket/{000..099}.tar, hf://datasets/....
 
     Raises:
-        UsageError: there is none, one cannot be read, or a picture has no caption.
+        UsageError: no shard was found, one cannot be read, or a picture has no caption.
     """
 
     def __init__(self, source: str):
@@ -41,18 +41,18 @@ class Shards:
 
         try:
             self.store, _ = fsspec.core.url_to_fs(source)
-            found = [self.store._strip_protocol(one) for one in _spelled_out(source)]
+            found = [self.store._strip_protocol(one) for one in _expanded(source)]
             self.shards = sorted({str(shard) for one in found for shard in (self.store.glob(one) or [one])})
             known = [[i, shard, str(self.store.ukey(shard))] for i, shard in enumerate(self.shards)]
         except Exception as error:  # a store's driver may raise anything
-            raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, as "
+            raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
         kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
                           "name": Value("string"), "caption": Value("string")})
         try:
             table = Dataset.from_generator(_members, features=kinds, gen_kwargs={"source": source, "shards": known})
         except Exception as error:
-            raise UsageError(_told(error)) from None
+            raise UsageError(_root_message(error)) from None
         self.table, self.captions = table, list(table["caption"])
 
     def __len__(self) -> int:
@@ -60,19 +60,19 @@ class Shards:
 
     def images(self, rows: Tensor, size: Size) -> Tensor:
         """Indices [B] -> uint8 [B, 3, H, W]."""
-        asked = self.table[rows.tolist()]
-        places = list(zip(asked["shard"], asked["start"], asked["bytes"], asked["name"], strict=True))
+        chosen = self.table[rows.tolist()]
+        places = list(zip(chosen["shard"], chosen["start"], chosen["bytes"], chosen["name"], strict=True))
         return read_all(lambda place: self._image(place, size), places, READERS)
 
     def files(self) -> list[Path]:
-        """The shards themselves.
+        """Paths of the shards.
 
         Raises:
-            UsageError: they are no local files.
+            UsageError: the shards are not local files.
         """
         if not all(Path(shard).is_file() for shard in self.shards):
-            raise UsageError("shards in an object store are read during training and not prepared; copy them to a disk "
-                             "that every process sees, or leave out --data.prepared")
+            raise UsageError("shards in an object store are read during training and cannot be prepared; copy them "
+                             "to a disk that every process sees, or leave out --data.prepared")
         return [Path(shard) for shard in self.shards]
 
     def _image(self, place: tuple[int, int, int, str], size: Size) -> Tensor:
@@ -81,26 +81,27 @@ class Shards:
         try:
             data = self.store.cat_file(self.shards[shard], start, start + length)
         except Exception as error:
-            raise UsageError(f"{where} could not be read ({in_short(error)}); the same command goes on from the last "
-                             "checkpoint") from None
+            raise UsageError(f"{where} could not be read ({in_short(error)}); run the same command again to resume "
+                             "from the last checkpoint") from None
         return read_picture(io.BytesIO(data), where, len(data), size)
 
 
-def _spelled_out(source: str) -> list[str]:
-    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar."""
+def _expanded(source: str) -> list[str]:
+    """Expands ranges: a{08..10}.tar -> a08.tar, a09.tar, a10.tar."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", source)
     if match is None:
         return [source]
     low, high = match.groups()
     numbers = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-    return [rest for n in numbers for rest in _spelled_out(source[: match.start()] + n + source[match.end() :])]
+    return [rest for n in numbers for rest in _expanded(source[: match.start()] + n + source[match.end() :])]
 
 
 def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[str, Any]]:
-    """Every picture's place and caption; files of one sample lie beside each other, named alike up to the first dot.
+    """Yields each picture's offset and caption. A sample is adjacent files with equal names up to the first dot.
 
     Args:
-        shards: number, path and sign of each; the sign is for `datasets`, which keeps the table by its arguments.
+        shards: number, path and version key of each; `datasets` caches the table by its arguments, so that a changed
+            key makes it read the shard again.
     """
     import fsspec
 
@@ -108,7 +109,7 @@ def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[s
     for index, shard, _ in shards:
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for key, files in groupby(_files(tar, file), key=lambda m: _key(m.name)):
+                for key, files in groupby(_files(tar, file), key=lambda m: _sample_key(m.name)):
                     if (found := _sample(tar, shard, key, list(files))) is not None:
                         yield {"shard": index, **found}
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
@@ -118,11 +119,11 @@ def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[s
 def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     yield from (member for member in tar if member.isfile())
     file.seek(tar.offset)
-    if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile takes it for the end
+    if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile mistakes this for the end
         raise EOFError("it ends inside a header")
 
 
-def _key(name: str) -> str:
+def _sample_key(name: str) -> str:
     path = PurePosixPath(name)
     return str(path.parent / path.name.split(".")[0])
 
@@ -130,20 +131,20 @@ def _key(name: str) -> str:
 def _sample(tar: tarfile.TarFile, shard: str, key: str, files: list[tarfile.TarInfo]) -> dict[str, Any] | None:
     by_suffix = {PurePosixPath(file.name).suffix.lower(): file for file in files}
     picture = next((file for suffix, file in by_suffix.items() if suffix in SUFFIXES), None)
-    if picture is None:  # what could not be fetched leaves its text behind
+    if picture is None:  # its download failed when the shard was written; only the text remains
         return None
     caption = ""
     for suffix in (".txt", ".json"):
         if not caption and suffix in by_suffix and (data := tar.extractfile(by_suffix[suffix])):
             text = data.read().decode("utf-8", errors="replace")
-            caption = text.strip() if suffix == ".txt" else _of_json(text)
+            caption = text.strip() if suffix == ".txt" else _json_caption(text)
     if not caption:
         raise UsageError(f"{shard}: {picture.name} has no caption; put {PurePosixPath(key).name}.txt beside it, or a "
                          f"{PurePosixPath(key).name}.json with a caption")
     return {"start": picture.offset_data, "bytes": picture.size, "name": picture.name, "caption": caption}
 
 
-def _of_json(text: str) -> str:
+def _json_caption(text: str) -> str:
     try:
         values = json.loads(text)
         return str(values.get("caption") or values.get("text") or "").strip()
@@ -151,8 +152,8 @@ def _of_json(text: str) -> str:
         return ""
 
 
-def _told(error: BaseException) -> str:
-    """What `_members` said, out of what `datasets` wraps it in."""
+def _root_message(error: BaseException) -> str:
+    """Message of the UsageError from `_members`, which `datasets` wraps in exceptions of its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UsageError):
         cause = cause.__cause__ or cause.__context__

@@ -1,7 +1,7 @@
-"""Pictures with captions: the packaged Fashion-MNIST, a folder, tar shards, or a dataset of the Hugging Face hub.
+"""Captioned pictures: the packaged Fashion-MNIST, a folder, tar shards, or a dataset of the Hugging Face hub.
 
-A split is written as `datasets` writes it: "train", "validation", "test", "test[:5000]". Every order and every
-choice of caption is a pure function of (seed, step), so that a resumed run and any world size see the same.
+A split is written as in `datasets`: "train", "validation", "test", "test[:5000]". The order of pictures and the choice
+of captions are pure functions of (seed, step), so that they do not depend on resuming or on the world size.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a grey photo
 
 @dataclass(frozen=True)
 class Pictures:
-    """A split: uint8 pictures by index, their captions, and class labels where the source has them.
+    """A split: uint8 pictures by index, their captions, and class labels if the source has them.
 
     Attributes:
         images: indices [B] -> uint8 [B, 3, H, W].
-        captions: for each picture, or each label, the tuple of captions one is drawn from.
-        labels: [N] class of each picture; None where unknown. With labels, `captions` is indexed by label.
+        captions: for each picture, or each label, the tuple of captions to draw from.
+        labels: class of each picture, by index, or None if unknown. With labels, `captions` is indexed by label.
+        indices: [N] indices of the pictures in this split.
+        size: side, or (height, width), in pixels.
         source: name for reports.
-        files: indices [B] -> what these pictures are read from: a file each, or the files that hold them all.
-        latents: their latents [N, C, h, w] in a space, where they are prepared (prepared.py).
-        slow: each is opened and decoded where it is asked for, so that a run reads ahead (batches.py).
+        files: indices [B] -> files these pictures are read from: one for each, or the files that hold all of them.
+        latents: space -> latents [N, C, h, w] of the split, or None if they are not prepared (cache.py).
+        slow: True if a picture is opened and decoded on access, so that a run should read ahead (batches.py).
     """
 
     images: Callable[[Tensor], Tensor]
@@ -78,7 +80,7 @@ class Pictures:
         return len(self.indices)
 
     def batch(self, rows: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] of rows of this split."""
+        """Pictures of rows [B] of this split: uint8 [B, 3, H, W]."""
         return self.images(self.indices[rows])
 
     def label(self, rows: Tensor) -> Tensor | None:
@@ -92,12 +94,12 @@ class Pictures:
         return [c[int(u * len(c))] for c, u in zip(choices, uniform.tolist(), strict=True)]
 
     def part(self, expression: str) -> Pictures:
-        """A slice of this split, "[a:b]"."""
+        """The slice "[a:b]" of this split."""
         return replace(self, indices=self.indices[_slice(expression)])
 
 
 def load_pictures(source: str, split: str, size: Size) -> Pictures:
-    """The split of a source: "fashion-mnist", a folder of pictures with captions, .tar shards, or a hub dataset id."""
+    """Loads a split of a source: "fashion-mnist", a folder of captioned pictures, .tar shards, or a hub dataset id."""
     match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
     if match is None or match[1] not in ("train", "validation", "test"):
         raise UsageError(f"split must be train, validation or test, with or without [a:b]; got {split!r}")
@@ -116,7 +118,7 @@ def load_pictures(source: str, split: str, size: Size) -> Pictures:
 
 
 def fingerprint(pictures: Pictures, count: int = 1000) -> str:
-    """SHA-256 of the size of a split, and of its first pictures and captions; recorded with every run."""
+    """SHA-256 of a split's length and of its first `count` pictures and captions; recorded with every run."""
     rows = torch.arange(min(count, len(pictures)))
     digest = hashlib.sha256(pictures.batch(rows).numpy().tobytes())
     digest.update(json.dumps([len(pictures), pictures.prompts(rows, torch.zeros(len(rows)))]).encode())
@@ -175,7 +177,7 @@ def _idx(path: Path, header: int) -> np.ndarray:
 
 
 def _folder(folder: Path, split: str, size: Size) -> Pictures:
-    """A folder: split sub-folders where they exist, otherwise every 20th picture validates and tests."""
+    """A folder with a sub-folder per split, or else one in which 1 of 20 pictures each is for validation and test."""
     root = folder / split if (folder / split).is_dir() else folder
     captions = _table(root)
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -203,7 +205,7 @@ def _share(i: int) -> str:
 
 
 def _table(root: Path) -> dict[str, str]:
-    """Captions of metadata.csv, metadata.jsonl (or any single .csv/.jsonl): columns file_name and text."""
+    """File name -> caption, from the folder's only .csv or .jsonl file with the columns file_name and text."""
     tables = sorted([*root.glob("*.csv"), *root.glob("*.jsonl")])
     if len(tables) > 1:
         raise UsageError(f"{root} holds {len(tables)} tables ({tables[0].name}, {tables[1].name}, ...); keep one")
@@ -228,7 +230,7 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
     beside = path.with_suffix(".txt")
     text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
     if not text:
-        raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL "
+        raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL file "
                          "with the columns file_name and text")
     return text
 

@@ -1,4 +1,4 @@
-"""Measurements of a model: distance, consistency, diversity, prompt agreement, and what they cost."""
+"""Measurements of a model: distance, consistency, diversity, prompt agreement, time and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jdm.metrics.scores import scores
 from jdm.metrics.spread import bootstrap, frechet_bootstrap
 from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.classifier import Classifier
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.family import Family
 from jdm.rewards.classifier import PromptClassifier, nano_judge
 from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from jdm.loading import Loaded
 
 FASHION = "fashion-mnist"
-EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # beside those every evaluation has
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # in addition to those of every evaluation
 DIVERSITY_GROUPS, DIVERSITY_DRAWS = 64, 8
-PROBE_SAMPLES = 1000  # of the reference of a teacher that ships without one
+PROBE_SAMPLES = 1000  # samples of the reference that a probe makes for a teacher without a shipped one
 
 
 @cache
@@ -52,7 +52,7 @@ def judge() -> Classifier:
 
 @cache
 def second_judge() -> PromptClassifier | None:
-    """nano-judge, which no reward was and nothing is trained on; None where it does not ship."""
+    """nano-judge, a classifier that no run is trained on; None if it is not shipped."""
     return nano_judge() if (ASSETS / "nano-judge").is_dir() else None
 
 
@@ -74,17 +74,17 @@ def evaluate(
     """All measurements of a model on the first n pictures of a split.
 
     Args:
-        control: by name or import path; the one the model was trained with where not given.
-        steps, guidance: for multi-step models; 50 and the model card's, or 2, where not given.
-        teacher: whose uncontrolled samples distances are taken to.
-        quick: the first extractor alone, fewer draws for diversity, fewer timings.
-        scored: networks that score pictures for their prompts, as `metrics.scores`. also: further extractors, as
-            `extractors`.
+        control: name or import path; by default the control the model was trained with.
+        steps, guidance: for multi-step models; by default 50, and the model card's guidance or else 2.
+        teacher: distances are measured to its uncontrolled samples.
+        quick: use only the first extractor, fewer draws for diversity and fewer timings.
+        scored: rewards that score pictures for their prompts, as in `metrics.scores`.
+        also: further extractors, as in `extractors`.
 
     Returns:
-        fd, fd_floor, fd_extractor (with a second extractor's beside them), consistency and its anchors,
-        diversity, prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64
-        and 1, peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and what was asked.
+        fd, fd_floor, fd_extractor (and those of a second extractor), consistency and its anchors, diversity,
+        prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64 and 1,
+        peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and the arguments.
     """
     loaded = load_model(model).to(device)
     card = loaded.card or {}
@@ -94,7 +94,7 @@ def evaluate(
         raise UsageError(f"{model} has no ControlNet; evaluate it without --control")
     asked = checked(load_control(spec), loaded.size) if spec else None
     if loaded.controlnet is not None and asked is None:
-        raise UsageError(f"{model} has a ControlNet; say which control with --control")
+        raise UsageError(f"{model} has a ControlNet; name its control with --control")
     sampler = sampler_of(loaded, steps, guidance)
     questions = Questions.of(pictures, asked, n, seed, device)
     chosen = extractors(source, quick, also, device)
@@ -113,48 +113,50 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
     """Scores of a text-to-image model on the first n prompts of each style (`metrics.scores.read_prompts`).
 
     Raises:
-        UsageError: the model wants a control, or nothing is to be scored.
+        UsageError: the model has a ControlNet, or `scored` is empty.
     """
     loaded = load_model(model).to(device)
     if loaded.controlnet is not None:
         raise UsageError(f"{model} has a ControlNet, and prompts alone give it no control; evaluate it on pictures")
     if not scored:
-        raise UsageError("prompts without pictures are only scored; name what by: --scores clip,hpsv2,aesthetic")
+        raise UsageError("prompts without pictures need scores; name them: --scores clip,hpsv2,aesthetic")
     sampler = sampler_of(loaded, steps, guidance)
     asked, styles = chosen_prompts(prompts, n)
-    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked)
+    made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked, seed=seed)
     row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles, taken=row)
 
 
-def sampler_of(model: StableDiffusion, steps: int | None = None, guidance: float | None = None) -> Sampler:
-    """One step of a one-step student, 50 of others; the guidance of the model's card, or 2, where not given."""
+def sampler_of(model: Family, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """A student's own steps, 50 of other models, and the guidance of the model's card, or 2, where not given."""
     own = float((model.card or {}).get("guidance", 2.0))
-    return Sampler(model, steps or (1 if model.one_step else 50), own if guidance is None else guidance)
+    return Sampler(model, steps, own if guidance is None else guidance)
 
 
 def _run_as(sampler: Sampler) -> dict[str, Any]:
-    return {"steps": sampler.steps, "guidance": sampler.guidance if sampler.steps > 1 else None}
+    guided = sampler.steps > 1 and not sampler.model.levels
+    return {"steps": sampler.steps, "guidance": sampler.guidance if guided else None}
 
 
 def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
                device: str | torch.device = "cpu") -> list[Extractor]:
-    """What distances read, first the one that `fd` is on: the shipped classifier where it knows the data.
+    """Feature extractors for distances. `fd` uses the first: the shipped classifier if it was trained on the data.
 
     Args:
-        also: "inception", or "inception:FILE" of its weights: FID, first where the classifier does not know the data.
+        also: "inception", or "inception:FILE" with its weights, for FID. It comes first if the classifier was not
+            trained on the data.
     """
     known: list[Extractor] = [ClassifierFeatures(judge())] if source == FASHION else []
-    own = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _known(also))]
-    if quick and (known or own):
-        return [*known, *own]
-    return [*known, *own, EffLite0(device, batch=4 if torch.device(device).type == "cpu" else 256)]
+    more = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _checked(also))]
+    if quick and (known or more):
+        return [*known, *more]
+    return [*known, *more, EffLite0(device, batch=4 if torch.device(device).type == "cpu" else 256)]
 
 
-def _known(also: Sequence[str]) -> Sequence[str]:
+def _checked(also: Sequence[str]) -> Sequence[str]:
     for spec in also:
         if spec.partition(":")[0] not in EXTRACTORS:
-            raise UsageError(f"there is no extractor {spec!r}; further ones are {', '.join(EXTRACTORS)}")
+            raise UsageError(f"there is no extractor {spec!r}; the known ones are {', '.join(EXTRACTORS)}")
     return also
 
 
@@ -167,7 +169,7 @@ def measured(
     sampler: Sampler,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Measurements of uint8 pictures [N, 3, H, W]; the first extractor gives `fd`, others a suffixed one."""
+    """Measurements of uint8 pictures [N, 3, H, W]; the first extractor gives `fd`, others `fd_NAME`."""
     row: dict[str, Any] = {"n": len(pictures)}
     for place, extractor in enumerate(chosen):
         suffix = "" if place == 0 else f"_{extractor.name.split('-')[0]}"
@@ -176,10 +178,10 @@ def measured(
         distance = frechet_distance(Statistics.of(features, extractor.name), target.statistics)
         row |= {f"fd{suffix}": distance, f"fd_floor{suffix}": target.floor(len(pictures)),
                 f"fd_extractor{suffix}": extractor.name}
-        if place == 0 and features.shape[1] < 512:  # seconds a draw above that
+        if place == 0 and features.shape[1] < 512:  # wider features take seconds per draw
             row["fd_spread"] = frechet_bootstrap(features, target.statistics)[1]
     if control is not None and questions.c is not None:
-        row |= _obedience(pictures, questions, control, sampler)
+        row |= _consistency(pictures, questions, control, sampler)
     if questions.source == FASHION and questions.labels is not None:
         row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
         row |= _judged(pictures, questions, questions.labels)
@@ -190,7 +192,7 @@ def measured(
 
 def cost(sampler: Sampler, questions: Questions, control: Control | None, batches: tuple[int, ...] = (64, 1),
          repeats: int = 3) -> dict[str, Any]:
-    """Seconds from prompt and control to pixels, per picture, at each batch size; and peak memory in MiB."""
+    """Seconds per picture from prompt and control to pixels, at each batch size, and peak memory in MiB."""
     row: dict[str, Any] = {}
     for batch in batches:
         part = questions.head(min(batch, len(questions)))
@@ -214,13 +216,13 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
     shown = None
     if control is not None and part.c is not None:
         shown = control.image(part.c).repeat_interleave(draws, 0)
-    features = extractor.features(sampler(z, y, shown))
+    features = extractor.features(sampler(z, y, shown, seed=part.seed + 1))
     return diversity(features.view(len(part), draws, -1))
 
 
 @torch.no_grad()
 def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str, float]:
-    """What nano-judge says: the mean log-probability of the class prompted, in nats, and its prompt agreement."""
+    """nano-judge's mean log-probability of the prompted class, in nats, and its prompt agreement; {} without it."""
     other = second_judge()
     if other is None:
         return {}
@@ -231,7 +233,7 @@ def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str,
 
 
 @torch.no_grad()
-def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
+def _consistency(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
     assert questions.c is not None
     device = next(sampler.net.parameters()).device
     seen = controls_of(control, unit(from_bytes(pictures)), device)
@@ -249,11 +251,12 @@ def _obedience(pictures: Tensor, questions: Questions, control: Control, sampler
     return row
 
 
-def validation_probe(loaded: Loaded, teacher: StableDiffusion, generator: Callable[[], Generator],
+def validation_probe(loaded: Loaded, teacher: Family, generator: Callable[[], Generator],
                      n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
-    """averages -> consistency, distance and agreement of the averaged student on n validation pictures.
+    """A function that measures distance, consistency and agreement of the averaged student on n validation pictures.
 
-    None where the data holds fewer than two of them, or of the test pictures whose prompts the reference answers.
+    Returns None if the data has fewer than two validation pictures, or fewer than two test pictures, on whose prompts
+    the reference is sampled.
     """
     run, control, held_out = loaded.run, loaded.control, loaded.held_out
     if len(held_out) < 2 or len(loaded.split("test")) < 2:
@@ -268,8 +271,7 @@ def validation_probe(loaded: Loaded, teacher: StableDiffusion, generator: Callab
 
     def probe(_: dict[str, nn.Module]) -> dict[str, float]:
         questions = Questions.of(held_out, control, min(n, len(held_out)), 0, run.device)
-        sampler = Sampler(teacher)
-        sampler.generator = generator()
+        sampler = Sampler(teacher, generator=generator())
         pictures = answers(sampler, questions, control)
         own = Statistics.of(extractor.features(pictures), extractor.name)
         row = {"fd": frechet_distance(own, target())}

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: pictures, tables, curves."""
+"""HTML for a page that needs no other file: text, pictures, tables and curves, each as a string."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ code,pre{background:#f4f4f4;padding:.15rem .3rem}pre{padding:.7rem;overflow-x:au
 
 
 def page(title: str, *parts: str) -> str:
-    """The whole document."""
+    """A complete HTML document with its title as the first heading, then the parts in order."""
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n")
 
 
 def heading(text: str) -> str:
+    """A heading below the page's title."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def code(text: str) -> str:
+    """Lines of code or commands, in a box."""
     return f"<pre>{html.escape(text)}</pre>"
 
 
 def picture(image: Image.Image, caption: str) -> str:
-    """An image inside the page, as PNG in base64."""
+    """An image with its caption; the page contains it as a PNG in base64."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -43,13 +46,19 @@ def picture(image: Image.Image, caption: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text cells: its column heads, then its rows."""
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><tr>{cells}</tr>{body}</table>"
 
 
 def curve(name: str, points: Sequence[tuple[float, float]], width: int = 420, height: int = 140) -> str:
-    """One line chart as SVG: (x, y) points, with the range of y written beside it."""
+    """A line chart as SVG; its caption gives the first, last, smallest and largest y. Empty for fewer than 2 points.
+
+    Args:
+        points: (training step, value) pairs, in order of steps.
+        width: of the drawing, in CSS pixels; so is `height`.
+    """
     if len(points) < 2:
         return ""
     xs, ys = [p[0] for p in points], [p[1] for p in points]

@@ -1,4 +1,4 @@
-"""What every model of one comparison is asked: the same prompts, controls, noise and pictures."""
+"""The questions of a comparison: prompts, controls, noise and pictures that are the same for every model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jdm.generator import starting_noise
 from jdm.size import size_of
 from jdm.space import from_bytes, unit
 
-AT_ONCE = 250 * 32 * 32  # pixels that a network outside training sees at once: a picture of 512 px, or many small ones
+AT_ONCE = 250 * 32 * 32  # pixels per pass of a network outside training: one picture of 512 px, or many small ones
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,11 @@ class Questions:
     """Prompts and controls of N real pictures.
 
     Attributes:
-        images: [N, 3, H, W] in [0, 1], where (y, c) come from.
+        images: [N, 3, H, W] in [0, 1], the pictures that (y, c) come from.
+        y: N prompts.
         c: [N, k, H, W], or None for models without a control.
-        labels: [N], where the pictures have classes. seed: of the noise and of the choice of captions.
+        labels: [N] classes of the pictures, or None.
+        seed: seed of the noise and of the choice of captions.
         source: the data set's name.
     """
 
@@ -40,7 +42,7 @@ class Questions:
     @classmethod
     def of(cls, pictures: Pictures, control: Control | None, n: int, seed: int,
            device: str | torch.device = "cpu") -> Questions:
-        """The first n pictures of a split; their control is measured on `device`."""
+        """Questions on the first n pictures of a split; their control is measured on `device`."""
         if not 2 <= n <= len(pictures):
             raise UsageError(f"n must be in 2..{len(pictures)} ({pictures.source}), got {n}")
         rows = torch.arange(n)
@@ -54,25 +56,25 @@ class Questions:
         return len(self.y)
 
     def head(self, n: int) -> Questions:
-        """The first n of them."""
+        """The first n questions."""
         c, labels = (None if v is None else v[:n] for v in (self.c, self.labels))
         return Questions(self.images[:n], self.y[:n], c, labels, self.seed, self.source)
 
 
 @torch.no_grad()
 def controls_of(control: Control, images: Tensor, device: str | torch.device = "cpu") -> Tensor:
-    """h of images [N, 3, H, W] in [0, 1] -> [N, k, H, W] on the CPU, in parts."""
+    """h(images) of images [N, 3, H, W] in [0, 1] -> [N, k, H, W] on the CPU, computed in parts on `device`."""
     return torch.cat([control.h(part.to(device)).cpu() for part in in_parts(images)])
 
 
 def in_parts(images: Tensor) -> Sequence[Tensor]:
-    """[N, 3, H, W] in parts of at most AT_ONCE pixels, or of one picture."""
+    """Splits [N, 3, H, W] into parts of at most AT_ONCE pixels, or of one picture."""
     height, width = images.shape[-2:]
     return images.split(max(1, AT_ONCE // (height * width)))
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:
-    """uint8 pictures [N, 3, H, W] for the questions; picture i has its own noise, whatever the batch."""
+    """A sampler's uint8 pictures [N, 3, H, W] for the questions; the noise of picture i does not depend on `batch`."""
     z = starting_noise(sampler.model.latent_shape(len(questions), size_of(questions.images)), questions.seed)
     shown = None if control is None or questions.c is None else control.image(questions.c)
-    return sampler(z, questions.y, shown, batch)
+    return sampler(z, questions.y, shown, batch, questions.seed)

@@ -1,7 +1,7 @@
-"""What distances are taken to: statistics of uncontrolled teacher samples, with the floor of a second set.
+"""References for distances: statistics of uncontrolled teacher samples, and the floor from a second set of samples.
 
-The teacher answers the prompts of the test pictures without any control. Statistics, steps, guidance and seeds are
-kept in one file; the floor is the distance between a second, disjoint set of teacher samples and the first.
+The teacher draws pictures for the test pictures' prompts without any control. Statistics, steps, guidance and seeds are
+stored in one file; the floor is the distance between a second, disjoint set of teacher samples and the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers
-from jdm.evaluation.sampling import Sampler
+from jdm.evaluation.sampling import Sampler, counted
 from jdm.files import ASSETS
 from jdm.library import load_model
 from jdm.metrics.extractors import Extractor
@@ -26,18 +26,18 @@ from jdm.models import nano
 from jdm.size import spelled
 
 STEPS, GUIDANCE, SAMPLES = 25, 2.0, 5000
-SEEDS = (1000, 2000)  # of the reference and of the second set
-FLOORS = (250, 500, 1000, 2000, 5000)  # sizes of the second set whose floor is stored
+SEEDS = (1000, 2000)  # seeds of the reference and of the second set
+FLOORS = (250, 500, 1000, 2000, 5000)  # sizes of the second set at which the floor is stored
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of uncontrolled teacher samples and the floor at each size of a second set."""
+    """Statistics of uncontrolled teacher samples, which include the floor at several sizes of a second set."""
 
     statistics: Statistics
 
     def floor(self, n: int) -> float:
-        """Distance of n further teacher samples; between stored sizes, linear in 1 / n as its bias is."""
+        """Distance of n further teacher samples; interpolated linearly in 1 / n, as its bias is, between sizes."""
         table = sorted((int(k), float(v)) for k, v in json.loads(self.statistics.extra["floors"]).items())
         sizes = [k for k, _ in table]
         if n <= sizes[0]:
@@ -53,7 +53,7 @@ class Reference:
 def references(teacher: str, extractors: list[Extractor], pictures: Pictures, steps: int = STEPS,
                guidance: float = GUIDANCE, samples: int = SAMPLES,
                device: str | torch.device = "cpu") -> dict[str, Reference]:
-    """One reference per extractor: shipped with nano-sd, remembered after the first time for other teachers."""
+    """One reference per extractor: shipped for nano-sd; for other teachers computed once and cached on disk."""
     found: dict[str, Reference] = {}
     recipe = {"teacher": teacher, "pictures": pictures.source, "size": spelled(pictures.size),
               "steps": str(steps), "guidance": f"{guidance:g}", "samples": str(min(samples, len(pictures))),
@@ -64,7 +64,7 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
             file = folder / f"{extractor.name}.safetensors"
             if file.is_file():
                 statistics = Statistics.load(file)
-                said = {"size": spelled(nano.SIZE)} | statistics.extra  # what ships came before other sizes
+                said = {"size": spelled(nano.SIZE)} | statistics.extra  # the shipped files do not record the size
                 if all(said.get(k) == v for k, v in recipe.items()):
                     found[extractor.name] = Reference(statistics)
                     break
@@ -76,9 +76,10 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
 
 def _measured(teacher: str, extractors: list[Extractor], pictures: Pictures, recipe: dict[str, str],
               folder: Path, device: str | torch.device) -> dict[str, Reference]:
-    model = load_model(teacher).with_parts(controlnet=None).at(pictures.size).to(device)
-    if model.one_step:
-        raise UsageError(f"{teacher} is a one-step student; a reference needs its multi-step teacher")
+    model = load_model(teacher).with_networks(controlnet=None).at(pictures.size).to(device)
+    if model.levels:
+        raise UsageError(f"{teacher} is a student of {counted(len(model.levels))}; a reference needs its multi-step "
+                         "teacher")
     sampler = Sampler(model, int(recipe["steps"]), float(recipe["guidance"]))
     n = int(recipe["samples"])
     first, second = (answers(sampler, Questions.of(pictures, None, n, seed), None) for seed in SEEDS)

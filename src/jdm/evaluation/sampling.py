@@ -1,9 +1,8 @@
-"""Pictures from a model, in one step or in many: the Python face of `jdm sample`."""
+"""Pictures from a model, in a student's few steps or in many: the Python face of `jdm sample`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,91 +11,108 @@ from torch import Tensor, nn
 
 from jdm.controls import Control
 from jdm.errors import UsageError
-from jdm.generator import starting_noise
+from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
 from jdm.library import load_model
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, ddim_scheduler
-from jdm.score import ScoreModel
+from jdm.models.family import Family
+from jdm.models.schedulers import ddim_scheduler
 from jdm.size import Size, size_of
 from jdm.space import to_bytes
 
 
-@dataclass
 class Sampler:
-    """Prompts, noise and a control in; uint8 pictures out.
+    """Turns noise, prompts and control images into uint8 pictures.
 
-    Attributes:
-        steps: 1 runs the one-step generator; more run DDIM on the guided score.
-        guidance: w of uncond + w (cond - uncond), for many steps; a one-step student has its own inside.
-        also: further ControlNets of the same UNet, such as those of a shared generator; their control images follow
-            the model's own along the channels.
+    Args:
+        steps: `default_steps` where None. A student, and any model at 1, runs its generator; others run DDIM on the
+            guided score.
+        guidance: w of uncond + w (cond - uncond), for a multi-step model; a student has its own inside.
+        also: further ControlNets of the same backbone, such as those of a shared generator; their control images
+            follow the model's own along the channels.
         strengths: factor on each ControlNet's residuals, the model's own first; 1 where not given.
+        generator: run in place of the model's own, such as a student's in training.
+
+    Raises:
+        UsageError: the model has no such number of steps, or fewer ControlNets than strengths.
     """
 
-    model: StableDiffusion
-    steps: int = 1
-    guidance: float = 1.0
-    also: Sequence[nn.Module] = ()
-    strengths: Sequence[float] = ()
-
-    def __post_init__(self):
+    def __init__(self, model: Family, steps: int | None = None, guidance: float = 1.0, also: Sequence[nn.Module] = (),
+                 strengths: Sequence[float] = (), generator: Generator | None = None):
+        self.model, self.guidance = model, guidance
+        own = model.levels if generator is None else generator.levels
+        self.steps = steps if steps is not None else len(own) if own else default_steps(model)
         if self.steps < 1:
             raise UsageError(f"steps must be at least 1, got {self.steps}")
-        if self.steps > 1 and self.model.one_step:
-            raise UsageError(f"this model answers in one step; asked for {self.steps}")
-        self.text = self.model.text()
-        self.net = Denoiser(self.model.unet, self.model.controlnet, self.also)
-        if len(self.strengths) > len(self.net.strengths):
-            raise UsageError(f"{len(self.strengths)} strengths for {len(self.net.strengths)} controls; give one each")
-        self.net.strengths[: len(self.strengths)] = self.strengths
-        self.generator = self.model.generator(self.text, self.net)
-        self.score = ScoreModel(self.net, self.model.schedule, self.model.prediction, self.text, self.guidance)
-        self._scheduler = ddim_scheduler({**self.model.scheduler, "prediction_type": "epsilon"})  # it is given eps
+        if own and self.steps != len(own):
+            raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}")
+        self._many = self.steps > 1 and not own
+        self.text = model.text()
+        self.net = model.denoiser(controlnet=model.controlnet, also=also)
+        if len(strengths) > len(self.net.strengths):
+            raise UsageError(f"{len(strengths)} strengths for {len(self.net.strengths)} controls; give one each")
+        self.net.strengths[: len(strengths)] = strengths
+        self.generator = generator or model.generator(self.text, self.net)
+        self.score = model.score_of(self.text, self.net, guidance)
+        self._scheduler = ddim_scheduler(model.scheduler)
 
     @property
     def nfe(self) -> int:
         """Network function evaluations per picture; a guided step counts two."""
-        return self.steps * (2 if self.steps > 1 and self.guidance != 1 else 1)
+        return self.steps * (2 if self._many and self.guidance != 1 else 1)
 
-    def x(self, z: Tensor, y: Sequence[str], control: Tensor | None = None) -> Tensor:
-        """Model-space samples [B, ...] like z."""
-        if self.steps == 1:
-            return self.generator(z, y, control)
+    def x(self, z: Tensor, y: Sequence[str], control: Tensor | None = None, renoise: Renoise | None = None) -> Tensor:
+        """Model-space samples [B, ...] like z; a student of several steps needs `renoise`, as `Generator` does."""
+        if not self._many:
+            return self.generator(z, y, control, renoise)
         scheduler: Any = self._scheduler
-        n = self.model.schedule.n
         scheduler.set_timesteps(self.steps)
         x_t = z * scheduler.init_noise_sigma
         for index in scheduler.timesteps:
-            t = ((index.double() + 1) / n).expand(len(z)).to(z.device)
-            eps = self.score.guided(x_t, t, y, control).eps
-            x_t = scheduler.step(eps, index, x_t).prev_sample
+            t = self.model.schedule.t(index).expand(len(z)).to(z.device)
+            x_t = scheduler.step(self.score.guided(x_t, t, y, control).output, index, x_t).prev_sample
         return x_t
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, y: Sequence[str], control: Tensor | None = None, batch: int = 64) -> Tensor:
-        """uint8 pictures [B, 3, H, W] on the CPU, in batches."""
+    def __call__(self, z: Tensor, y: Sequence[str], control: Tensor | None = None, batch: int = 64,
+                 seed: int = 0) -> Tensor:
+        """uint8 pictures [B, 3, H, W] on the CPU, in batches.
+
+        Args:
+            seed: of the noise that a student of several steps adds between them: a function of seed, row and step.
+        """
         device = next(self.net.parameters()).device
+        fresh = {k: fresh_noise(tuple(z.shape), seed, k).to(device) for k in range(1, len(self.generator.levels))}
         pictures = []
         for rows in torch.arange(len(z)).split(batch):
             shown = None if control is None else control[rows].to(device)
-            x = self.x(z[rows].to(device), [y[int(i)] for i in rows], shown)
+            x = self.x(z[rows].to(device), [y[int(i)] for i in rows], shown, lambda k, rows=rows: fresh[k][rows])
             pictures.append(to_bytes(self.model.space.decode(x)).cpu())
         return torch.cat(pictures)
 
 
-def generator(model: str | StableDiffusion, control: Control | None = None, steps: int | None = None,
+def default_steps(model: Family) -> int:
+    """Network steps where none are asked for: a student's own, 50 of DDIM for other models."""
+    return len(model.levels) if model.levels else 50
+
+
+def counted(steps: int) -> str:
+    """For a sentence: "one step", "4 steps"."""
+    return "one step" if steps == 1 else f"{steps} steps"
+
+
+def generator(model: str | Family, control: Control | None = None, steps: int | None = None,
               guidance: float = 2.0) -> Callable[..., Tensor]:
-    """A function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
+    """Returns a function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
 
     Args:
         model: a shipped name, a folder, a hub id, or a loaded model.
         control: measures `image`; needed where the model has a ControlNet.
-        steps: 1 for a one-step student, 50 for others unless given.
+        steps: a student's own, 50 for other models unless given.
     """
     loaded = load_model(model) if isinstance(model, str) else model
 
     @cache
     def sampler(size: Size) -> Sampler:
-        return Sampler(loaded.at(size), steps or (1 if loaded.one_step else 50), guidance)
+        return Sampler(loaded.at(size), steps, guidance)
 
     def pictures(prompt: str, image: Tensor | None = None, n: int = 1, seed: int = 0) -> Tensor:
         if loaded.controlnet is not None and (control is None or image is None):
@@ -104,6 +120,6 @@ def generator(model: str | StableDiffusion, control: Control | None = None, step
         size = loaded.size if image is None else size_of(image)
         c = None if control is None or image is None else control.image(control.h(image[None].float() / 255))
         shown = None if c is None else c.expand(n, -1, -1, -1)
-        return sampler(size)(starting_noise(loaded.latent_shape(n, size), seed), [prompt] * n, shown)
+        return sampler(size)(starting_noise(loaded.latent_shape(n, size), seed), [prompt] * n, shown, seed=seed)
 
     return pictures

@@ -1,4 +1,4 @@
-"""A finished folder, uploaded to a model hub."""
+"""Uploads an exported folder to a model hub."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from jdm.errors import RunError, UsageError
 
 
 def checked_name(name: str) -> str:
-    """The name of a model on a hub, as it is.
+    """Returns a model's name on a hub unchanged.
 
     Raises:
-        UsageError: it is not OWNER/NAME.
+        UsageError: the name is not OWNER/NAME.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UsageError(f"a model on the hub is named owner/name, got {name!r}")
+        raise UsageError(f"a model on the hub must be named owner/name, got {name!r}")
     return name
 
 
 def push(folder: Path, name: str, api: Any = None) -> str:
-    """Upload a folder as the model OWNER/NAME, which is made where there is none; returns its address.
+    """Uploads a folder as the model OWNER/NAME, creating it if needed; returns its address.
 
     Args:
-        api: stands in for huggingface_hub.HfApi.
+        api: replaces huggingface_hub.HfApi.
 
     Raises:
-        RunError: the hub or the way to it fails. The folder stays; the message says how to go on.
+        RunError: the hub or the network failed. The folder is kept, and the message says how to continue.
     """
     from huggingface_hub import HfApi
 
@@ -35,7 +35,7 @@ def push(folder: Path, name: str, api: Any = None) -> str:
     try:
         address = api.create_repo(name, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=name, repo_type="model", folder_path=folder, commit_message=f"Upload {folder.name}")
-    except Exception as error:  # a hub's errors are of many families, a network's of more
+    except Exception as error:  # the hub and the network raise many kinds of exception
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RunError(f"{folder} is written, but was not uploaded to {name} ({first}); {_remedy(error)}, then: "
                        f"hf upload {name} {folder}") from error
@@ -45,7 +45,7 @@ def push(folder: Path, name: str, api: Any = None) -> str:
 def _remedy(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or "Token" in type(error).__name__:
-        return "log in with a token that may write there: hf auth login"
+        return "log in with a token that has write access: hf auth login"
     if "Offline" in type(error).__name__:
         return "unset HF_HUB_OFFLINE"
     return "check the network and the name"

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, how stock software loads it, what it measures, its settings."""
+"""README.md of an exported folder: what the model is, how stock software loads it, its measurements and settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jdm.evaluation.sampling import counted
+from jdm.models.schedulers import evenly_spaced
 from jdm.size import Size, height_width, spelled
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
@@ -18,13 +20,13 @@ NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about.
+    """The facts that a card reports of a model.
 
     Attributes:
         name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
         card: jdm.json. record: run.json. metrics: what `jdm evaluate` wrote. Empty where there is none.
         base: what it was trained from, by folder or hub id. pixels: size of its pictures.
-        sigma: sigma / alpha at the level a one-step student runs at; same_levels: Stable Diffusion's table has it too.
+        sigma: sigma / alpha at a student's first level; same_levels: Stable Diffusion's table has it too.
         known_as: the size of UNet that ComfyUI and A1111 take it for.
         errors, left_out, rank: of a LoRA that stands for a full student.
     """
@@ -48,8 +50,14 @@ class Subject:
     rank: int = 0
 
     @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The level indices that a student runs at; None for a multi-step model."""
+        found = self.card.get("levels")
+        return None if found is None else tuple(found)
+
+    @property
     def one_step(self) -> bool:
-        return self.card.get("kind") == "one-step"
+        return self.levels is not None and len(self.levels) == 1
 
     @property
     def method(self) -> Mapping[str, Any]:
@@ -59,13 +67,13 @@ class Subject:
     @property
     def partner(self) -> str:
         """What a ControlNet by itself belongs to."""
-        if self.one_step and self.method.get("train_unet", True):
+        if self.levels and self.method.get("train_unet", True):
             return "student"
         return public(self.method.get("start") or self.base or "base")
 
 
 def model_card(of: Subject) -> str:
-    """The whole text, in Markdown with the header that hubs read."""
+    """The README in Markdown, with the header that hubs read."""
     parts = [_header(of), f"# {of.name}", _summary(of), _facts(of)]
     if code := snippet(of):
         parts += ["## Use", f"```python\n{code}```"]
@@ -80,24 +88,25 @@ def model_card(of: Subject) -> str:
     if of.record:
         parts += ["## Training", _table("setting", "value", _settings(of.record))]
     whose = f" ({public(of.base)})" if of.base else ""
-    parts += ["## Licence", f"Inherit from the base model{whose}: its licence and its terms of use hold for this one. "
+    parts += ["## Licence", f"Inherit from the base model{whose}: its licence and terms of use apply to this one. "
               "Name them here before you publish it."]
     return "\n\n".join(parts) + "\n"
 
 
 def snippet(of: Subject) -> str:
-    """Python that draws one picture with stock diffusers; run inside the folder. Empty where diffusers has no part."""
+    """Python that draws a picture with stock diffusers, to run inside the folder; empty if diffusers cannot load it."""
     draw = {"diffusers": _whole, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora_code}
     return draw[of.format](of)
 
 
 def public(name: str) -> str:
-    """A model's or a dataset's name without the place it has on this disk."""
+    """A model's or dataset's name; an absolute path is reduced to its last part."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def _header(of: Subject) -> str:
-    tags = ["one-step"] * of.one_step + ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
+    tags = [str(of.card.get("kind"))] * bool(of.levels)
+    tags += ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
     lines = ["license: other", "license_name: inherit-from-base-model", "library_name: diffusers",
              "pipeline_tag: text-to-image"]
     on_disk = of.base and (Path(of.base).exists() or of.base.endswith(".safetensors"))
@@ -110,24 +119,26 @@ def _header(of: Subject) -> str:
 
 def _summary(of: Subject) -> str:
     what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
-    steps = " that draws in one step" if of.one_step else ""
+    steps = f" that draws in {counted(len(of.levels))}" if of.levels else ""
     control = of.card.get("control")
-    control = f", to a control ({public(str(control))})" if control and of.controlled else ""
+    control = f", following a control ({public(str(control))})" if control and of.controlled else ""
     return f"{what}{steps}{control}; made with jdm."
 
 
 def _facts(of: Subject) -> str:
-    level = of.card.get("t_init")
+    levels = _value(of.levels) if of.levels else None
+    if levels and of.sigma:
+        levels += f" (sigma / alpha = {of.sigma:.4f}{' at the first' * (not of.one_step)})"
     rows = [("base model", public(of.base) if of.base else "not recorded"),
             ("method", of.card.get("method") or of.method.get("type")), ("control", of.card.get("control")),
-            ("t_init", f"{level} (sigma / alpha = {of.sigma:.4f})" if level is not None and of.sigma else level),
+            ("levels", levels),
             ("pictures", of.pixels and spelled(of.pixels) + " (height x width)" * isinstance(of.pixels, tuple)),
             ("weights on disk", of.dtype)]
     return _table("", "", [(k, _value(v)) for k, v in rows if v is not None])
 
 
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every setting of the run, nested ones with dots; where it ran and what it logged left out."""
+    """Settings of the run, nested ones with dots, without those of place and logging."""
     for key, value in _flat(record.get("run", {})):
         if key.split(".")[-1] not in NOT_SETTINGS:
             yield key, _value(value)
@@ -158,9 +169,11 @@ def _table(key: str, value: str, rows: Any) -> str:
 
 def _call(of: Subject) -> str:
     """Lines that draw and keep a picture with `pipe`."""
-    guidance = 1.0 if of.one_step else float(of.card.get("guidance", 2.0))
-    asked = ['"your prompt"', *["image=control"] * of.controlled,
-             f"num_inference_steps={1 if of.one_step else 50}, guidance_scale={guidance}"]
+    guidance = 1.0 if of.levels else float(of.card.get("guidance", 2.0))
+    steps = f"num_inference_steps={len(of.levels) if of.levels else 50}"
+    if of.levels and not evenly_spaced(of.levels):  # the scheduler finds no others by their number
+        steps = steps if of.one_step else f"timesteps={list(of.levels)}"
+    asked = ['"your prompt"', *["image=control"] * of.controlled, f"{steps}, guidance_scale={guidance}"]
     height, width = height_width(of.pixels or 0)
     size = f".resize(({width}, {height}))" if of.pixels else ""
     shown = f'control = Image.open("control.png").convert("RGB"){size}\n' if of.controlled else ""
@@ -198,7 +211,8 @@ def _controlnet(of: Subject) -> str:
 
 
 def _lora_code(of: Subject) -> str:
-    parts = {"scheduler": ("DDIMScheduler", of.one_step), "controlnet": ("ControlNetModel", of.controlled)}
+    stepper = "DDIMScheduler" if of.one_step else "LCMScheduler"
+    parts = {"scheduler": (stepper, bool(of.levels)), "controlnet": ("ControlNetModel", of.controlled)}
     used = {name: kind for name, (kind, there) in parts.items() if there}
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
     given = "".join(f", {name}={name}" for name in used)
@@ -208,7 +222,7 @@ def _lora_code(of: Subject) -> str:
 
 
 def _loading(base: str) -> tuple[str, str]:
-    """A base model's name for stock diffusers, and the method that loads it; #v_prediction is known to jdm alone."""
+    """A base model's name for stock diffusers, without jdm's #v_prediction, and the method that loads it."""
     file = base.partition("#")[0]
     return (file, "from_single_file") if file.lower().endswith(".safetensors") else (base, "from_pretrained")
 
@@ -217,12 +231,12 @@ def _lora(of: Subject) -> Iterator[str]:
     yield (f"Rank {of.rank} of the difference between the student's UNet and the base model's, layer by layer. Its "
            f"error, relative to that difference in weights, is {of.errors[of.rank]:.4f}; at other ranks:")
     yield _table("rank", "relative error", [(r, f"{e:.4f}") for r, e in of.errors.items()])
-    yield (f"Biases and normalisations changed too, by {of.left_out:.4f} of all that changed; a LoRA does not hold "
-           "them. All this is about weights, not pictures: compare pictures before you use a low rank.")
+    yield (f"Biases and normalisations changed too, by {of.left_out:.4f} of the whole change; a LoRA does not hold "
+           "them. These are errors of weights, not of pictures: compare pictures before you use a low rank.")
 
 
 def _other_programs(of: Subject) -> Iterator[str]:
-    """Where the files go, and the settings that make a stock sampler compute the student."""
+    """Where the files belong, and the settings with which a stock sampler computes the student."""
     files = {"single-file": [(CHECKPOINT_FILE, "models/checkpoints", "models/Stable-diffusion")],
              "lora": [(KOHYA_FILE, "models/loras", "models/Lora")]}.get(of.format, [])
     if of.controlled:
@@ -230,24 +244,27 @@ def _other_programs(of: Subject) -> Iterator[str]:
     yield "\n".join(["| file | ComfyUI | A1111 |", "|---|---|---|",
                      *(f"| {f.format(name=of.name)} | {a} | {b} |" for f, a, b in files)])
     if of.known_as is None:
-        yield ("Both programs know UNets by the widths of SD1.5, SD2 and SDXL. This one has others: they will not "
+        yield ("Both programs recognise UNets by the widths of SD1.5, SD2 and SDXL. This one has others: they will not "
                "recognise it, and the files are for software that reads this layout by a config.")
     else:
         yield f"Both take it for {of.known_as}."
-    if of.one_step and of.sigma is not None:
-        yield from _settings_for_one_step(of, of.sigma)
+    if of.levels and not of.one_step:
+        yield (f"The student is run at levels {_value(of.levels)} of 1,000, with fresh noise between them. No settings "
+               "of these programs were worked out for that; use diffusers.")
+    elif of.levels and of.sigma is not None:
+        yield from _settings_for_one_step(of, of.levels[0], of.sigma)
 
 
-def _settings_for_one_step(of: Subject, sigma: float) -> Iterator[str]:
+def _settings_for_one_step(of: Subject, level: int, sigma: float) -> Iterator[str]:
     """x = z sqrt(1 + s^2) - s eps(z) with s = sigma / alpha: one Euler step from s to 0, on noise of that size."""
-    level, start = of.card.get("t_init"), math.sqrt(1 + sigma**2)
+    start = math.sqrt(1 + sigma**2)
     yield (f"The student is run once, at level {level} of 1,000, on noise of unit variance. In these programs' units: "
            f"sigma = {sigma:.4f}, and a first sample of noise x {start:.4f} = sqrt(1 + sigma^2).")
     if not of.same_levels:
-        yield ("That cannot be expressed there: both use Stable Diffusion's table of noise levels, this model was "
-               "trained on another, and its UNet would be told the wrong level. Use diffusers.")
+        yield ("That cannot be expressed there: both use Stable Diffusion's table of noise levels, but this model was "
+               "trained with another, so its UNet would be given the wrong level. Use diffusers.")
         return
-    yield ("The settings below come from reading the programs. Their arithmetic is tested; the programs were not run.")
+    yield ("The settings below come from the programs' sources. Their arithmetic is tested; the programs were not run.")
     yield (f"- ComfyUI, core nodes, exact: KarrasScheduler (steps 1, sigma_max {sigma:.4f}) for the sampler; a second "
            f"KarrasScheduler (steps 1, sigma_max {start:.4f}) into AddNoise with RandomNoise and an empty latent; "
            "SamplerCustomAdvanced with DisableNoise, CFGGuider at cfg 1, KSamplerSelect euler (lcm is the same in one "
@@ -255,8 +272,9 @@ def _settings_for_one_step(of: Subject, sigma: float) -> Iterator[str]:
            "- A1111, exact: sampler Euler, schedule type Karras, 1 step, CFG scale 1, and under Settings, Sampler "
            f"parameters: sigma max {sigma:.4f}, SGM noise multiplier on.")
     yield (f"Not exact: ComfyUI's plain KSampler, and A1111 without that multiplier, start from noise x {sigma:.4f}, "
-           f"{sigma / start:.3f} of what the student knows, and by themselves at level 999; ModelSamplingDiscrete with "
-           "lcm knows only every 20th level. A single file carries no schedule: the level is set by hand each time.")
+           f"{sigma / start:.3f} of what the student was trained on, and by default at level 999; "
+           "ModelSamplingDiscrete with lcm has only every 20th level. A single file carries no schedule, so set the "
+           "level by hand each time.")
     if of.prediction == "v_prediction":
-        yield ("It predicts v: in ComfyUI put ModelSamplingDiscrete (v_prediction) behind the loader, in A1111 a .yaml "
-               "with `parameterization: v` beside the file, where the program does not tell by itself.")
+        yield ("It predicts v. If a program does not detect that: in ComfyUI put ModelSamplingDiscrete (v_prediction) "
+               "behind the loader; in A1111 put a .yaml with `parameterization: v` beside the file.")

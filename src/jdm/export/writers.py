@@ -1,4 +1,4 @@
-"""A run's model as a folder of its own, in the layout a user's software loads."""
+"""Exports a run's model as a folder, in the layout that other software loads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, 
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
-from jdm.models.stable_diffusion import CARD, ControlNetModel, StableDiffusion, alphas_cumprod, lone_controlnet
+from jdm.models.folder import CARD, lone_controlnet
+from jdm.models.schedulers import alphas_cumprod
+from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
 from jdm.recipes import recorded
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
@@ -34,10 +36,12 @@ PICKLES = tuple(f"*{ending}" for ending in single_file.PICKLES)
 
 @dataclass(frozen=True)
 class Source:
-    """A finished model's folder, and what is known of how it was made.
+    """A finished model's folder and the record of its training.
 
     Attributes:
-        record: run.json, {} where there is none. name: as the user gave it.
+        folder: the model's folder.
+        record: run.json, or {}.
+        name: the path that the user gave.
     """
 
     folder: Path
@@ -50,14 +54,18 @@ class Source:
 
     @property
     def kind(self) -> str | None:
-        """The class of stock diffusers that the folder names."""
+        """The diffusers class that the folder names, or None."""
         index = read_json(self.folder / "model_index.json") or read_json(self.folder / "config.json")
         return index.get("_class_name") if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
+        """The whole model, for the layouts of other programs."""
         if not (self.folder / "model_index.json").is_file():
             raise UsageError(f"{self.name} is one network, not a whole model; export it with --format diffusers")
-        return load_model(str(self.folder))
+        model = load_model(str(self.folder))
+        if not isinstance(model, StableDiffusion):
+            raise UsageError(f"{self.name} is no model in Stable Diffusion's format; export it with --format diffusers")
+        return model
 
     def controlnet(self) -> ControlNetModel:
         for folder in (self.folder, self.folder / "controlnet"):
@@ -75,20 +83,21 @@ def export(
     base: str | None = None,
     metrics: str | Path | None = None,
 ) -> Path:
-    """Write a finished run's model, or one built from the last checkpoint's averages, for others; returns `out`.
+    """Exports a finished run's model, or one built from the averages of the last checkpoint; returns `out`.
 
     Args:
-        run: a run's folder, a model's, or a shipped model's name.
-        out: a new or empty folder; it appears whole or not at all.
-        dtype: of the weights on disk. The configs stay, so a stock loader computes in the precision asked of it.
-        format: diffusers, a folder as stock pipelines load it; single-file, for ComfyUI and A1111; controlnet, the
-            ControlNet alone in both layouts; lora, the UNet's difference from its base, in both layouts.
-        rank: of the LoRA, RANK where not given.
-        base: what the LoRA is to be laid over; the run's teacher where not given.
-        metrics: a file that `jdm evaluate --json` wrote, for the README.
+        run: a run's folder, a model's folder, or a shipped model's name.
+        out: a new or empty folder; it is written whole or not at all.
+        dtype: precision of the weights on disk. A stock loader still computes in the precision it is told to.
+        format: diffusers, a folder for stock pipelines; single-file, for ComfyUI and A1111; controlnet, the ControlNet
+            alone in both layouts; lora, the UNet's difference from its base, in both layouts.
+        rank: rank of the LoRA; by default RANK.
+        base: the model that the LoRA is applied to; by default the run's teacher.
+        metrics: a file written by `jdm evaluate --json`, for the README.
 
     Raises:
-        UsageError: there is nothing to export, or not so, or `out` is taken. RunError: the disk refuses.
+        UsageError: there is no model to export, it does not fit the format, or `out` is not empty.
+        RunError: the disk cannot be written.
     """
     run, out = Path(run), Path(out)
     _check(run, out, format, rank, base)
@@ -119,19 +128,19 @@ def _check(run: Path, out: Path, format: str, rank: int | None, base: str | None
         hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(FORMATS)}"
         raise UsageError(f"there is no format {format!r}; {hint}")
     if format != "lora" and (rank is not None or base is not None):
-        raise UsageError(f"--{'base' if rank is None else 'rank'} is of a LoRA; leave it out or add --format lora")
+        raise UsageError(f"--{'base' if rank is None else 'rank'} is for a LoRA; leave it out or add --format lora")
     if rank is not None and rank < 1:
         raise UsageError(f"LoRA rank must be at least 1, got {rank}")
     if out.name in ("", ".."):
-        raise UsageError(f"{out} is no name for a new folder; give one, such as my_model")
+        raise UsageError(f"{out} is not a name for a new folder; give one, such as my_model")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} is there already and is not empty; name a new folder")
+        raise UsageError(f"{out} already exists and is not empty; name a new folder")
     single_file.refuse_pickle(run)
 
 
 @contextmanager
 def _source(run: Path, spare: Path) -> Iterator[Source]:
-    """The model of `run`; a folder at `spare` lasts as long as it is needed where it has to be built first."""
+    """Yields the model of `run`; if it must be built from a checkpoint, in a temporary folder at `spare`."""
     if not run.is_dir() and str(run) in SHIPPED:
         run = ASSETS / str(run)
     for folder in (run / "model", run):
@@ -143,8 +152,8 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
             return
     place = checkpoint.last(run)
     if place is None or not (run / "run.json").is_file():
-        what = "is no run" if not (run / "run.json").is_file() else "has no checkpoint yet"
-        raise UsageError(f"{run} {what}; give the --out of a jdm train, such as runs/nano-canny")
+        what = "is not a run" if not (run / "run.json").is_file() else "has no checkpoint yet"
+        raise UsageError(f"{run} {what}; give the --out folder of jdm train, such as runs/nano-canny")
     again = replace(recorded(run / "run.json"), out=run)
     try:
         export_checkpoint(again, spare)
@@ -154,14 +163,14 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
 
 
 def _record(folder: Path) -> dict:
-    """The run.json of a model's folder: its run's, or the one that lies in its `training`."""
+    """The run.json of a model's folder, from its run or from its `training` folder; {} if there is none."""
     beside = folder.parent / "run.json" if folder.name == "model" else folder / "run.json"
     kept = [file for file in (folder / "training").glob("*.json") if "run" in read_json(file)]
     return read_json(beside) or (read_json(kept[0]) if len(kept) == 1 else {})
 
 
 def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subject:
-    """What the README says of the model, as far as its configs tell: no weight is read."""
+    """The facts for the README that the model's configs hold; no weight is read."""
     found = Subject(name, format, source.kind, source.card, source.record, dtype=str(dtype).split(".")[-1],
                     base=source.record.get("run", {}).get("model"),
                     controlled=(source.folder / "controlnet").is_dir())
@@ -172,22 +181,22 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
                     prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
-    if not found.one_step:
+    if found.levels is None:
         return found
-    levels, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
-    signal, level = float(levels[-1]), len(levels) - 1
+    own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    signal, level = float(own[-1]), len(own) - 1
     same = level < len(theirs) and abs(float(theirs[level]) / signal - 1) < 1e-3
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
 
 
 def _diffusers(source: Source, draft: Path, subject: Subject) -> Subject:
-    """The folder as it is."""
+    """Writes a copy of the folder."""
     shutil.copytree(source.folder, draft, ignore=shutil.ignore_patterns(*PICKLES))
     return subject
 
 
 def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
-    """One checkpoint, its ControlNet beside it, and the configs by which stock diffusers reads the two."""
+    """Writes one checkpoint, its ControlNet beside it, and the configs with which stock diffusers reads both."""
     model = source.model()
     draft.mkdir()
     no_weights = shutil.ignore_patterns("*.safetensors", *PICKLES, CARD, "training", "*.md")
@@ -199,7 +208,7 @@ def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
 
 
 def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
-    """The ControlNet as stock diffusers loads it, and in the single-file layout beside that."""
+    """Writes the ControlNet in the layout of diffusers and, beside it, in the single-file layout."""
     net = source.controlnet()
     net.save_pretrained(draft)
     config = read_json(draft / "config.json")
@@ -215,15 +224,15 @@ def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
 
 
 def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
-    """The UNet's difference from its base as a LoRA in both layouts; ControlNet and one-step scheduler beside it."""
+    """The UNet's difference from its base as a LoRA in both layouts; ControlNet and scheduler beside it."""
     if subject.base is None:
-        raise UsageError(f"{source.name} does not say what it was trained from; name it with --base")
+        raise UsageError(f"{source.name} does not record the model it was trained from; name it with --base")
     model = source.model()
     try:
         base = load_model(subject.base)
     except UsageError as error:
         raise UsageError(f"{error}; name what the LoRA is to be laid over with --base") from None
-    found = lora_file.difference_lora(base.unet, model.unet, subject.rank)
+    found = lora_file.difference_lora(base.backbone, model.unet, subject.rank)
     draft.mkdir()
     lora_file.write_diffusers(found.lora, draft / LORA_FILE)
     lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))
@@ -251,26 +260,26 @@ def _keep_card(source: Source, draft: Path) -> None:
 
 
 def _metrics(file: Path) -> dict[str, Any]:
-    """The measurements of `jdm evaluate --json`."""
+    """Reads the measurements of `jdm evaluate --json`."""
     single_file.refuse_pickle(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         first = getattr(error, "strerror", None) or error
-        raise UsageError(f"{file} could not be read ({first}); give what jdm evaluate --json wrote") from None
+        raise UsageError(f"{file} could not be read ({first}); give a file written by jdm evaluate --json") from None
     if not isinstance(found, dict) or not found or any(isinstance(v, dict | list) for v in found.values()):
-        raise UsageError(f"{file} is not what jdm evaluate --json writes: one name and one value per measurement")
+        raise UsageError(f"{file} is not from jdm evaluate --json, which writes one name and one value per measurement")
     return found
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:
-    """The file's numbers in another precision; its header, and single numbers such as a LoRA's alpha, stay."""
+    """Converts a file's tensors to `dtype`, but not its header or single numbers such as a LoRA's alpha."""
     tensors = load_file(file)
     changed = {k: v.to(dtype) for k, v in tensors.items() if v.is_floating_point() and v.ndim and v.dtype != dtype}
     if not changed:
         return
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {"format": "pt"}
-    draft = file.with_suffix(".draft")  # tensors left as they were may still be read from the file
+    draft = file.with_suffix(".draft")  # unchanged tensors may still be mapped from the file
     save_file(tensors | changed, draft, metadata=header)
     draft.replace(file)

@@ -1,6 +1,6 @@
-"""LoRA files: those that stock diffusers, ComfyUI and A1111 load, written and read; and a LoRA of a full student.
+"""Reads and writes LoRA files of stock diffusers, ComfyUI and A1111, and approximates a full student by a LoRA.
 
-Every file written has one rank and alpha = rank: readers disagree on a rank or an alpha of each layer's own.
+Every file written has the same rank in all layers and alpha = rank, because readers disagree about layers that differ.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from jdm.models.adapters import Adapter
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name load_lora_weights(folder) looks for
 KOHYA = "lora_unet_"
 TEXT = ("text_encoder", "lora_te")
-# SDXL's added embedding has underscores that readers cannot tell from dots: kohya's own files name it as the layout of
-# single files does.
+# Readers cannot tell the underscores of SDXL's added embedding from dots; kohya's own files use its single-file name.
 KOHYA_NAMES = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
 PAIR = re.compile(r"^(?P<name>.+?)[._]lora(?P<half>_A|_B|_down|_up|\.down|\.up|_linear_layer\.down|_linear_layer\.up)"
                   r"(\.\w+)?\.weight$")
@@ -34,7 +33,7 @@ PAIR = re.compile(r"^(?P<name>.+?)[._]lora(?P<half>_A|_B|_down|_up|\.down|\.up|_
 
 @dataclass(frozen=True)
 class LoRA:
-    """W + B A for named layers of a UNet; the scale alpha / rank is inside B.
+    """W + B A for named layers of a UNet; B includes the scale alpha / rank.
 
     Attributes:
         layers: path -> (A [r, in, ...], B [out, r, ...]); a convolution's A has its kernel, its B is 1x1.
@@ -44,22 +43,23 @@ class LoRA:
 
     @property
     def rank(self) -> int:
-        """The largest of its layers'."""
+        """The largest rank of a layer."""
         return max(len(a) for a, _ in self.layers.values())
 
     def at_one_rank(self) -> LoRA:
-        """The same function with every layer at the largest rank: zeros fill the rest."""
+        """The same function with every layer padded with zeros to the largest rank."""
         rank = self.rank
         return LoRA({path: (_filled(a, 0, rank), _filled(b, 1, rank)) for path, (a, b) in self.layers.items()})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The LoRA nearest to what training changed, and what it misses.
+    """The LoRA nearest to the change of weights dW in training, and its errors.
 
     Attributes:
-        errors: rank -> || dW - B A || / || dW || over every layer that a LoRA can hold, at this rank and at others.
-        left_out: norm of what changed in biases and normalisations, which no LoRA holds, as a share of all that did.
+        errors: rank -> || dW - B A || / || dW || over all layers that a LoRA can hold, for this rank and others.
+        left_out: norm of the change in biases and normalisations, which a LoRA cannot hold, relative to the whole
+            change.
     """
 
     lora: LoRA
@@ -72,7 +72,7 @@ class Difference:
 
 
 def adapter_lora(module: nn.Module, adapter: Adapter) -> LoRA:
-    """The tensors of an adapter inside `module`."""
+    """Reads the LoRA out of an adapter inside `module`."""
     found = {}
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer) and adapter.name in layer.scaling:
@@ -82,7 +82,7 @@ def adapter_lora(module: nn.Module, adapter: Adapter) -> LoRA:
 
 
 def inject(lora: LoRA, module: nn.Module, name: str) -> Adapter:
-    """An adapter inside `module` that computes the LoRA once it is active."""
+    """Adds an adapter to `module` that computes the LoRA when active."""
     lora = lora.at_one_rank()
     adapter = Adapter(module, name, lora.rank, list(lora.layers))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def inject(lora: LoRA, module: nn.Module, name: str) -> Adapter:
 
 
 def write_diffusers(lora: LoRA, file: Path) -> Path:
-    """As diffusers and peft name it: `unet.PATH.lora_A.weight`, with alpha in the header."""
+    """Writes the layout of diffusers and peft: `unet.PATH.lora_A.weight`, with alpha in the header."""
     lora = lora.at_one_rank()
     tensors = {f"unet.{path}.lora_{half}.weight": t for path, pair in lora.layers.items()
                for half, t in zip("AB", pair, strict=True)}
@@ -102,7 +102,7 @@ def write_diffusers(lora: LoRA, file: Path) -> Path:
 
 
 def write_kohya(lora: LoRA, file: Path) -> Path:
-    """As kohya's trainer names it, which ComfyUI and A1111 read: `lora_unet_PATH.lora_down.weight`, `.alpha`."""
+    """Writes kohya's layout, which ComfyUI and A1111 read: `lora_unet_PATH.lora_down.weight`, `.alpha`."""
     lora = lora.at_one_rank()
     tensors = {}
     for path, (a, b) in lora.layers.items():
@@ -114,14 +114,15 @@ def write_kohya(lora: LoRA, file: Path) -> Path:
 
 
 def read_lora(path: str | Path, unet: nn.Module) -> LoRA:
-    """A published LoRA of a UNet, in any of the layouts that are about: peft's, diffusers' old ones, kohya's.
+    """Reads a LoRA of a UNet in any common layout: peft's, diffusers' older ones, kohya's.
 
     Args:
         path: a safetensors file, or a folder with a pytorch_lora_weights.safetensors.
-        unet: a UNet2DConditionModel; kohya's names have lost their dots, which only the model can give back.
+        unet: a UNet2DConditionModel; needed because kohya's names have underscores for dots.
 
     Raises:
-        UsageError: no such file, a pickle, no plain LoRA, one that also changes the text encoder, or another UNet's.
+        UsageError: the file is missing, a pickle, not a plain LoRA, made for another UNet, or also changes the text
+            encoder.
     """
     file = Path(path) / DIFFUSERS_FILE if Path(path).is_dir() else Path(path)
     refuse_pickle(file)
@@ -140,7 +141,7 @@ def read_lora(path: str | Path, unet: nn.Module) -> LoRA:
                              "give a LoRA of the UNet alone")
         found = PAIR.match(key)
         if found is None and not key.endswith(".alpha"):
-            raise UsageError(f"{file} is no plain LoRA: it has {key}; LoHa, LoKr and DoRA cannot be read")
+            raise UsageError(f"{file} is not a plain LoRA: it has {key}; LoHa, LoKr and DoRA cannot be read")
         name = found["name"] if found else key.removesuffix(".alpha")
         layer = paths.get(_plain(name))
         if layer is None:
@@ -150,17 +151,17 @@ def read_lora(path: str | Path, unet: nn.Module) -> LoRA:
         else:
             halves.setdefault(layer, {})["A" if found["half"].endswith(("A", "down")) else "B"] = tensor
     if not halves:
-        raise UsageError(f"{file} holds no LoRA of a UNet")
+        raise UsageError(f"{file} holds no LoRA of a UNet; give another file")
     return LoRA({k: _pair(file, k, v, unet, alphas.get(k, _header_alpha(header, k))) for k, v in halves.items()})
 
 
 def difference_lora(base: nn.Module, tuned: nn.Module, rank: int) -> Difference:
     """The rank-r LoRA nearest to tuned - base, layer by layer: the truncated SVD of each difference (Eckart-Young).
 
-    Every linear and convolution layer is held; a convolution's weight is a matrix [out, in * kernel].
+    Covers every linear and convolution layer; a convolution's weight is taken as a matrix [out, in * kernel].
 
     Raises:
-        UsageError: the two are of different shapes, or equal.
+        UsageError: the two differ in shape, or are equal.
     """
     if rank < 1:
         raise UsageError(f"LoRA rank must be at least 1, got {rank}")
@@ -179,7 +180,7 @@ def difference_lora(base: nn.Module, tuned: nn.Module, rank: int) -> Difference:
                                                   b.reshape(*b.shape, *[1] * (change.ndim - 2)).float())
             values.append(squares)
     if not found:
-        raise UsageError("the student's UNet is its base's, layer for layer: there is nothing to write as a LoRA")
+        raise UsageError("the student's UNet equals its base's in every layer; there is nothing to write as a LoRA")
     lora, held = LoRA(found), sum(float(v.sum()) for v in values)
     ranks = {2**k for k in range(max(len(v) for v in values).bit_length())} | {lora.rank}
     errors = {r: (sum(float(v[r:].sum()) for v in values) / held) ** 0.5 for r in sorted(ranks)}
@@ -191,9 +192,9 @@ def _weights(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, B, squared singular values) with B A the nearest matrix of that rank; by the smaller Gram matrix.
+    """(A, B, squared singular values) with B A the nearest matrix of this rank, from the smaller Gram matrix.
 
-    In float64, whose rounding of the squares, 1e-16 of the largest, is 1e-8 of the largest singular value.
+    Needs float64: rounding the squares to 1e-16 of the largest is an error of 1e-8 of the largest singular value.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
@@ -201,13 +202,13 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
     u = vectors[:, :rank]
     v = u.T @ wide
-    share = squares[:rank].clamp_min(1e-16 * squares[0]) ** 0.25  # halves as large as each other, for float16's sake
+    share = squares[:rank].clamp_min(1e-16 * squares[0]) ** 0.25  # gives A and B the same magnitude, for float16
     u, v = u * share, v / share[:, None]
     return (u.T, v.T, squares) if tall else (v, u, squares)
 
 
 def _paths(unet: nn.Module) -> dict[str, str]:
-    """Path of each layer by every name a file may give it: its own, or kohya's of it or of its single-file path."""
+    """Every name a file may give a layer -> its path: the path, or kohya's form of it or of its single-file path."""
     names = {path.replace(".base_layer", ""): m for path, m in unet.named_modules()
              if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in path}
     single = unet_names(unet.config)  # type: ignore[arg-type]
@@ -223,7 +224,7 @@ def _paths(unet: nn.Module) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A layer's path, without what some writers put around it."""
+    """Removes prefixes and infixes that some writers add to a layer's path."""
     for prefix in ("unet.", "base_model.model.", "diffusion_model."):
         name = name.removeprefix(prefix)
     name = name.replace(".processor.to_", ".to_")
@@ -232,7 +233,7 @@ def _plain(name: str) -> str:
 
 def _pair(file: Path, path: str, halves: Mapping[str, Tensor], unet: nn.Module,
           alpha: float | None) -> tuple[Tensor, Tensor]:
-    """(A, B) of a layer, alpha / rank inside B."""
+    """Checks and returns a layer's (A, B), with alpha / rank multiplied into B."""
     if len(halves) != 2:
         raise UsageError(f"{file} holds half of a LoRA: {path} lacks its {'up' if 'A' in halves else 'down'} weight")
     a, b = halves["A"].float(), halves["B"].float()
@@ -249,7 +250,7 @@ def _pair(file: Path, path: str, halves: Mapping[str, Tensor], unet: nn.Module,
 
 
 def _header_alpha(header: Mapping, path: str) -> float | None:
-    """alpha of a layer, from the header that diffusers writes."""
+    """A layer's alpha from the header that diffusers writes, or None."""
     for pattern, alpha in (header.get("unet.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return alpha

@@ -1,4 +1,4 @@
-"""What a .safetensors file of Stable Diffusion's original layout is, from its header and from what lies beside it."""
+"""Identifies a .safetensors file in Stable Diffusion's original layout, from its header and the files beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from jdm.errors import UsageError, in_short
 from jdm.formats.single_file import CONTROLNET, KNOWN, TEXT, TEXTS, UNET, VAE, refuse_pickle
 from jdm.models import published
-from jdm.models.stable_diffusion import CARD, _json
+from jdm.models.folder import CARD, folder_json
 
 ENDING = ".safetensors"
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -21,50 +21,53 @@ CONFIGS = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder":
            "scheduler": "scheduler/scheduler_config.json"}
 PARTS = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
          "controlnet": "ControlNet"}
-# What a header says of the prediction: Stability's model specification.
+# The prediction type in a header that follows Stability's model specification.
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
-# Tensors that stand for a formulation of their own, without numbers or with one.
+# Marker tensors, empty or with one number, of formulations that are not supported.
 FOREIGN = {"ztsnr": "a zero terminal signal-to-noise ratio", "edm_mean": "EDM's noise levels",
            "edm_vpred.sigma_max": "EDM's noise levels"}
-# What else a .safetensors file of that world may be: parts of its tensors' names -> what it is.
+# Other kinds of .safetensors file: parts of its tensors' names -> what the file is, and the remedy.
 OTHERS = {
     ("lora_up", "lora_down", "lora_A", "lora_B", "lora.up", "lora.down", "lora_linear_layer", "hada_w", "lokr_w"):
-        "a LoRA, which changes a model and is none; give the checkpoint it was made for",
+        "a LoRA, which modifies a model; give the checkpoint it was made for",
     (CONTROLNET, "input_hint_block", "controlnet_cond_embedding", "controlnet_down_blocks"):
-        "a ControlNet without the model that it steers; give that model's checkpoint",
+        "a ControlNet without its model; give the model's checkpoint",
     ("joint_blocks.", "double_blocks.", "single_blocks."):
-        "of a family that is not read here; SD1.5, SD2 and SDXL are",
-    ("emb_params", "string_to_param"): "an embedding, one word of a model; give the model's checkpoint",
+        "of an unsupported model family; SD1.5, SD2 and SDXL are supported",
+    ("emb_params", "string_to_param"): "an embedding of one word; give the checkpoint of a whole model",
     (VAE, "decoder.up", "decoder.mid"): "an autoencoder without a UNet; give the whole checkpoint",
     ("input_blocks.", "down_blocks."):
-        "a UNet alone; give the checkpoint that has text encoder and autoencoder too, or the diffusers folder it is of",
+        "only a UNet; give the checkpoint that also has text encoder and autoencoder, or its diffusers folder",
 }
 
 
 def named(name: str) -> SingleFile | None:
-    """The file that a model's name means, its header read; None where it means a folder or a hub id.
+    """Reads the header of the single file that `name` refers to; returns None if it is a folder or a hub id.
 
     Raises:
-        UsageError: a pickle, no such file, a damaged one, or no such prediction.
+        UsageError: the file is a pickle, missing or damaged, or the prediction after # is unknown.
     """
     path, _, asked = name.rpartition("#") if f"{ENDING}#" in name.lower() else (name, "", "")
     if Path(name).is_dir():
         return None
-    refuse_pickle(Path(path), ": ComfyUI's Save Checkpoint and A1111's Checkpoint Merger write it")
+    refuse_pickle(Path(path), ", which ComfyUI's Save Checkpoint and A1111's Checkpoint Merger write")
     if not path.lower().endswith(ENDING):
         return None
     if asked not in ("", *PREDICTIONS):
-        raise UsageError(f"{name}: what follows # is the prediction, {' or '.join(PREDICTIONS)}, got {asked!r}")
+        raise UsageError(f"{name}: the prediction after # must be {' or '.join(PREDICTIONS)}, got {asked!r}")
     return SingleFile.opened(Path(path), asked or None)
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file's header: what it holds, before a number is read.
+    """The header of a single file; no tensor is read.
 
     Attributes:
-        asked: the prediction that the name asks for. dtypes: as safetensors writes them, `F16`.
+        asked: the prediction that the name gives after #, or None.
+        shapes: shape of each tensor.
+        dtypes: dtype of each tensor, as safetensors writes it: `F16`.
+        said: the header's metadata.
     """
 
     path: Path
@@ -75,9 +78,9 @@ class SingleFile:
 
     @classmethod
     def opened(cls, path: Path, asked: str | None = None) -> SingleFile:
-        """UsageError: there is no such file, or it cannot be read."""
+        """Reads the header at `path`. Raises UsageError if the file does not exist or cannot be read."""
         if not path.is_file():
-            raise UsageError(f"{path}: no such file")
+            raise UsageError(f"{path}: no such file; check the path")
         try:
             with safe_open(path, "pt") as opened:
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -89,57 +92,57 @@ class SingleFile:
 
     @property
     def beside(self) -> Path | None:
-        """The folder that answers what the file does not."""
+        """The folder with the configurations that the file lacks, or None."""
         parts = (*PARTS, "scheduler", "tokenizer", "tokenizer_2")
         folders = (self.path.with_suffix(""), self.path.parent / "config")
         return next((folder for folder in folders if any((folder / part).is_dir() for part in parts)), None)
 
     def beside_json(self, name: str) -> dict | None:
-        return None if self.beside is None else _json(str(self.beside), name)
+        return None if self.beside is None else folder_json(str(self.beside), name)
 
     @property
     def home(self) -> Path:
-        """That folder, or where it is to be put."""
+        """The folder `beside`, or the one to create if there is none."""
         return self.beside or self.path.parent / "config"
 
     @property
-    def whose(self) -> str:
-        """Whose shapes its tensors are to have."""
+    def reference(self) -> str:
+        """Name, for messages, of the model whose shapes the tensors must have: the folder beside, or a known size."""
         return str(self.beside) if self.beside_json(CONFIGS["unet"]) else str(self.size)
 
     @property
     def size(self) -> str | None:
-        """One of `single_file.KNOWN`'s, by the width of the text states that the UNet attends to."""
+        """The size in `single_file.KNOWN` with this width of the text states that the UNet attends to, or None."""
         widths = {shape[-1] for key, shape in self.shapes.items()
                   if key.startswith(UNET) and key.endswith("attn2.to_k.weight")}
         return next((size for (_, width), size in KNOWN.items() if widths == {width}), None)
 
     def refuse_others(self) -> None:
-        """UsageError, with what it is, where it is no checkpoint of a Stable Diffusion."""
+        """Raises UsageError, saying what the file is, unless it is a Stable Diffusion checkpoint."""
         if FIRST not in self.shapes:
             for marks, what in OTHERS.items():
                 if any(mark in key for key in self.shapes for mark in marks):
                     raise UsageError(f"{self.path} is {what}")
             first = f"its first tensor is {min(self.shapes)}" if self.shapes else "it is empty"
-            raise UsageError(f"{self.path} is no Stable Diffusion checkpoint: it has no {FIRST}; {first}")
+            raise UsageError(f"{self.path} is not a Stable Diffusion checkpoint: it has no {FIRST}; {first}")
         if foreign := next((why for key, why in FOREIGN.items() if key in self.shapes), None):
-            raise UsageError(f"{self.path} was trained with {foreign}, which no schedule here has; give another model")
+            raise UsageError(f"{self.path} was trained with {foreign}, which is not supported; give another model")
         for part, prefix in (("vae", VAE), ("text_encoder", (TEXT, TEXTS[0]))):
             if not any(key.startswith(prefix) for key in self.shapes):
-                raise UsageError(f"{self.path} has a UNet and no {PARTS[part]}; give the checkpoint that has UNet, "
-                                 "text encoder and autoencoder in one")
+                raise UsageError(f"{self.path} has a UNet but no {PARTS[part]}; give a checkpoint that holds UNet, "
+                                 "text encoder and autoencoder")
 
     def configs(self) -> dict[str, dict]:
-        """Part -> config: of the folder beside the file, else the published ones of its size.
+        """Part -> config, from the folder beside the file, or else the published config of its size.
 
         Raises:
-            UsageError: of an unknown size, or the prediction has to be said.
+            UsageError: the size is unknown, or the prediction must be given in the name.
         """
         own = {part: config for part, name in CONFIGS.items() if (config := self.beside_json(name)) is not None}
         if "unet" in own:
             if missing := [part for part in ("vae", "text_encoder", "scheduler") if part not in own]:
                 raise UsageError(f"{self.beside} has the UNet's configuration and lacks {CONFIGS[missing[0]]}")
-            card = self.beside_json(CARD) or _json(str(self.path.parent), CARD)  # where an export puts it
+            card = self.beside_json(CARD) or folder_json(str(self.path.parent), CARD)  # where an export puts it
             found = own if card is None else {**own, "card": card}
         else:
             found = published.of_size(self._known_size(), self._prediction(own)) | own
@@ -150,11 +153,11 @@ class SingleFile:
         channels = self.shapes[FIRST][1]
         if self.size is None:
             known = ", ".join(KNOWN.values())
-            raise UsageError(f"{self.path} is of no size that is known here ({known}); put the diffusers configs of "
-                             f"its base into {self.home}")
+            raise UsageError(f"{self.path} has no known size ({known}); put the diffusers configs of its base into "
+                             f"{self.home}")
         if channels != 4:
-            raise UsageError(f"{self.path}: its UNet reads {channels} channels, as those that fill in or edit pictures "
-                             "do; a teacher draws from noise alone, 4 channels")
+            raise UsageError(f"{self.path}: its UNet reads {channels} channels, as models for inpainting or editing "
+                             "do; a teacher must read 4, the noise alone")
         return self.size
 
     def _prediction(self, own: Mapping[str, dict]) -> str:
@@ -169,10 +172,10 @@ class SingleFile:
         if self.size == "SD2":
             raise UsageError(f"{self.path} does not say what its UNet predicts, and SD2 has both: write "
                              f"{self.path}#v_prediction (768-pixel models, as SD2.1) or {self.path}#epsilon (512-pixel "
-                             "ones, as SD2.1-base)")
+                             "models, as SD2.1-base)")
         return "epsilon"
 
 
 def damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} cannot be read as a safetensors file ({in_short(error)}); it may be cut short: fetch it "
+    return UsageError(f"{path} cannot be read as a safetensors file ({in_short(error)}); it may be truncated; fetch it "
                       "again")

@@ -1,7 +1,7 @@
-"""The original single-file layout of Stable Diffusion, which ComfyUI and A1111 read: where each tensor goes.
+"""Writes Stable Diffusion's original single-file layout, which ComfyUI and A1111 read.
 
-Every name is derived from the model's config, so that any arrangement of blocks that the layout can hold has one. What
-is written here, diffusers' own converters read back bit for bit.
+Tensor names are derived from the model's config, so that every arrangement of blocks the layout can hold is covered.
+diffusers' own converters read the files back bit for bit.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
                    "self_attn.out_proj": "attn.out_proj"}
-HINT_OUT = 14  # where every reader looks for the hint encoder's last convolution, whatever its number of halvings
+HINT_OUT = 14  # readers expect the hint encoder's last convolution here, for any number of halvings
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-# What ComfyUI and A1111 recognise: widths of the UNet's levels, and of the text states it attends to.
+# Sizes that ComfyUI and A1111 recognise: widths of the UNet's levels, and width of the text states it attends to.
 KNOWN = {((320, 640, 1280, 1280), 768): "SD1.5", ((320, 640, 1280, 1280), 1024): "SD2",
          ((320, 640, 1280), 2048): "SDXL"}
 
 
 def checkpoint_tensors(model: StableDiffusion) -> dict[str, Tensor]:
-    """UNet, autoencoder and text encoders under their single-file names; a ControlNet is a file of its own."""
+    """UNet, autoencoder and text encoders under their single-file names; a ControlNet goes into its own file."""
     tensors = {**unet_tensors(model.unet), **vae_tensors(model.vae)}
     second = model.modules().get("text_encoder_2")
     if second is None:
@@ -47,7 +47,7 @@ def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
     """A UNet2DConditionModel's tensors under their single-file names.
 
     Raises:
-        UsageError: it has a part that the layout has no place for.
+        UsageError: the layout has no name for one of its modules.
     """
     return renamed(unet.state_dict(), unet_names(_config(unet)), UNET)
 
@@ -58,7 +58,7 @@ def controlnet_tensors(controlnet: nn.Module) -> dict[str, Tensor]:
 
 
 def vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
-    """An AutoencoderKL's tensors under their single-file names; its attention is one of 1x1 convolutions there."""
+    """An AutoencoderKL's tensors under their single-file names; its attention becomes 1x1 convolutions."""
     tensors = renamed(vae.state_dict(), vae_names(_config(vae)), VAE)
     wide = tuple(f".attn_1.{name}.weight" for name in ("q", "k", "v", "proj_out"))
     return {k: v[:, :, None, None] if k.endswith(wide) else v for k, v in tensors.items()}
@@ -67,8 +67,8 @@ def vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
 def text_tensors(text_encoder: nn.Module, prefix: str = TEXT) -> dict[str, Tensor]:
     """A CLIP text model's tensors under their single-file names: OpenAI's CLIP as in SD1.5, OpenCLIP as in SD2.
 
-    OpenCLIP is told by its activation. Of SD2's, diffusers keeps all layers but the last, which no reader's picture
-    depends on: it is left out here too.
+    OpenCLIP is recognised by its activation. diffusers drops the last layer of SD2's encoder, which no picture
+    depends on, so it is missing here too.
     """
     state = {k.removeprefix("text_model."): v for k, v in text_encoder.state_dict().items()
              if not k.endswith("position_ids")}
@@ -87,7 +87,7 @@ def text_tensors(text_encoder: nn.Module, prefix: str = TEXT) -> dict[str, Tenso
 
 
 def open_clip_names(layers: int) -> dict[str, str]:
-    """OpenCLIP's path of each module of a CLIP text model that is not fused or transposed there."""
+    """OpenCLIP's path of each CLIP text module, except those that OpenCLIP fuses or transposes."""
     names = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for i in range(layers):
         names |= {f"encoder.layers.{i}.{a}": f"transformer.resblocks.{i}.{b}" for a, b in OPEN_CLIP_LAYER.items()}
@@ -95,20 +95,20 @@ def open_clip_names(layers: int) -> dict[str, str]:
 
 
 def save(tensors: Mapping[str, Tensor], file: Path) -> Path:
-    """Write tensors as one safetensors file."""
+    """Writes tensors as one safetensors file."""
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
     return file
 
 
 def refuse_pickle(path: Path, how: str = "") -> None:
-    """UsageError where the path's ending is a pickle's. how: to come by a safetensors file."""
+    """Raises UsageError if the path ends like a pickle. `how` is appended: where a safetensors file comes from."""
     if path.suffix.lower() in PICKLES:
         raise UsageError(f"{path} is a pickle, which can run any code when it is read; give the same weights as "
                          f".safetensors{how}")
 
 
 def known_size(unet: Mapping[str, Any]) -> str | None:
-    """Which of ComfyUI's and A1111's sizes a UNet's config has; None where they would not recognise it."""
+    """The size that ComfyUI and A1111 recognise in a UNet's config, or None."""
     if unet.get("in_channels") != 4 or unet.get("layers_per_block") != 2:
         return None
     return KNOWN.get((tuple(unet["block_out_channels"]), unet["cross_attention_dim"]))
@@ -117,7 +117,7 @@ def known_size(unet: Mapping[str, Any]) -> str | None:
 def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Single-file path of each module of a UNet2DConditionModel, from its config.
 
-    A module that is not named stands under the nearest one above it that is, with its own name there.
+    A module without an entry keeps its name under the path of its nearest ancestor with an entry.
     """
     names, _ = _encoder(config)
     names |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
@@ -129,7 +129,7 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
             if attends:
                 names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{place}.1"
             place += 1
-        if i < len(kinds) - 1:  # it stands in the level's last block, behind its attention
+        if i < len(kinds) - 1:  # it comes after the attention of the level's last block
             names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{2 if attends else 1}.conv"
     return names
 
@@ -141,7 +141,8 @@ def controlnet_names(config: Mapping[str, Any]) -> dict[str, str]:
     names |= {f"{hint}.conv_in": "input_hint_block.0", f"{hint}.conv_out": f"input_hint_block.{HINT_OUT}"}
     halvings = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
     if halvings > HINT_OUT // 2 - 1:
-        raise UsageError(f"the single-file layout holds a hint encoder of up to 4 widths, got {halvings // 2 + 1}")
+        raise UsageError(f"the single-file layout holds a hint encoder of up to 4 widths, got {halvings // 2 + 1}; "
+                         "export a diffusers folder")
     names |= {f"{hint}.blocks.{k}": f"input_hint_block.{2 * k + 2}" for k in range(halvings)}
     names |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(blocks)}
     return names | {"controlnet_mid_block": "middle_block_out.0"}
@@ -151,7 +152,8 @@ def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Single-file path of each module of an AutoencoderKL."""
     kinds = {*config["down_block_types"], *config["up_block_types"]} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
     if kinds:
-        raise UsageError(f"the single-file layout has no place for an autoencoder's {sorted(kinds)[0]}")
+        raise UsageError(f"the single-file layout has no place for an autoencoder's {sorted(kinds)[0]}; "
+                         "export a diffusers folder")
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(config["block_out_channels"])
     for side in ("encoder", "decoder"):
@@ -170,7 +172,7 @@ def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _encoder(config: Mapping[str, Any]) -> tuple[dict[str, str], int]:
-    """Paths of what a UNet and a ControlNet share, and how many input blocks there are."""
+    """Paths of the modules that a UNet and a ControlNet share, and the number of input blocks."""
     names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "conv_in": "input_blocks.0.0"}
     for kind, part in (("class_embed_type", "class_embedding"), ("addition_embed_type", "add_embedding")):
@@ -211,10 +213,10 @@ def _resnet(ours: str, theirs: str) -> dict[str, str]:
 
 
 def renamed(state: Mapping[str, Item], names: Mapping[str, str], prefix: str) -> dict[str, Item]:
-    """Each tensor, or what stands for it, under its module's new path.
+    """Renames the keys of `state` by the new paths of their modules.
 
     Raises:
-        UsageError: a module has none.
+        UsageError: a module has no new path, or two tensors have the same.
     """
     found: dict[str, Item] = {}
     for key, tensor in state.items():

@@ -13,7 +13,7 @@ from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models import nano
-from jdm.models.stable_diffusion import placed
+from jdm.models.family import placed
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.size import height_width
 from jdm.space import from_bytes

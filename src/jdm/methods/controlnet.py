@@ -12,7 +12,8 @@ from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.loading import Loaded
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss
-from jdm.models.stable_diffusion import placed, save_pipeline
+from jdm.models.family import placed
+from jdm.models.folder import save_pipeline
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.space import from_bytes, unit
 

@@ -13,7 +13,9 @@ from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models import nano
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, placed, save_pipeline
+from jdm.models.family import placed
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.text import TextEncoder
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel
@@ -70,7 +72,7 @@ class Denoising:
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
             text = TextEncoder(networks["text_encoder"], tokenizer)
-            return ScoreModel(Denoiser(networks["unet"]), nano.schedule(), text=text.encode)
+            return ScoreModel(UNetDenoiser(networks["unet"]), nano.schedule(), text=text.encode)
 
         score = score_of(product.modules)
 

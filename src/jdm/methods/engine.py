@@ -235,7 +235,7 @@ class View:
         return self._once(("pair", teacher), lambda: self._pair(teacher))
 
     def likelihood(self, reference: bool) -> Callable[[Tensor], Tensor]:
-        step, networks, control = self.step, self.networks, self.networks.loaded.control
+        step, networks, control = self.step, self.networks, self.networks.control
         assert control is not None
         assert step.c is not None
         c, pictures = step.c, step.images if reference else None
@@ -247,7 +247,7 @@ class View:
         return networks.of_pictures(log_prob)
 
     def reward(self) -> Callable[[Tensor], Tensor]:
-        networks, reward = self.networks, self.networks.loaded.reward
+        networks, reward = self.networks, self.networks.reward
         assert reward is not None
 
         def rewards(x: Tensor, rows: slice) -> Tensor:
@@ -268,16 +268,13 @@ class View:
                 self._estimates[key] = compute()
         return self._estimates[key]
 
-    def _score(self, guidance: float = 1.0) -> ScoreModel:
-        return self.networks.teacher.score_of(self.networks.text, self.networks.real, guidance)
-
     def _real(self, guidance: float) -> Estimate:
-        score, blind = self._score(guidance), not self.of.fake.prompt
+        score, blind = self.networks.real_score(guidance), not self.of.fake.prompt
         if self._paired and (blind or guidance == 1):
             return self.guidance_pair("")[1 if blind else 0]
         if blind:
             return score(self.x_t, self.t, [""] * len(self.x))
-        return score.guided(self.x_t, self.t, self.y, self._shown(self.networks.real))
+        return score.guided(self.x_t, self.t, self.y, self._shown)
 
     def _fake(self) -> Estimate:
         return self._fake_at(self.x_t, self.t)
@@ -287,18 +284,20 @@ class View:
 
     def _pair(self, teacher: str) -> tuple[Estimate, Estimate]:
         if not teacher:
-            shown = self._shown(self.networks.real)
-            return self._score().conditional_and_unconditional(self.x_t, self.t, self.y, shown)
+            score = self.networks.real_score(1.0)
+            return score.conditional_and_unconditional(self.x_t, self.t, self.y, self._shown)
         return guidance_of(self.networks.guides[f"guide {teacher}"], self.networks.schedule, self.x_t, self.t, self.y)
 
-    def _shown(self, net: Any) -> Tensor | None:
-        return self.step.shown if net.controlnet is not None else None
+    @property
+    def _shown(self) -> Tensor | None:
+        """The control, for a teacher that sees it."""
+        return self.step.shown if self.networks.real_sees_control else None
 
 
 def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Tensor) -> Estimate:
     """What the fake score says of x_t, told what it is trained with: the prompt, the control, or neither."""
     y = step.y if fake.prompt else [""] * len(x_t)
-    return networks.fake(x_t, t, y, step.shown if networks.fake.net.controlnet is not None else None)
+    return networks.fake(x_t, t, y, step.shown if networks.fake_sees_control else None)
 
 
 def fake_phase(networks: Networks, fake: Fake) -> Phase:

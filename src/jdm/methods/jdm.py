@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from jdm.methods.engine import Declared, Distillation
 from jdm.methods.networks import Branch, Fake, Student
-from jdm.terms import CleanCondition, Condition, Fidelity
+from jdm.terms import CFGAugmentation, CleanCondition, Condition, Fidelity
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class JDM(Declared):
             the exact joint KL.
         fidelity: the first term.
         condition: the second. Equal levels give the paper's one x_t for both; levels of its own, two schedules.
+        augmentation: Decoupled DMD's CFG augmentation beside them; None for none.
     """
 
     control: str = "canny"
@@ -29,7 +30,9 @@ class JDM(Declared):
     fake: Fake = field(default_factory=Fake)
     fidelity: Fidelity = field(default_factory=Fidelity)
     condition: Condition | CleanCondition = field(default_factory=Condition)
+    augmentation: CFGAugmentation | None = None
 
     def distillation(self) -> Distillation:
-        return Distillation("jdm", self.student, self.fake, {"fidelity": self.fidelity, "condition": self.condition},
-                            self.control, self.controlnet)
+        terms = {"fidelity": self.fidelity, "condition": self.condition}
+        augmented = {} if self.augmentation is None else {"augmentation": self.augmentation}
+        return Distillation("jdm", self.student, self.fake, terms | augmented, self.control, self.controlnet)

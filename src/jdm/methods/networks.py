@@ -9,12 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jdm.controls import Control
 from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
-from jdm.models.stable_diffusion import Denoiser, StableDiffusion, copied, placed, save_pipeline, with_merged
+from jdm.models.family import Denoiser, copied, placed, with_merged
+from jdm.models.folder import save_pipeline
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.text import TextEncoder
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
+from jdm.rewards import Reward
 from jdm.run import Optimiser, Product
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
@@ -109,7 +114,6 @@ class Networks:
     Attributes:
         real: the teacher's denoiser.
         student: the student's denoiser, with its ControlNet where it has one.
-        fake: the fake score; None where only the product is wanted.
         adapters: the LoRAs that train, by name: "student", "fake", "posterior".
         guides: scores of further teachers, by role.
         posteriors: by the settings they were made from.
@@ -123,7 +127,6 @@ class Networks:
             raise UsageError("a frozen backbone must be a one-step generator's; name it with --student.start, such as "
                              "nano-canny")
         self.loaded, self.settings, self.teacher = loaded, student, loaded.teacher
-        self.text = loaded.text() if fake else None
         self.own = self.teacher.controlnet if controlled else None
         self.real = self.teacher.denoiser(self.teacher.backbone, self.own)
         self.adapters: dict[str, Adapter] = {}
@@ -135,11 +138,11 @@ class Networks:
             net = self._denoiser("fake", self.teacher.backbone, fake.rank)
         if branch:
             self._add_controlnet(self.student, self._controlnet(branch.start, self.student.backbone))
-        self.fake = None
+        self._fake: ScoreModel[Denoiser] | None = None
         if fake:
             if fake.controlnet:
                 self._add_controlnet(net, self._controlnet("", self.teacher.backbone))
-            self.fake = self.teacher.score_of(self.text, net)
+            self._fake = self.teacher.score_of(self.text, net)
 
     def _denoiser(self, name: str, backbone: nn.Module, rank: int, trains: bool = True) -> Denoiser:
         """A LoRA of that name on the backbone itself, or a full copy of it."""
@@ -186,8 +189,39 @@ class Networks:
         self.guides[role] = guide(self.loaded, role)
 
     @property
+    def text(self) -> TextEncoder:
+        return self.loaded.text()
+
+    @property
+    def fake(self) -> ScoreModel[Denoiser]:
+        """The fake score."""
+        if self._fake is None:
+            raise UsageError("this method trains no fake score")
+        return self._fake
+
+    def real_score(self, guidance: float) -> ScoreModel[Denoiser]:
+        """The teacher's score at a guidance."""
+        return self.teacher.score_of(self.text, self.real, guidance)
+
+    @property
+    def real_sees_control(self) -> bool:
+        return self.real.controlnet is not None
+
+    @property
+    def fake_sees_control(self) -> bool:
+        return self.fake.net.controlnet is not None
+
+    @property
+    def control(self) -> Control | None:
+        return self.loaded.control
+
+    @property
+    def reward(self) -> Reward | None:
+        return self.loaded.reward
+
+    @property
     def generator(self) -> Generator:
-        return self.teacher.generator(self.text or self.loaded.text(), self.student, self.settings.levels)
+        return self.teacher.generator(self.text, self.student, self.settings.levels)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -211,7 +245,7 @@ class Networks:
         trains = self.settings.optimiser is not None
         found = {"unet": self.adapters.get("student", self.student.backbone if trains else None),
                  "controlnet": self.student.controlnet}
-        if self.fake is not None:
+        if self._fake is not None:
             found["fake"] = self.adapters.get("fake", self.fake.net)
             if "fake" in self.adapters:
                 found |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
@@ -264,7 +298,7 @@ class Networks:
     @property
     def running(self) -> list[nn.Module]:
         """Every network that runs in a step: student, real and fake score, posteriors, guides, decoder."""
-        if self.fake is None:
+        if self._fake is None:
             return [self.student, self.decoder]
         scores = [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
         return [self.student, self.real, *(score.net for score in scores), self.decoder]  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from jdm.data.noise import Noise, rows_at
 from jdm.loading import Loaded
 from jdm.methods.denoising import Batch, denoising_batch
-from jdm.models.stable_diffusion import copied, save_pipeline
+from jdm.models.family import copied
+from jdm.models.folder import save_pipeline
 from jdm.posterior import Posterior
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 

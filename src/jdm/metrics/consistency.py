@@ -1,4 +1,4 @@
-"""Consistency: how far a picture's measurement is from the control it was given, and its anchors."""
+"""Consistency: how far a picture's measurement is from its control, with values to compare it to."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jdm.errors import UsageError
 
 @dataclass(frozen=True)
 class Consistency:
-    """A consistency with the anchors without which it says nothing; all in [0, 1], lower obeys better.
+    """A consistency and the anchors to compare it to; all are in [0, 1], lower is better.
 
     Attributes:
         value: mean |h(x) - c|.
-        chance: the same pictures against other pictures' controls.
-        blank: a picture of one shade. On sparse controls this beats chance, so a value near it is no success.
-        round_trip: the source picture through the VAE and back: as good as this model space can be.
+        chance: the same pictures against the controls of other pictures.
+        blank: a picture of one shade. With sparse controls it beats chance, so a value near it is not a success.
+        round_trip: the source picture encoded and decoded by the VAE: the best this model space allows.
     """
 
     value: float
@@ -41,7 +41,7 @@ class Consistency:
         """Value and anchors of measurements [N, channels, h, w] of generated pictures of the given size.
 
         Args:
-            round_trip: the measurement of the decoded, encoded source pictures, like c.
+            round_trip: measurement of the source pictures encoded and decoded by the VAE, shaped like c.
         """
         trip = None if round_trip is None else float(consistency(c, round_trip).mean())
         return cls(
@@ -62,13 +62,14 @@ def consistency(c: Tensor, measured: Tensor) -> Tensor:
 def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Sequence[str] | None = None) -> Tensor:
     """Consistency with another sample's control: [N].
 
-    The partner is the next sample on one cycle through all of them, in an order fixed by the seed: nobody
-    meets themselves, and neighbours in the data (one class after another) meet no more often than others.
+    The partner is the next sample on one cycle through all of them, in an order fixed by the seed: no sample is
+    its own partner, and neighbours in the data (one class after another) are paired no more often than others.
 
     Args:
-        measured: h of the pictures; c itself where not given, a generator that obeys perfectly.
-        prompts: partners are of the same prompt, and a sample without one is left out: [M]. It is what a generator that
-            reads y and ignores c scores; less than chance, because a prompt tells much of its pictures' controls.
+        measured: h of the pictures; by default c itself, as from a generator that obeys perfectly.
+        prompts: if given, partners share a prompt, and a sample without a partner is left out: [M]. This is the
+            score of a generator that reads y and ignores c; it is below chance, because a prompt tells much about
+            the controls of its pictures.
     """
     if len(c) < 2:
         raise UsageError(f"chance needs at least 2 samples to shuffle, got {len(c)}")
@@ -77,13 +78,13 @@ def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Se
         cycles.setdefault(prompts[int(row)] if prompts else "", []).append(row)
     partner = {row: other for rows in cycles.values() if len(rows) > 1
                for row, other in zip(rows, rows[1:] + rows[:1], strict=True)}
-    asked = sorted(partner)
+    paired = sorted(partner)
     seen = c if measured is None else measured
-    return consistency(c[[partner[row] for row in asked]], seen[asked])
+    return consistency(c[[partner[row] for row in paired]], seen[paired])
 
 
 def blank(control: Control, c: Tensor, size: int | tuple[int, int], level: float = 0.0) -> Tensor:
-    """Consistency of a picture of one grey level (0 is black) and the given side or (height, width): [N]."""
+    """Consistency of a picture of one grey level (0 is black) with each c: [N]; `size` is a side or (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.full((1, 3, height, width), level, dtype=torch.float32, device=c.device)
     with torch.no_grad():

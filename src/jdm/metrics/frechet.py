@@ -1,4 +1,4 @@
-"""The Frechet distance between Gaussians fitted to features, and the statistics it needs."""
+"""The Frechet distance between Gaussians fitted to features, and the statistics it is computed from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jdm.errors import UsageError
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features, with what they are of.
+    """Mean and covariance of features, with their provenance.
 
     Attributes:
         mean: [D], float64.
-        covariance: [D, D], float64, unbiased (divided by n - 1). Singular where n <= D.
+        covariance: [D, D], float64, unbiased (divided by n - 1). Singular if n <= D.
         n: number of pictures.
-        extractor: name of the extractor; statistics of two extractors never meet.
-        extra: provenance (prompts, steps, guidance, seed, hash of the pictures), as strings.
+        extractor: name of the extractor; a distance between different extractors is refused.
+        extra: provenance as strings: prompts, steps, guidance, seed, hash of the pictures.
     """
 
     mean: Tensor
@@ -34,20 +34,20 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor, extractor: str, extra: dict[str, str] | None = None) -> Statistics:
-        """The statistics of features [N, D], N >= 2."""
+        """Computes the statistics of features [N, D], N >= 2."""
         if features.ndim != 2:
             raise UsageError(f"features must be [N, D], got {list(features.shape)}")
         if len(features) < 2:
             raise UsageError(f"a covariance needs at least 2 pictures, got {len(features)}")
         x = features.detach().cpu().double()
         if not x.isfinite().all():
-            raise UsageError(f"features of {extractor} are not finite; look at the pictures first")
+            raise UsageError(f"features of {extractor} are not finite; check the pictures")
         mean = x.mean(0)
         covariance = (x - mean).T @ (x - mean) / (len(x) - 1)
         return cls(mean, covariance, len(x), extractor, dict(extra or {}))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: float32 tensors, everything else as JSON strings in its metadata."""
+        """Writes a safetensors file: tensors in float32, everything else as JSON strings in its metadata."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean.float(), "covariance": self.covariance.float().contiguous()}
@@ -56,9 +56,9 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """What `save` wrote; float64 again, to float32's precision."""
+        """Reads a file written by `save`: float64 tensors with float32 precision."""
         if not Path(path).is_file():
-            raise UsageError(f"no statistics at {path}; make them with Statistics.of(...).save")
+            raise UsageError(f"no statistics at {path}; make them with Statistics.of(...).save(path)")
         try:
             with safe_open(path, framework="pt") as file:
                 about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
@@ -71,13 +71,14 @@ class Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2): squared 2-Wasserstein of two Gaussians.
 
-    Symmetric and at least 0. From samples it is biased upward, by about 1/n: compare only at equal n, and
-    print the floor (the distance of two disjoint sets of the reference) beside it.
+    Symmetric and at least 0. Estimated from samples it is biased upward, by about 1/n: compare only at equal n,
+    and report the floor (the distance between two disjoint subsets of the reference) beside it.
     """
     if a.extractor != b.extractor:
-        raise UsageError(f"statistics of different extractors, {a.extractor} and {b.extractor}: remake one")
+        raise UsageError(f"statistics of different extractors, {a.extractor} and {b.extractor}; recompute one of them")
     if a.mean.shape != b.mean.shape:
-        raise UsageError(f"statistics of {a.mean.numel()} and {b.mean.numel()} dimensions do not compare")
+        raise UsageError(f"statistics of {a.mean.numel()} and {b.mean.numel()} dimensions cannot be compared; "
+                         "recompute one of them")
     for statistics in (a, b):
         if statistics.n < 2:
             raise UsageError(f"the Frechet distance needs n >= 2 on both sides, got {statistics.n}")
@@ -95,7 +96,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def _root_trace(product: Tensor) -> Tensor:
-    """tr(product^1/2) of a symmetric product; eigenvalues of rounding size count as 0, not as their roots."""
+    """tr(product^1/2) of a symmetric matrix; eigenvalues at rounding level count as 0."""
     values = torch.linalg.eigvalsh((product + product.T) / 2)
     threshold = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     return torch.where(values > threshold, values, 0.0).clamp(min=0).sqrt().sum()

@@ -1,4 +1,4 @@
-"""Prompt agreement: how often a classifier sees what the prompt asked for."""
+"""Prompt agreement: how often a classifier assigns a picture to the class of its prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jdm.space import from_bytes
 
 @torch.no_grad()
 def prompt_agreement(classifier: Classifier, images: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """Share of uint8 images [N, 3, H, W] that the classifier puts in the class prompted, labels [N].
+    """Share of uint8 images [N, 3, H, W] that the classifier assigns to the prompted class, labels [N].
 
-    In [0, 1]; its ceiling is the classifier's accuracy on real pictures, and where training pulls pictures to
-    the middle of a class it can be above that. The classifier is in eval mode after this.
+    In [0, 1]. Compare it to the classifier's accuracy on real pictures; it can exceed that if training pulls
+    pictures to the middle of a class. Leaves the classifier in eval mode.
     """
     if images.dtype != torch.uint8:
         raise UsageError(f"images must be uint8 in 0..255, got {images.dtype}; convert with space.to_bytes")

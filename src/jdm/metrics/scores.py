@@ -1,4 +1,4 @@
-"""Scores of pictures for their prompts as the papers print them: CLIP, HPSv2.1 by style, LAION aesthetic, others."""
+"""Scores of pictures for their prompts, as papers report them: CLIP, HPSv2.1 by style, LAION aesthetic, others."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from jdm.metrics.spread import bootstrap
 from jdm.rewards import load_reward, reward_name
 from jdm.space import from_bytes, unit
 
-PRINTED = {"clip": 100.0, "hpsv2": 100.0}  # tables print that many times the network's score
+PRINTED = {"clip": 100.0, "hpsv2": 100.0}  # factor by which tables scale the network's score
 BATCH = 32
 
 
 @torch.no_grad()
 def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], device: str | torch.device = "cpu",
            styles: Sequence[str] = (), taken: Collection[str] = ()) -> dict[str, Any]:
-    """Mean score of uint8 pictures [N, 3, H, W] for N prompts, by each of `specs`, as tables print it.
+    """Mean score of uint8 pictures [N, 3, H, W] for N prompts, by each of `specs`, scaled as tables print it.
 
     Args:
-        specs: as `load_reward`: clip, hpsv2, aesthetic, pick-score, image-reward, each with `:FOLDER` where its weights
-            are elsewhere, or a function of one's own. Loaded one after the other: the memory of one network.
-        styles: of each prompt, where they have some; a score is the mean of the styles' means then, as HPSv2's is.
-        taken: names that the result is added to; a score so named, or named as one before it, is NAME_2 and so on.
+        specs: rewards as `load_reward` takes them: clip, hpsv2, aesthetic, pick-score, image-reward, each with
+            `:FOLDER` if its weights are elsewhere, or your own. Only one network is in memory at a time.
+        styles: the style of each prompt, if there are any; a score is then the mean of the styles' means, as HPSv2
+            defines it.
+        taken: names already in use; a score with such a name, or that of an earlier score, becomes NAME_2 and so on.
 
     Returns:
-        NAME, its bootstrap error NAME_spread, NAME_STYLE for each style, and NAME_network where the score is one of
-        several networks', such as CLIP's.
+        NAME, its bootstrap error NAME_spread, NAME_STYLE for each style, and NAME_network if several networks
+        compute this score, as for CLIP.
     """
     row: dict[str, Any] = {}
     for spec in specs:
@@ -54,28 +55,28 @@ def scores(specs: Sequence[str], pictures: Tensor, prompts: Sequence[str], devic
 
 
 def _free(name: str, taken: Collection[str]) -> str:
-    """The name, or its first NAME_2, NAME_3 that is not taken."""
+    """The first of NAME, NAME_2, NAME_3, ... that is not taken."""
     names = chain([name], (f"{name}_{k}" for k in count(2)))
     return next(each for each in names if each not in taken)
 
 
 def read_prompts(place: str | Path) -> dict[str, list[str]]:
-    """Prompts by style, in the order they are written.
+    """Reads prompts by style, in file order.
 
-    A folder of JSON lists is one style a file, as HPSv2's benchmark comes (anime, concept-art, paintings, photo); a
-    JSON list, or a text of one prompt a line, is one style named "".
+    A folder of JSON lists has one style per file, as in HPSv2's benchmark (anime, concept-art, paintings, photo). A
+    single JSON list, or a text file with one prompt per line, is one style named "".
 
     Raises:
-        UsageError: there are none.
+        UsageError: no prompt was found.
     """
     path = Path(place).expanduser()
     files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
-        raise UsageError(f"{place} holds no prompts; give a folder of JSON lists, one a style, such as HPSv2's "
-                         "benchmark, or a file: a JSON list, or a prompt a line")
+        raise UsageError(f"{place} holds no prompts; give a folder with one JSON list per style, such as HPSv2's "
+                         "benchmark, or a file that is a JSON list or has one prompt per line")
     found = {file.stem if path.is_dir() else "": _prompts(file) for file in files}
     if empty := [str(file) for file, own in zip(files, found.values(), strict=True) if not own]:
-        raise UsageError(f"{empty[0]} holds no prompt")
+        raise UsageError(f"{empty[0]} holds no prompt; add some or delete the file")
     return found
 
 
@@ -87,11 +88,11 @@ def _prompts(file: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} could not be read as prompts ({error})") from None
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
-        raise UsageError(f"{file} must be a list of strings, one a prompt")
+        raise UsageError(f"{file} must be a list of strings, one per prompt")
     return found
 
 
 def chosen(prompts: Mapping[str, list[str]], n: int) -> tuple[list[str], list[str]]:
-    """(prompts, the style of each): the first n of every style, or all of it where it has fewer."""
+    """The first n prompts of every style, or all it has if fewer, as (prompts, the style of each)."""
     kept = [(prompt, style) for style, own in prompts.items() for prompt in own[:n]]
     return [prompt for prompt, _ in kept], [style for _, style in kept] if set(prompts) != {""} else []

@@ -1,4 +1,4 @@
-"""Spread of a metric over the pictures it was measured on: the bootstrap."""
+"""Bootstrap of a metric over the pictures it was measured on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Mean and standard deviation of a metric over n resamples of its samples, with replacement.
 
-    The deviation is the standard error of the metric over samples; it knows nothing of training seeds.
+    The deviation is the metric's standard error over samples; it does not include variation over training seeds.
 
     Args:
         of: per-sample values [N], whose mean is the metric; or the metric as a function of indices [N].
-        size: N, where `of` is a function.
+        size: N; required if `of` is a function.
     """
     if isinstance(of, Tensor):
         values = of.detach().double().cpu()
         if values.ndim != 1:
-            raise UsageError(f"values must be [N], one a sample, got {list(values.shape)}")
+            raise UsageError(f"values must be [N], one per sample, got {list(values.shape)}")
         metric, size = (lambda indices: float(values[indices].mean())), len(values)
     else:
         metric = of
@@ -42,11 +42,11 @@ def bootstrap(
 def frechet_bootstrap(
     features: Tensor, reference: Statistics, n: int = 20, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap of `frechet_distance` over features [N, D]; the reference stays as it is.
+    """Bootstrap of `frechet_distance` over features [N, D]; the reference is not resampled.
 
-    Use the deviation, around the distance of all the features. The mean is above that distance: resamples
-    repeat pictures, which doubles the 1/N bias. Two eigenvalue problems a draw: milliseconds at D = 128,
-    seconds at D = 1280.
+    Report the distance of all features with this deviation. The bootstrap mean is larger than that distance,
+    because resamples repeat pictures, which doubles the 1/N bias. Each draw solves two eigenvalue problems:
+    milliseconds at D = 128, seconds at D = 1280.
     """
 
     def metric(indices: Tensor) -> float:

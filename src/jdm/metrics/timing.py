@@ -1,4 +1,4 @@
-"""Cost: seconds per picture and peak memory."""
+"""Time and memory: seconds per picture, and peak memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from jdm.errors import UsageError
 
 
 def seconds_per_image(fn: Callable[[], object], batch: int, repeats: int = 5, at_least: float = 0.5) -> float:
-    """Median wall-clock seconds per picture of fn(), which makes `batch` of them; one warm-up call first.
+    """Median wall-clock seconds per picture of fn(), which makes `batch` pictures; after one warm-up call.
 
     Args:
-        repeats: calls at least; more until `at_least` seconds were measured, so that one pause of the machine does
-            not decide what a quick call costs.
+        repeats: minimum number of calls.
+        at_least: calls go on until they took this many seconds in total, so that a single pause of the machine
+            does not dominate the time of a quick call.
     """
     if batch < 1 or repeats < 1:
         raise UsageError(f"batch and repeats must be at least 1, got {batch} and {repeats}")
@@ -33,7 +34,7 @@ def seconds_per_image(fn: Callable[[], object], batch: int, repeats: int = 5, at
 
 
 def peak_memory_mb(device: str | torch.device = "cpu") -> float:
-    """Peak in MiB: the process's resident set since its start; on CUDA, tensors since the last reset."""
+    """Peak memory in MiB: the process's resident set since its start; on CUDA, tensors since the last reset."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows

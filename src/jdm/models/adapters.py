@@ -1,7 +1,7 @@
 """Named LoRA adapters on one backbone, switched without touching requires_grad.
 
-peft's own set_adapter, enable_adapters and disable_adapter toggle requires_grad of the adapter's parameters,
-which silently freezes or wakes them in the middle of a step; `switched_on` leaves it alone.
+peft's set_adapter, enable_adapters and disable_adapter toggle requires_grad of the adapter's parameters, which
+silently freezes or unfreezes them in the middle of a step; `switched_on` does not.
 """
 
 from __future__ import annotations
@@ -17,32 +17,28 @@ from torch import Tensor, nn
 
 from jdm.errors import UsageError
 
-# Attention, feed-forward and convolutions of a UNet2DConditionModel, as LCM-LoRA chooses them.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-           "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
-
 
 class Adapter(nn.Module):
-    """A LoRA inside `backbone`, off until switched on; at initialisation it changes nothing (B = 0).
+    """A LoRA inside `backbone`, inactive until switched on; at initialisation it is zero (B = 0).
 
-    As a module it is the LoRA's own parameters, under the names they have in the backbone, and nothing else.
+    As a module it has only the LoRA's parameters, under their names in the backbone.
 
     Args:
         backbone: changed in place: its target layers are wrapped, their own parameters stay the same objects.
         rank: of every LoRA pair; alpha = rank, so the scale is 1.
-        targets: which layers, by the end of their path.
+        targets: which layers, by the end of their path; `Family.lora_targets`.
     """
 
-    def __init__(self, backbone: nn.Module, name: str, rank: int, targets: Sequence[str] = TARGETS):
+    def __init__(self, backbone: nn.Module, name: str, rank: int, targets: Sequence[str]):
         super().__init__()
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, got {rank}")
         frozen = {id(p): p.requires_grad for p in backbone.parameters()}
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), backbone, name)
-        for p in backbone.parameters():  # injection freezes the base; put it back as it was
+        for p in backbone.parameters():  # injection freezes the base; restore its state
             p.requires_grad_(frozen.get(id(p), True))
         found = [(k, m) for k, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]
-        self.__dict__.update(name=name, layers=dict(found))  # not as submodules: the base is not this module's
+        self.__dict__.update(name=name, layers=dict(found))  # not submodules: the base is not part of this module
         for layer in self.layers.values():
             layer._active_adapter = []
 
@@ -51,7 +47,7 @@ class Adapter(nn.Module):
 
     def named_parameters(self, prefix: str = "", recurse: bool = True,
                          remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """The LoRA's own, in a fixed order."""
+        """The LoRA's parameters, in a fixed order."""
         for path, layer in self.layers.items():
             for key, p in layer.named_parameters():  # type: ignore[attr-defined]
                 if f".{self.name}." in f".{key}.":
@@ -61,7 +57,7 @@ class Adapter(nn.Module):
         return {key: p.detach() for key, p in self.named_parameters()}
 
     def active(self):
-        """The LoRA is part of the function inside."""
+        """Context in which only this LoRA is active."""
         return switched_on([self])
 
 
@@ -70,9 +66,9 @@ _ON: list[tuple[Adapter, ...]] = [()]
 
 @contextmanager
 def switched_on(adapters: Sequence[Adapter]) -> Iterator[None]:
-    """These adapters of one backbone, and no others, are part of its function inside.
+    """Context in which exactly these adapters of a backbone are active.
 
-    A forward that is recomputed in backward must be so under the same ones: `execution.checkpointed` sees to it.
+    A forward that is recomputed in backward needs the same ones again; `execution.checkpointed` ensures this.
     """
     names = [adapter.name for adapter in adapters]
     before = [(layer, layer._active_adapter) for a in adapters for layer in a.layers.values()]
@@ -93,20 +89,20 @@ def now_on() -> tuple[Adapter, ...]:
 
 
 def base_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the backbone without those of any adapter."""
+    """The backbone's parameters without those of adapters."""
     adapters = {id(p) for m in module.modules() if isinstance(m, BaseTunerLayer)
                 for k, p in m.named_parameters() if "lora_" in k}
     return [p for p in module.parameters() if id(p) not in adapters]
 
 
 def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's state under the names it had before any adapter."""
+    """A backbone's state without adapters, under its original names."""
     return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
 
 @torch.no_grad()
 def merged(backbone: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The backbone's state with the adapter in its weights: W + B A, in float32, under the plain names."""
+    """The backbone's state with the adapter merged into its weights, W + B A, in float32, under its original names."""
     state = {key: value.float().clone() for key, value in without_adapters(backbone.state_dict()).items()}
     for path, layer in adapter.layers.items():
         state[f"{path}.weight"] += layer.get_delta_weight(adapter.name).float()  # type: ignore[attr-defined]

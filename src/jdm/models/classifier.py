@@ -1,4 +1,4 @@
-"""A small classifier of 32x32 pictures: its logits judge prompts, its penultimate features make distances."""
+"""A small classifier of 32x32 pictures; its logits give prompt agreement, its penultimate features distances."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from jdm.errors import UsageError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SIDE, PATCH = 32, 4  # of the pictures that a mixer takes, and of its patches
+SIDE, PATCH = 32, 4  # sides of a mixer's pictures and of its patches
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What rebuilds a `Classifier`.
+    """The settings from which a `Classifier` is built.
 
     Attributes:
-        name: of the trained classifier, for tables and statistics; say the data in it.
+        name: name of the trained classifier, for tables and statistics; it should include the data.
         classes: number of classes.
-        trunk: convolutions; or mixer, a residual network over patches (MLP-Mixer, arXiv 2105.01601), for a second
-            opinion.
-        widths: of convolutions, channels of the stem and of the three stages, at 1/2, 1/2, 1/4 and 1/8 of the
-            side; of a mixer, channels of its stem, then of its blocks, all equal.
-        dimensions: of the penultimate features.
-        grey: average the three channels first. Right for grey data, where a colour filter would be left as it
-            was drawn; such a classifier does not see a tint.
+        trunk: convolutions, or for a second opinion mixer, a residual network over patches (MLP-Mixer, arXiv
+            2105.01601).
+        widths: for convolutions, channels of the stem and of the three stages, at 1/2, 1/2, 1/4 and 1/8 of the
+            side; for a mixer, channels of its stem, then of its blocks, all equal.
+        dimensions: number of penultimate features.
+        grey: average the three channels first. Suited to grey data, on which colour filters would stay at their
+            initialisation; such a classifier cannot see a tint.
     """
 
     name: str = "classifier"
@@ -44,12 +44,11 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; 32x32 is what it is made for.
+    """pixels [B, 3, H, W] in [-1, 1] -> logits [B, classes]; designed for 32x32.
 
-    0.5M parameters, channels-last throughout; convolutions take pictures from 8x8, a mixer no other size. The
-    penultimate features come out of a batch normalisation with no activation after it: centred, of unit scale on
-    the training data and free of a pile of zeros, which is as close to the Frechet distance's Gaussians as a
-    classifier gets.
+    0.5M parameters, channels-last throughout. Convolutions take pictures from 8x8 up, a mixer only 32x32. The
+    penultimate features come from a batch normalisation without an activation: centred, of unit scale on the
+    training data and without a peak at 0, so that they are close to the Gaussians that the Frechet distance assumes.
     """
 
     def __init__(self, config: ClassifierConfig | None = None):
@@ -83,7 +82,7 @@ class Classifier(nn.Module):
         return self.logits(pixels)
 
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits of the weights' SHA-256: equal after save and load, new after training."""
+        """First eight hexadecimal digits of the weights' SHA-256: equal after save and load."""
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode())
@@ -91,7 +90,7 @@ class Classifier(nn.Module):
         return digest.hexdigest()[:8]
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; the folder is made where missing."""
+        """Writes config.json and model.safetensors, creating the folder if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -100,16 +99,16 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Classifier:
-        """The classifier a `save` left in the folder, in eval mode on the CPU."""
+        """Loads a classifier written by `save`, in eval mode on the CPU."""
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
-                raise UsageError(f"{folder} holds no {name}; give a folder that Classifier.save wrote")
+                raise UsageError(f"{folder} holds no {name}; give a folder written by Classifier.save")
         try:
             values = json.loads((folder / CONFIG).read_text())
             unknown = set(values) - {field.name for field in fields(ClassifierConfig)}
             if unknown:
-                raise UsageError(f"{folder / CONFIG} names unknown fields: {', '.join(sorted(unknown))}")
+                raise UsageError(f"{folder / CONFIG} has unknown fields: {', '.join(sorted(unknown))}")
             model = cls(ClassifierConfig(**{**values, "widths": tuple(values["widths"])}))
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -133,7 +132,8 @@ def _block(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequ
 def _mixer(config: ClassifierConfig) -> nn.Sequential:
     stem, width = config.widths[:2]
     if set(config.widths[1:]) != {width}:
-        raise UsageError(f"widths of a mixer must be equal after the first, got {config.widths}; it adds up its blocks")
+        raise UsageError(f"widths of a mixer must be equal after the first, got {config.widths}; "
+                         "its blocks are residual")
     patches = [nn.Conv2d(1 if config.grey else 3, stem, 5, 2, 2), nn.GELU(), nn.Conv2d(stem, width, 3, 2, 1)]
     blocks = [_Mixing((SIDE // PATCH) ** 2, width) for _ in config.widths[1:]]
     pooled = [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.LayerNorm(width)]
@@ -141,7 +141,7 @@ def _mixer(config: ClassifierConfig) -> nn.Sequential:
 
 
 class _Mixing(nn.Module):
-    """x [B, width, patches] + what each channel sees in the other patches, + what each patch sees in itself."""
+    """One mixer block: x [B, width, patches] + a network across patches + a network across channels, each residual."""
 
     def __init__(self, patches: int, width: int):
         super().__init__()

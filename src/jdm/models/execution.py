@@ -1,4 +1,4 @@
-"""How networks compute: in which precision, and what is kept for backward. What they compute does not change."""
+"""How networks compute: precision, activation checkpointing and compilation. None of it changes the function."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from jdm.run import Run
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 BACKEND = "inductor"
-GRAPHS = 128  # of one function: adapters x batch x gradients, for every network that shares its code
+GRAPHS = 128  # limit per function: adapters x batch x gradients, for all networks that share its code
 
 
 def computing(device: torch.device, dtype: torch.dtype | None):
-    """Networks inside compute in `dtype` where they can: torch's autocast, parameters in float32 staying so."""
+    """Context with torch's autocast to `dtype`; parameters stay as they are."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def settle(run: Run, *networks: nn.Module) -> None:
-    """Have the networks compute as the run says, in place.
+    """Applies the run's precision, checkpointing and compilation to the networks in place.
 
-    In bf16 a denoiser's frozen parameter is kept in bfloat16; one that trains stays in float32 and is cast where it is
-    used. Checkpointing recomputes a block in backward in place of keeping its activations; a pass without gradients is
-    not touched by it. A compiled network keeps its class and its parameters' names.
+    With bf16 a denoiser's frozen parameters are stored in bfloat16; those that train stay in float32 and are cast when
+    used. Checkpointing recomputes a block in backward instead of keeping its activations; passes without gradients are
+    unaffected. A compiled network keeps its class and its parameters' names.
     """
     dtype = DTYPES[run.precision]
     for network in networks:
@@ -53,9 +53,9 @@ def settle(run: Run, *networks: nn.Module) -> None:
 
 
 def _checkpoint_pieces(decoder: nn.Module) -> None:
-    """Recompute an autoencoder's decoder residual block by residual block.
+    """Checkpoints each residual block of an autoencoder's decoder.
 
-    diffusers' own pieces hold all blocks of a resolution: at full size, most of what a step keeps.
+    diffusers checkpoints all blocks of a resolution together, which at full size keeps most of a step's memory.
     """
     for part in decoder.modules():
         if isinstance(part, ResnetBlock2D | Upsample2D) and not isinstance(part.forward, partial):
@@ -76,10 +76,10 @@ def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _compile(denoiser: nn.Module) -> None:
-    """A graph for every way its networks are called: Dynamo's guards read which adapters are on.
+    """Compiles each network of a denoiser, with one graph per way it is called: Dynamo's guards check the adapters.
 
-    What is switched per pass, adapters and autocast, stays outside: the graph would have to put it back. Its backward
-    finds every gradient there is, asked for or not: on a full copy the posterior's passes pay for the copy's weights.
+    Adapters and autocast are switched outside the graph, which would otherwise have to restore them. A compiled
+    backward computes all gradients, needed or not: on a full copy the posterior's passes pay for its weights too.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for network in denoiser.children():
@@ -89,8 +89,8 @@ def _compile(denoiser: nn.Module) -> None:
 
 
 def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
-    """`block(*inputs)`, recomputed in backward under the adapters that are on now."""
-    if torch.compiler.is_compiling():  # a graph has its adapters in it
+    """`block(*inputs)`, recomputed in backward with the adapters that are active now."""
+    if torch.compiler.is_compiling():  # the graph includes its adapters
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     on = now_on()
     return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False,

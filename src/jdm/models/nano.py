@@ -17,7 +17,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import UsageError, in_short
-from jdm.models.stable_diffusion import alphas_cumprod, whole_network
+from jdm.models.folder import whole_network
+from jdm.models.schedulers import alphas_cumprod
 from jdm.schedule import NoiseSchedule
 
 SIZE = 32

@@ -1,4 +1,4 @@
-"""The published configurations of SD1.5, SD2.1 and SDXL, and the networks that configurations describe."""
+"""The published configurations of SD1.5, SD2.1 and SDXL, and networks built from configurations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-# The parts' config.json, without what is diffusers' or transformers' default.
+# Each part's config.json, without values that are defaults in diffusers or transformers.
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
              "steps_offset": 1, "prediction_type": "epsilon"}
@@ -39,7 +39,7 @@ SDXL = {
     "text_encoder": CLIP_L, "text_encoder_2": CLIP_G,
     "scheduler": {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}
 
-# By hub id.
+# Configurations by hub id.
 KNOWN: dict[str, dict[str, dict]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,
@@ -50,13 +50,13 @@ KNOWN: dict[str, dict[str, dict]] = {
 
 
 def of_size(size: str, prediction: str) -> dict[str, dict]:
-    """The configurations of one of `single_file.KNOWN`'s sizes; SD2 with v-prediction is the one of 768 pixels."""
+    """The configurations of a size in `single_file.KNOWN`; SD2 with v-prediction is the 768-pixel model."""
     sizes = {"SD1.5": SD15, "SD2": SD21_V if prediction == "v_prediction" else SD21, "SDXL": SDXL}
     return sizes[size]
 
 
 def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """The networks of part -> config.json, with weights at random; `controlnet` and `text_encoder_2` where named."""
+    """Builds networks with random weights from part -> config.json; `controlnet` and `text_encoder_2` are optional."""
     made: dict[str, Any] = {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
                             "vae": AutoencoderKL.from_config(dict(configs["vae"])),
                             "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))}

@@ -9,7 +9,8 @@ import diffusers
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from jdm.models.stable_diffusion import StableDiffusion, whole_network
+from jdm.models.folder import whole_network
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder, TwoTextEncoders
 from jdm.size import height_width
 
@@ -24,6 +25,7 @@ class StableDiffusionXL(StableDiffusion):
 
     NAME: ClassVar[str] = "SDXL"
     PARTS: ClassVar[tuple[str, ...]] = (*StableDiffusion.PARTS, "text_encoder_2", "tokenizer_2")
+    PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline")
 
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
@@ -51,8 +53,7 @@ class StableDiffusionXL(StableDiffusion):
                                height_width(self.size), self.zeros, one_by_one=one_by_one)
 
     def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
-        kind = diffusers.StableDiffusionXLPipeline if self.controlnet is None else \
-            diffusers.StableDiffusionXLControlNetPipeline
+        kind = getattr(diffusers, self.PIPELINES[self.controlnet is not None])
         parts: dict[str, Any] = {**self.modules(), "tokenizer_2": self.tokenizer_2}
         return kind(**parts, tokenizer=self.tokenizer, scheduler=scheduler,
                     force_zeros_for_empty_prompt=self.zeros, add_watermarker=False)

@@ -1,4 +1,4 @@
-"""Prompts to what a UNet reads: the hidden states of one CLIP text model, or of SDXL's two."""
+"""Encodes prompts for a UNet, as hidden states of one CLIP text model or of SDXL's two."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from jdm.score import Prompts, Text
 
-REMEMBERED = 512 * 2**20  # bytes of states, on the encoder's device
+REMEMBERED = 512 * 2**20  # bytes of cached states, on the encoder's device
 
 
 class TextEncoder:
-    """Prompts -> hidden states [B, L, D] of a CLIP text model. Frozen: each prompt is encoded once and kept.
+    """Prompts -> hidden states [B, L, D] of a frozen CLIP text model; each prompt is encoded once and cached.
 
     Args:
-        capacity: bytes of states that are remembered; the oldest are forgotten first.
-        one_by_one: each prompt is encoded alone, so that its states do not depend, in their last bits, on the
-            company it was first met in: a resumed run must find the same bits.
+        capacity: bytes of cached states; the oldest are dropped first.
+        one_by_one: encode each prompt alone, so that the last bits of its states do not depend on the other prompts
+            of its first batch; a resumed run must compute the same bits.
 
     Attributes:
-        stored: states by prompt, on disk (prepared.py): they are read where they would be encoded.
+        stored: prompt -> states on disk (data/cache.py), which are read instead of encoding the prompt.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = REMEMBERED, one_by_one: bool = False):
@@ -34,11 +34,11 @@ class TextEncoder:
 
     @property
     def networks(self) -> list[tuple[nn.Module, Any]]:
-        """(text model, its tokenizer) of each."""
+        """The (text model, tokenizer) pairs."""
         return [(self.model, self.tokenizer)]
 
     def encode(self, prompts: Prompts) -> Tensor:
-        """Fresh hidden states, with gradients where the text model trains."""
+        """Encodes prompts without the cache; differentiable if the text model trains."""
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=self.tokenizer.model_max_length).input_ids
         return self.model(tokens.to(next(self.model.parameters()).device))[0]
@@ -54,7 +54,7 @@ class TextEncoder:
         return self.stacked(rows)
 
     def _rows(self, prompts: list[str]) -> Iterator[tuple[str, Any]]:
-        """Each prompt with its states, which are read where they are stored and encoded where not."""
+        """Yields each prompt and its states, read from `stored` if they are there, else encoded."""
         device = next(self.model.parameters()).device
         for prompt in [p for p in prompts if p in self.stored]:
             parts = [part.to(device) for part in tensors_of(self.stored[prompt])]
@@ -64,11 +64,11 @@ class TextEncoder:
             yield from zip(group, self.encode(group), strict=True)
 
     def stacked(self, rows: list[Any]) -> Text:
-        """Remembered rows as one batch."""
+        """Stacks the states of single prompts to a batch."""
         return torch.stack(rows)
 
     def forget(self) -> None:
-        """Drop every remembered prompt, e.g. before timing from the prompt on."""
+        """Clears the cache, for example before timing the whole path from prompt to picture."""
         self._memory.clear()
         self._held = 0
 
@@ -78,9 +78,9 @@ class TwoTextEncoders(TextEncoder):
 
     Args:
         second: a CLIP text model with projection; its pooled output is text_embeds.
-        size: height and width in pixels, which SDXL is told thrice: as original, uncropped and wanted.
-        zeros: the empty prompt is all zeros, as the base model was trained. Stock pipelines do so for the negative
-            prompt; an empty prompt to draw they encode.
+        size: height and width in pixels, given to SDXL as both the original and the target size, without a crop.
+        zeros: encode the empty prompt as zeros, as in the training of the base model. Stock pipelines do so for the
+            negative prompt, but encode an empty prompt.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, second: nn.Module, tokenizer_2: Any,
@@ -93,7 +93,7 @@ class TwoTextEncoders(TextEncoder):
         return [*super().networks, (self.second, self.tokenizer_2)]
 
     def encode(self, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        """(hidden states [L, D1 + D2], pooled [P]) of each prompt."""
+        """(hidden states [L, D1 + D2], pooled [P]) for each prompt."""
         states, pooled = [], torch.empty(0)
         for model, tokenizer in self.networks:
             tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
@@ -112,7 +112,7 @@ class TwoTextEncoders(TextEncoder):
 
 
 def tensors_of(row: Any) -> tuple[Tensor, ...]:
-    """A prompt's states: one tensor, or SDXL's two."""
+    """A prompt's states as a tuple: one tensor, or SDXL's two."""
     return row if isinstance(row, tuple) else (row,)
 
 

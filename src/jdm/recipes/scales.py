@@ -132,11 +132,11 @@ NANO = Scale(
     reward="nano-reward", shared="soft-edge")
 
 # Paper: no rate is printed; here: those of the same group's nearest work, with its fake score five times faster.
-# Paper: no guidance is printed; here: 4.5, at which SiD-LSG's one-step SD1.5 follows prompts best; FID is better at 1.5.
-# Paper: a fake score is a copy of the UNet; here: a LoRA of the frozen one, which on nano-sd costs nothing at ranks 8 to
-# 128 (docs/scale.md) and saves 8 GiB.
-# Paper: no level at which the student runs is printed; here: 625 (Student.levels), where sigma / alpha = 2.5, because at
-# the group's other value, 799, an error in eps weighs twice as much: 5.1.
+# Paper: no guidance is printed; here: 4.5, at which SiD-LSG's one-step SD1.5 follows prompts best; FID is better at
+# 1.5. Paper: a fake score is a copy of the UNet; here: a LoRA of the frozen one, which on nano-sd costs nothing at
+# ranks 8 to 128 (docs/scale.md) and saves 8 GiB. Paper: no level at which the student runs is printed; here: 625
+# (Student.levels), where sigma / alpha = 2.5, because at the group's other value, 799, an error in eps weighs twice as
+# much: 5.1.
 SD15_SCALE = Scale(
     "sd15", _sd15, student=Optimiser(lr=2e-6, betas=(0.0, 0.95)), fake=Optimiser(lr=1e-5, betas=(0.0, 0.95)),
     control=Optimiser(lr=1e-5, betas=(0.9, 0.95)), adapter=Optimiser(lr=1e-5, betas=(0.9, 0.95)), guidance=4.5,

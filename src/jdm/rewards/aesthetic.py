@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor, version 2: an affine head on CLIP ViT-L/14, fitted to people's ratings of pictures."""
+"""LAION's aesthetic predictor, version 2: an affine head on CLIP ViT-L/14, fitted to human ratings of pictures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WEIGHTS, FILES = "trl-lib/ddpo-aesthetic-predictor", ("aesthetic-model.pth", "sa
 
 
 class Aesthetic(nn.Module):
-    """r = the predicted rating, about 1 to 10; prompts are not read.
+    """r = the predicted rating, about 1 to 10; prompts are ignored.
 
     Args:
         weights: the head: hub id, folder or file (sac+logos+ava1-l14-linearMSE.pth, as .pth or .safetensors).
-        clip: by hub id or folder.
-        dtype: of CLIP; the head stays in float32 at least.
+        clip: hub id or folder of CLIP.
+        dtype: CLIP's precision; the head stays in float32 or wider.
     """
 
     name = "aesthetic"

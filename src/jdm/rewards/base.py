@@ -1,4 +1,4 @@
-"""What a reward is: how good each picture is for its prompt, differentiable in the picture."""
+"""Rewards: how good each picture is for its prompt, differentiable in the picture."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ KNOWN = {
 
 
 class Reward(Protocol):
-    """r(images, prompts): any callable of this form, a function, or a frozen network. Higher is better."""
+    """r(images, prompts): a function, a frozen network or any other such callable. Higher is better."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] (a decoder may overshoot), and B prompts -> [B].
 
-        Differentiable in images; one value depends on its own picture and prompt only.
+        Differentiable in images; each value depends on its own picture and prompt only.
         """
         ...
 
 
 def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
-    """The reward that `spec` names: `nano-reward`, `my_rewards.py:brightness` or `package.module:Name`.
+    """Returns the reward named by `spec`: `nano-reward`, `my_rewards.py:brightness` or `package.module:Name`.
 
-    A known name may be followed by where its weights are: `pick-score:FOLDER`. A function is used as it is, a
-    class is made without arguments; networks are moved to `device`. Loading runs the file, as
-    `python my_rewards.py` would. UsageError where nothing of that name can be made.
+    A known name may be followed by the place of its weights: `pick-score:FOLDER`. A function is used as it is, a
+    class is instantiated without arguments; networks are moved to `device`. Loading executes the file, as
+    `python my_rewards.py` would. Raises UsageError if the name is unknown or the class cannot be instantiated.
     """
     known, colon, weights = spec.partition(":")
     if known in KNOWN and (weights or not colon):
@@ -54,20 +54,20 @@ def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
 
 
 def checked_reward(reward: Reward, size: Size, prompts: Sequence[str]) -> Reward:
-    """`reward` itself, once two random pictures [2, 3, H, W] have gone through it: it can be trained on.
+    """Returns `reward` after trying it on two random pictures [2, 3, H, W], so that it can be trained on.
 
-    UsageError, naming the reward, what came back, the bound and the remedy, unless it returns [2], finite, with
-    a finite gradient over the pictures that is not all 0; and where it is a judge, which nothing trains on.
+    Raises UsageError unless it returns [2], finite, with a finite, nonzero gradient over the pictures; and if it
+    is a judge, which must not be trained on.
 
     Args:
-        prompts: such as those of the run; the first two are used.
+        prompts: the run's prompts; the first two are used.
     """
     name = reward_name(reward)
     if getattr(reward, "judge", False):
-        raise UsageError(f"{name} judges runs trained on other rewards and is never trained on itself; "
+        raise UsageError(f"{name} judges runs trained on other rewards and must not be trained on; "
                          "train on nano-reward, or on a reward of your own")
     if len(prompts) == 0:
-        raise UsageError(f"checking {name} needs at least 1 prompt, got none; give those of the run")
+        raise UsageError(f"checking {name} needs at least 1 prompt, got none; pass the run's prompts")
     parameter = next(reward.parameters(), None) if isinstance(reward, nn.Module) else None
     images = probe(size, seed=0).to("cpu" if parameter is None else parameter.device).requires_grad_()
     with torch.enable_grad():
@@ -83,7 +83,7 @@ def checked_reward(reward: Reward, size: Size, prompts: Sequence[str]) -> Reward
 
 
 def reward_name(reward: Reward) -> str:
-    """One word for tables and messages: the reward's name, its function's or its class's."""
+    """Name for tables and messages: the reward's `name`, or else its function's or class's name."""
     return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 
@@ -92,7 +92,7 @@ def _own(spec: str) -> Any:
     if not colon or not source or not name:
         near = difflib.get_close_matches(spec, KNOWN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
-        raise UsageError(f"there is no reward {spec!r}; {hint} your own is named by file and function, "
+        raise UsageError(f"there is no reward {spec!r}; {hint} name your own by file and function, "
                          "such as my_rewards.py:brightness")
     try:
         module = imported(source)
@@ -106,15 +106,15 @@ def _own(spec: str) -> Any:
         own = [key for key, value in vars(module).items()
                if callable(value) and getattr(value, "__module__", None) == module.__name__]
         near = difflib.get_close_matches(name, own, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"what it defines is: {', '.join(own) or 'nothing'}"
+        hint = f"did you mean {near[0]}?" if near else f"it defines: {', '.join(own) or 'nothing'}"
         raise UsageError(f"{source} has no function or class {name}; {hint}")
     try:
         made = found() if isinstance(found, type) else found
     except UsageError:
         raise
     except Exception as error:  # a user's constructor may raise anything
-        raise UsageError(f"{spec} could not be made without arguments ({in_short(error)}); "
-                         "give each of them a default") from error
+        raise UsageError(f"{spec} could not be instantiated without arguments ({in_short(error)}); "
+                         "give every argument a default") from error
     if not callable(made):
         raise UsageError(f"{spec} is not a reward but {type(made).__name__}; write "
                          f"`def {name}(images, prompts)`, or a class with __call__")

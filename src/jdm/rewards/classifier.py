@@ -1,4 +1,4 @@
-"""A classifier as a reward: the log-probability of the class that the prompt names."""
+"""A classifier as a reward: the log-probability of the class named by the prompt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jdm.rewards.networks import paired
 
 
 class PromptClassifier(nn.Module):
-    """r(images, prompts) = log p(class that the prompt names | image), in nats, at most 0.
+    """r(images, prompts) = log p(class named by the prompt | image), in nats, at most 0.
 
-    Images are not clamped: on a black background a clamp would leave no gradient to draw by.
+    Images are not clamped: on a black background a clamp would leave no gradient.
 
     Args:
-        classifier: frozen here, in eval mode.
-        captions: of each class, those the pictures were captioned with; the packaged Fashion-MNIST's if not given.
-        judge: True where it only measures; `checked_reward` refuses to train on it.
+        classifier: frozen here and put in eval mode.
+        captions: for each class, the captions of its training pictures; by default the packaged Fashion-MNIST's.
+        judge: True if it only measures; `checked_reward` then refuses to train on it.
     """
 
     def __init__(self, classifier: Classifier, captions: Sequence[Sequence[str]] | None = None, judge: bool = False):
@@ -39,7 +39,7 @@ class PromptClassifier(nn.Module):
         self.classes = {_plain(caption): k for k, own in enumerate(captions) for caption in own}
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> [B], the class each names; UsageError, with the nearest caption, where one names none."""
+        """Prompts -> class of each, [B]. Raises UsageError, with the nearest caption, if a prompt names no class."""
         keys = [_plain(prompt) for prompt in prompts]
         for prompt, key in zip(prompts, keys, strict=True):
             if key not in self.classes:
@@ -57,12 +57,12 @@ class PromptClassifier(nn.Module):
 
 
 def nano_reward(folder: str | Path = ASSETS / "nano-reward") -> PromptClassifier:
-    """The shipped reward of nano-sd, or that of another folder a classifier was saved in."""
+    """The shipped reward of nano-sd, or a classifier saved in another folder."""
     return PromptClassifier(Classifier.load(folder))
 
 
 def nano_judge(folder: str | Path = ASSETS / "nano-judge") -> PromptClassifier:
-    """The shipped judge: another network, trained on other pictures than nano-reward; it only measures."""
+    """The shipped judge: a different network, trained on other pictures than nano-reward; it only measures."""
     return PromptClassifier(Classifier.load(folder), judge=True)
 
 

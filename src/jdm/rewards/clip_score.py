@@ -1,4 +1,4 @@
-"""CLIP score (arXiv 2104.08718, without its factor): how well a picture fits its prompt."""
+"""CLIP score (arXiv 2104.08718, without its scale factor): how well a picture fits its prompt."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class CLIPScore(nn.Module):
     """r = cos(image, prompt): about .15 to .35; tables print 100 times that.
 
     Args:
-        weights: a transformers CLIP, by hub id or folder.
-        tokenizer: by hub id or folder; that of the weights where not given.
-        dtype: of the network.
+        weights: hub id or folder of a transformers CLIP.
+        tokenizer: hub id or folder; by default that of the weights.
+        dtype: the network's precision.
     """
 
     def __init__(self, weights: str = WEIGHTS, tokenizer: str | None = None, dtype: torch.dtype = torch.float32):
@@ -27,7 +27,7 @@ class CLIPScore(nn.Module):
 
         super().__init__()
         self.name = "clip"
-        self.network = Path(weights).name  # scores of two CLIPs do not compare
+        self.network = Path(weights).name  # scores of different CLIPs are not comparable
         self.clip = pretrained(self.name, CLIPModel, weights, dtype=dtype)
         self.tokenizer = pretrained(self.name, AutoTokenizer, tokenizer or weights)
 

@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1 (arXiv 2306.09341): CLIP ViT-H/14, tuned on people's rankings of pictures."""
+"""Human Preference Score v2.1 (arXiv 2306.09341): CLIP ViT-H/14, tuned on human rankings of pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, FILES = "xswu/HPSv2", ("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors")
 
-# Beginnings of names, open_clip's and transformers'.
+# Prefixes of parameter names: open_clip's -> transformers'.
 STEMS = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -41,10 +41,10 @@ class HPSv2(nn.Module):
     """r = cos(image, prompt): about 0.2 to 0.35; tables print 100 times that.
 
     Args:
-        weights: hub id, folder or file of the published checkpoint; or a transformers CLIP's folder.
-        tokenizer: by hub id or folder; where not given, a transformers folder's own or the base model's.
-        dtype: of the network.
-        config: of the published checkpoint's network; ViT-H/14 where not given.
+        weights: hub id, folder or file of the published checkpoint, or folder of a transformers CLIP.
+        tokenizer: hub id or folder; by default that of a transformers folder, or else the base model's.
+        dtype: the network's precision.
+        config: configuration of the published checkpoint; by default ViT-H/14.
     """
 
     name = "hpsv2"
@@ -66,7 +66,7 @@ class HPSv2(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] and B prompts -> [B]; differentiable in images.
 
-        Nothing is cut: the published preprocessing puts black bars around what is not square.
+        Nothing is cropped: the published preprocessing pads a picture to a square with black bars.
         """
         paired(images, prompts)
         embedding = image_embedding(self.clip, images, whole=True)
@@ -74,7 +74,7 @@ class HPSv2(nn.Module):
 
 
 def renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names of a CLIP's weights -> transformers': projections transposed, query, key and value apart."""
+    """Converts a CLIP from open_clip's names to transformers': transposes projections, splits query, key and value."""
     found = {}
     for key, value in published.items():
         stem = next((s for s in STEMS if key.startswith(s)), None)
@@ -90,7 +90,7 @@ def renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vit_h_14() -> CLIPConfig:
-    """CLIP ViT-H/14 of LAION, as transformers describes it."""
+    """The transformers configuration of LAION's CLIP ViT-H/14."""
     from transformers import CLIPConfig
 
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,

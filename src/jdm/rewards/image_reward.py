@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP's text encoder looks at the picture, a head scores what it saw."""
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP's text encoder attends to the picture, a head scores the result."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 WEIGHTS, FILES = "THUDM/ImageReward", ("ImageReward.pt", "ImageReward.safetensors")
 TOKENIZER, TOKENS = "google-bert/bert-base-uncased", 35
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, published
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # published mean and deviation of the head's output
 
-# The checkpoint's names and transformers', in this order.
+# The checkpoint's names -> transformers'; the first match applies.
 NAMES = (
     (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
     (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
@@ -31,18 +31,18 @@ NAMES = (
     (r"^blip\.text_encoder\.", "text."),
     (r"^mlp\.layers\.", "head."),
 )
-# Of BLIP's contrastive training, and a buffer: nothing here reads them.
+# Projections used only in BLIP's contrastive training, and a buffer; neither is needed here.
 UNUSED = re.compile(r"^blip\.(vision_proj|text_proj)\.|\.position_ids$")
 
 
 class ImageReward(nn.Module):
-    """r = the head's score of (prompt, picture), less its mean, over its deviation: mostly -2 to 2.
+    """r = (the head's score of (prompt, picture) - its mean) / its deviation: mostly -2 to 2.
 
     Args:
         weights: hub id, folder or file of the published checkpoint.
-        tokenizer: by hub id or folder.
-        dtype: of both encoders; the head stays in float32 at least.
-        vision, text: of the checkpoint's encoders; the published ones where not given.
+        tokenizer: hub id or folder.
+        dtype: precision of both encoders; the head stays in float32 or wider.
+        vision, text: configurations of the checkpoint's encoders; by default the published ones.
     """
 
     name = "image-reward"
@@ -56,7 +56,7 @@ class ImageReward(nn.Module):
         super().__init__()
         file = weights_file(self.name, weights, FILES)
         published = renamed(read_weights(self.name, file))
-        # Not the defaults of transformers: its BLIP has 8 heads over the text and 1e-5 in the vision's norms.
+        # These differ from transformers' defaults: 8 heads in the text model, 1e-5 in the vision model's norms.
         vision = vision or BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                                             num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
         text = text or BlipTextConfig(encoder_hidden_size=vision.hidden_size, num_attention_heads=12)
@@ -71,13 +71,13 @@ class ImageReward(nn.Module):
         self.tokenizer = pretrained(self.name, AutoTokenizer, tokenizer)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] and B prompts, cut after 35 tokens -> [B]; differentiable in images."""
+        """Images [B, 3, H, W] in [0, 1] and B prompts, truncated to 35 tokens -> [B]; differentiable in images."""
         paired(images, prompts)
         pixels = clip_pixels(images, self.vision.config.image_size, self.vision.dtype)
         seen = self.vision(pixel_values=pixels).last_hidden_state
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS,
                                 return_tensors="pt").to(images.device)
-        # The first token is BERT's [CLS], as published, where BLIP's own matching puts [ENC].
+        # The first token is BERT's [CLS], as in the published code; BLIP's own image-text matching uses [ENC].
         read = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen,
                          encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long))
         first = read.last_hidden_state[:, 0]
@@ -86,7 +86,7 @@ class ImageReward(nn.Module):
 
 
 def renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's names of its weights -> those of `ImageReward`."""
+    """Renames the checkpoint's weights to the parameter names of `ImageReward`."""
     found = {}
     for key, value in published.items():
         if UNUSED.search(key):

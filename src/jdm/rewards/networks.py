@@ -1,4 +1,4 @@
-"""What the published rewards share: CLIP's view of a picture, embeddings, the scoring head, weights from anywhere."""
+"""Shared parts of the published rewards: CLIP's preprocessing, embeddings, the scoring head, loading of weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional
 
 from jdm.errors import UsageError, in_short
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of each channel
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by channel
 
 
 def clip_pixels(images: Tensor, side: int, dtype: torch.dtype = torch.float32, whole: bool = False) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> [B, 3, side, side] as CLIP takes them; differentiable in images.
+    """CLIP's preprocessing: images [B, 3, H, W] in [0, 1] -> [B, 3, side, side]; differentiable in images.
 
-    Resized bicubically with antialiasing, the shorter side to `side` and the rest cut from the centre, in float32
-    at least, then standardised by channel. Clamped to [0, 1] before, between and after the two passes, as Pillow's
-    8 bits are: where a pixel is beyond, the published score does not move, and neither does this one.
+    Bicubic antialiased resizing of the shorter side to `side`, a centre crop, both in float32 or wider, then
+    standardisation by channel. Values are clamped to [0, 1] before, between and after the two passes, as Pillow's
+    8 bits are: beyond that range the published score does not change, and neither does this one.
 
     Args:
-        whole: the longer side to `side` and black bars around, nothing cut.
+        whole: resize the longer side to `side` and pad with black bars instead of cropping.
     """
     height, width = images.shape[-2:]
     one = max(height, width) if whole else min(height, width)
@@ -43,7 +43,7 @@ def clip_pixels(images: Tensor, side: int, dtype: torch.dtype = torch.float32, w
 
 
 def image_embedding(clip: Any, images: Tensor, whole: bool = False) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> CLIP's [B, D] of unit length, float32 at least; differentiable in images."""
+    """Images [B, 3, H, W] in [0, 1] -> CLIP's unit-length [B, D], float32 or wider; differentiable in images."""
     config = getattr(clip.config, "vision_config", clip.config)
     pixels = clip_pixels(images, config.image_size, clip.dtype, whole)
     return _unit_length(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output))
@@ -51,7 +51,7 @@ def image_embedding(clip: Any, images: Tensor, whole: bool = False) -> Tensor:
 
 @torch.no_grad()
 def text_embedding(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """B prompts, cut after as many tokens as the model takes -> CLIP's [B, D] of unit length, detached."""
+    """B prompts, truncated to the model's token limit -> CLIP's unit-length [B, D], detached."""
     tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt",
                        max_length=clip.config.text_config.max_position_embeddings).to(clip.device)
     pooled = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
@@ -59,9 +59,9 @@ def text_embedding(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 
 def score_head(width: int = 768) -> nn.Sequential:
-    """features [B, width] -> [B, 1]: the head that LAION's aesthetic predictor and ImageReward share.
+    """The head of LAION's aesthetic predictor and of ImageReward: features [B, width] -> [B, 1].
 
-    Affine throughout: the published one has no activation between its layers, only dropout.
+    It is affine: the published head has no activation between its layers, only dropout.
     """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
@@ -70,13 +70,13 @@ def score_head(width: int = 768) -> nn.Sequential:
 
 
 def paired(images: Tensor, prompts: Sequence[str]) -> None:
-    """UsageError unless there is one prompt for each image."""
+    """Raises UsageError unless there is one prompt for each image."""
     if len(prompts) != len(images):
-        raise UsageError(f"prompts must be one for each of {len(images)} images, got {len(prompts)}")
+        raise UsageError(f"there must be one prompt for each of {len(images)} images, got {len(prompts)}")
 
 
 def frozen(network: Any) -> Any:
-    """`network` itself, in eval mode, its parameters out of every gradient."""
+    """Returns `network` in eval mode, with no parameter requiring a gradient."""
     return network.eval().requires_grad_(False)
 
 
@@ -84,20 +84,19 @@ def frozen(network: Any) -> Any:
 
 
 def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -> Any:
-    """`kind`, a transformers network or tokenizer, from a folder or hub id.
+    """Loads a transformers network (frozen) or tokenizer of class `kind` from a folder or hub id.
 
-    UsageError, with the reward's `name` and the remedy, where it is not there or lacks a weight: transformers would
-    fill it with random numbers.
+    Raises UsageError if it cannot be loaded or lacks a weight, which transformers would initialise at random.
     """
     from transformers.utils import logging
 
     network, verbosity = issubclass(kind, nn.Module), logging.get_verbosity()
     if network:
         settings["output_loading_info"] = True
-    logging.set_verbosity_error()  # it prints a table of what is said in one line below
+    logging.set_verbosity_error()  # it would print a table; the error below is one line
     try:
         found = kind.from_pretrained(place, **settings)  # type: ignore[attr-defined]
-    except Exception as error:  # a hub, a disk and a file of another kind each raise their own
+    except Exception as error:  # the hub, the disk and a wrong file raise different exceptions
         raise UsageError(f"{name} needs {place or 'its weights'}, which could not be loaded ({in_short(error)}); "
                          f"{_remedy(name, place or '')}") from error
     finally:
@@ -113,7 +112,7 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
 
 
 def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
-    """The file of weights at `place`: itself, one of `files` in that folder, or the first of them from the hub."""
+    """Returns the weights file: `place` itself, one of `files` in the folder `place`, or `files[0]` from the hub."""
     path = Path(place).expanduser()
     if path.is_file():
         return path
@@ -121,7 +120,7 @@ def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
     if inside:
         return inside[0]
     if path.is_dir():
-        raise UsageError(f"{name}: {place} holds none of {', '.join(files)}; name the file of weights itself")
+        raise UsageError(f"{name}: {place} holds none of {', '.join(files)}; name the weights file itself")
     try:
         from huggingface_hub import hf_hub_download
 
@@ -132,7 +131,7 @@ def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
 
 
 def read_weights(name: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file, by name; only tensors are unpickled."""
+    """Reads the tensors of a .safetensors or PyTorch file, by name; only tensors are unpickled."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -141,11 +140,11 @@ def read_weights(name: str, file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
         return dict(loaded.get("state_dict", loaded))
     except Exception as error:  # a broken file may raise anything
-        raise UsageError(f"{name}: {file} is not a file of weights ({in_short(error)}); fetch it again") from error
+        raise UsageError(f"{name}: {file} is not a weights file ({in_short(error)}); fetch it again") from error
 
 
 def fill(name: str, network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    """Load every weight into `network`; UsageError, with the first that does not fit, where they are not its own."""
+    """Loads `weights` into `network`. Raises UsageError if a name or shape does not match."""
     own = network.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     odd = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]

@@ -1,4 +1,4 @@
-"""PickScore (arXiv 2305.01569): CLIP ViT-H/14, tuned on which of two pictures people picked."""
+"""PickScore (arXiv 2305.01569): CLIP ViT-H/14, tuned on people's choices between two pictures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from jdm.rewards.networks import image_embedding, paired, pretrained, text_embedding
 
 WEIGHTS = "yuvalkirstain/PickScore_v1"
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the one its authors name
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the one named by its authors
 
 
 class PickScore(nn.Module):
-    """r = exp(s) cos(image, prompt), s the learnt logit scale: about 20; a difference of 1 is e to 1 in picks.
+    """r = exp(s) cos(image, prompt), s the learnt logit scale: about 20; a difference of 1 means odds of e to 1.
 
     Args:
-        weights: a transformers CLIP, by hub id or folder.
-        tokenizer: by hub id or folder; where not given, the folder of the weights or its authors'.
-        dtype: of the network.
+        weights: hub id or folder of a transformers CLIP.
+        tokenizer: hub id or folder; by default that of the weights' folder, or else the one named by the authors.
+        dtype: the network's precision.
     """
 
     name = "pick-score"

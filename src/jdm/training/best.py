@@ -1,4 +1,4 @@
-"""The best averages of a run by what its probe measures, and when to end early: the judge sees what a reward cannot."""
+"""Keeps a run's best averages by a measurement of its probe, and decides when to stop early."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ from jdm.run import Run
 from jdm.sharing import batch_mean
 from jdm.training import checkpoint, distributed
 
-BETTER = {"judge": 1.0, "prompt_agreement": 1.0, "fd": -1.0, "consistency": -1.0}  # sign of what a probe measures
-FOLDER = "best"  # in a run's folder: checkpoints of averages alone
+BETTER = {"judge": 1.0, "prompt_agreement": 1.0, "fd": -1.0, "consistency": -1.0}  # 1: more is better; -1: less
+FOLDER = "best"  # in a run's folder; its checkpoints hold only averages
 
 
 class Best:
-    """Which probe was the best so far by run.best, from the run's own log: a resumed run knows what it knew.
+    """Tracks the best probe so far by run.best; a resumed run restores this from its log.
 
     Raises:
-        UsageError: nothing of that name is measured, or never.
+        UsageError: run.best is not a known measurement, or the run never measures it.
     """
 
     def __init__(self, run: Run, log: Path, measures: bool = True):
-        """log: the run's metrics.jsonl. measures: the task has a probe."""
+        """Reads the measurements so far.
+
+        Args:
+            log: the run's metrics.jsonl.
+            measures: True if the task has a probe.
+        """
         self.run, self.seen = run, []
         if not run.best:
             if run.patience:
-                raise UsageError(f"patience {run.patience} needs --best, by which a probe is better than another: "
+                raise UsageError(f"patience {run.patience} needs --best, the measurement to compare probes by: "
                                  f"{', '.join(BETTER)}")
             return
         if run.best not in BETTER:
-            raise UsageError(f"no probe measures {run.best!r} that more or less of is better; choose --best from "
-                             f"{', '.join(BETTER)}")
+            raise UsageError(f"probes cannot be compared by {run.best!r}; choose --best from {', '.join(BETTER)}")
         if not measures:
             raise UsageError(f"this run has no validation pictures to measure {run.best} on; leave out --best")
         if run.probe_every < 1 or run.patience < 0:
@@ -51,20 +55,21 @@ class Best:
 
     @property
     def ended(self) -> bool:
-        """`patience` probes have passed since the best one."""
+        """True once `patience` probes have passed since the best one."""
         return bool(self.run.patience and self.seen) and len(self.seen) - 1 - self._best >= self.run.patience
 
     @property
     def place(self) -> Path | None:
-        """The checkpoint of the best averages."""
+        """The checkpoint of the best averages, or None."""
         found = {_step(place): place for place in checkpoint.all_checkpoints(self.run.out / FOLDER)}
         return found.get(self.seen[self._best][0]) if self.seen else None
 
     def note(self, step: int, measured: Mapping[str, Any], averages: Mapping[str, dict[str, Tensor]]) -> None:
-        """Keep these averages if no probe was better.
+        """Records a probe, and saves the averages if no earlier probe was as good.
 
         Raises:
-            UsageError: the probe does not measure run.best. RunError: the disk is full.
+            UsageError: the probe does not measure run.best.
+            RunError: the disk is full.
         """
         if not self.run.best:
             return
@@ -77,7 +82,7 @@ class Best:
             checkpoint.save(checkpoint.State({}, {}, averages, {}), self.run.out / FOLDER, step)
 
     def _forget(self) -> None:
-        """What steps left that the resumed run has not taken; and all that was seen, where the best of it is gone."""
+        """Deletes averages from steps after the resume point; drops all measurements if the best are missing."""
         taken = {step for step, _ in self.seen}
         for place in checkpoint.all_checkpoints(self.run.out / FOLDER):
             if _step(place) not in taken and distributed.first():
@@ -88,7 +93,7 @@ class Best:
 
     @property
     def _best(self) -> int:
-        """The first of the best."""
+        """Index of the best measurement; the first one in a tie."""
         values = [BETTER[self.run.best] * value for _, value in self.seen]
         return max(range(len(values)), key=values.__getitem__)
 

@@ -1,12 +1,12 @@
-"""Checkpoints: every tensor and counter a run needs to go on exactly, in safetensors and JSON, written atomically.
+"""Checkpoints: every tensor and counter needed to resume a run exactly, in safetensors and JSON, written atomically.
 
     OUT/checkpoints/step-0000500/   state.safetensors  state.json
 
-Several processes write their shards with torch.distributed.checkpoint in place of state.safetensors; either kind is
-read by any number of processes.
+Several processes write their shards with torch.distributed.checkpoint instead of state.safetensors. Any number of
+processes can read either kind.
 
-A checkpoint is written beside its place under a temporary name, flushed to disk and renamed, so that a folder
-named step-* is always whole.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so that a folder named step-* is always
+complete.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ KEPT, WHOLE = 2, "state.safetensors"
 
 @dataclass
 class State:
-    """What a run carries from step to step.
+    """The state that a run carries from step to step.
 
     Attributes:
-        modules: what trains, by name; `trained` says what of each.
-        optimizers: by phase name.
-        averages: exponential moving averages, by module name, then as `trained` names them.
-        counters: numbers and strings that JSON can hold.
+        modules: trained modules by name; `trained` selects the tensors to save.
+        optimizers: optimisers by phase name.
+        averages: exponential moving averages by module name, then by tensor name as in `trained`.
+        counters: numbers and strings, as JSON.
     """
 
     modules: Mapping[str, nn.Module]
@@ -51,16 +51,16 @@ class State:
 
 
 def trained(module: nn.Module) -> dict[str, Tensor]:
-    """What of a module training changes, by name: parameters that require gradients, and buffers. No copies."""
+    """The tensors of a module that training changes, by name: parameters with gradients, and buffers. Not copied."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 def save(state: State, out: Path, step: int) -> Path:
-    """Write OUT/checkpoints/step-NNNNNNN and forget all but the last ones.
+    """Writes OUT/checkpoints/step-NNNNNNN and deletes all but the last KEPT checkpoints.
 
     Raises:
-        RunError: the disk is full or cannot be written; what was there before is intact.
+        RunError: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     folder = out / "checkpoints"
     place, draft = folder / f"step-{step:07d}", folder / f".draft-{step:07d}"
@@ -84,23 +84,26 @@ def save(state: State, out: Path, step: int) -> Path:
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} could not be written ({_cause(error)}); free some space and run the "
-                       f"same command again: it goes on from {last(out) or 'the start'}") from None
+                       f"same command again to resume from {last(out) or 'the start'}") from None
     for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
     return place
 
 
 def load(state: State, place: Path, alone: bool = False) -> dict:
-    """Put a checkpoint into `state`; returns its JSON. alone: this process reads it without the others.
+    """Loads a checkpoint into `state` and returns its JSON.
+
+    Args:
+        alone: True if only this process reads it.
 
     Raises:
-        UsageError: it belongs to another recipe (names or shapes differ), or is damaged.
+        UsageError: the checkpoint belongs to another recipe (names or shapes differ), or is damaged.
     """
     try:
         info = json.loads((place / "state.json").read_text())
         tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
-        raise UsageError(f"{place} is damaged ({_cause(error)}); delete it and run again: the run goes on from the one "
+        raise UsageError(f"{place} is damaged ({_cause(error)}); delete it and run again to resume from the checkpoint "
                          "before it") from None
     for group, held in _held(state).items():
         _copy(held, _under(tensors, f"{group}."), place, group.partition(".")[2])
@@ -112,7 +115,7 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
 
 
 def _cause(error: BaseException) -> str:
-    """In one line; of several processes' errors the first, which comes with its traceback as text."""
+    """The error in one line; if several processes failed, that of the first, whose traceback comes as text."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         process, (first, *_) = next(iter(error.failures.items()))
         return f"process {process}: {in_short(first)}"  # type: ignore[arg-type]
@@ -120,7 +123,7 @@ def _cause(error: BaseException) -> str:
 
 
 def all_checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     return sorted(p for p in (out / "checkpoints").glob("step-*") if (p / "state.json").is_file())
 
 
@@ -140,19 +143,19 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 
 def _held(state: State) -> dict[str, dict[str, Tensor]]:
-    """Networks and averages: group of names in the file -> tensors."""
+    """Tensors of networks and averages, by group; the group is the prefix of their names in the file."""
     return {**{f"module.{name}": trained(module) for name, module in state.modules.items()},
             **{f"average.{name}": average for name, average in state.averages.items()}}
 
 
 def _gathered(state: State, place: Path, alone: bool) -> dict[str, Tensor]:
-    """What several processes wrote, sharded as this run's tensors are."""
+    """Reads a checkpoint of several processes, sharded like this run's tensors."""
     likes = {f"{group}.{k}": v for group, held in _held(state).items() for k, v in held.items()}
     for name, optimizer in state.optimizers.items():
         likes |= {f"optimizer.{name}.{i}": p for i, p in enumerate(_parameters(optimizer))}
     tensors = {}
     for key, known in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
-        like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is placed as its parameter
+        like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is sharded like its parameter
         if isinstance(known, TensorStorageMetadata) and (like is not None or key == "rng.torch"):
             empty = torch.zeros(known.size, dtype=known.properties.dtype)
             tensors[key] = empty if like is None or not empty.ndim else distributed.placed_like(empty, like)
@@ -195,7 +198,8 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], info: dict
                 values[slot] = distributed.placed_like(value, parameters[i])
     own = optimizer.state_dict()
     if info["groups"] != len(own["param_groups"]):
-        raise UsageError("the checkpoint's optimiser has other parameter groups; it belongs to another recipe")
+        raise UsageError("the checkpoint belongs to another recipe: its optimiser has other parameter groups; resume "
+                         "with the recipe in its run.json, or choose another --out")
     optimizer.load_state_dict({"state": slots, "param_groups": own["param_groups"]})
 
 

@@ -1,7 +1,7 @@
-"""Several processes, one run: torchrun's group, FSDP2 for every network, and what they must agree on.
+"""Runs of several processes: torchrun's process group, FSDP2 for large networks, and collective decisions.
 
-A network is sharded over `run.shard` processes and replicated over the others, so that 1 is plain data parallelism and
-the number of processes full sharding. Each process computes its share of the global batch (sharing.py).
+A network is sharded over `run.shard` processes and replicated over the others: 1 is plain data parallelism, the number
+of processes is full sharding. Each process computes its share of the global batch (sharing.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,13 @@ from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
 from jdm.sharing import mean_over_processes_
 
-PATIENCE = timedelta(minutes=10)  # for a collective, before a silent process counts as lost
+PATIENCE = timedelta(minutes=10)  # timeout of a collective, after which a silent process counts as lost
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
 GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
 
 
 def size() -> int:
-    """Processes in the run; 1 where there is no group."""
+    """Number of processes in the run; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -42,7 +43,7 @@ def rank() -> int:
 
 
 def first() -> bool:
-    """This process writes files and speaks to the user."""
+    """True in the process that writes files and prints messages."""
     return rank() == 0
 
 
@@ -52,16 +53,16 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Take leave of the group, if there is one."""
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def join(run: Run) -> Run:
-    """Join the group that torchrun describes, if it does; the run on this process's own device.
+    """Joins torchrun's process group, if there is one; returns the run with this process's device.
 
     Raises:
-        UsageError: the batch or the sharding does not divide among the processes.
+        UsageError: the batch or the sharding does not divide evenly among the processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         on_gpu = torch.device(run.device).type == "cuda"
@@ -80,20 +81,25 @@ def join(run: Run) -> Run:
 
 
 def shard(task: Task, run: Run) -> None:
-    """Shard every UNet and ControlNet of the task in place, and give its phases the parameters that take the old
-    ones' place. Smaller networks stay whole; their gradients are averaged (`averaged_gradients`)."""
+    """Shard the networks of every denoiser in place, by its `shard_units`, and give the task's phases the parameters
+    that take the old ones' place. Other networks stay whole; their gradients are averaged (`averaged_gradients`).
+
+    Raises:
+        UsageError: the run asks for sharding and has nothing to shard.
+    """
     if size() == 1:
         return
-    mesh = init_device_mesh(torch.device(run.device).type, (size() // run.shard, run.shard),
-                            mesh_dim_names=("replicate", "shard"))
     networks = [*task.frozen, *(m for m in task.modules.values() if not isinstance(m, Adapter))]
     parts = list(dict.fromkeys(part for network in networks for part in network.modules()))
+    denoisers: list[Any] = [part for part in parts if hasattr(part, "shard_units")]
+    units = dict.fromkeys(unit for denoiser in denoisers for unit in denoiser.shard_units())
+    if run.shard > 1 and not units:
+        raise UsageError(f"--shard {run.shard}: this run has no network to shard; leave it out")
+    mesh = init_device_mesh(torch.device(run.device).type, (size() // run.shard, run.shard),
+                            mesh_dim_names=("replicate", "shard"))
     before = {id(p): (part, key) for part in parts for key, p in part._parameters.items() if p is not None}
-    for part in parts:
-        if hasattr(part, "down_blocks") and hasattr(part, "time_embedding"):  # an autoencoder's encoder is neither
-            for block in [*part.down_blocks, part.mid_block, *getattr(part, "up_blocks", [])]:  # type: ignore[misc]
-                fully_shard(block, mesh=mesh)
-            fully_shard(part, mesh=mesh)
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
     for phase in task.phases:
         _renew(phase, before)
 
@@ -108,10 +114,10 @@ def _renew(phase: Phase, before: Mapping[int, tuple[nn.Module, str]]) -> None:
 
 def averaged_gradients(loss: Tensor, parameters: Sequence[nn.Parameter],
                        others: Iterable[nn.Parameter]) -> list[Tensor | None]:
-    """Gradients of the mean over processes of `loss`, sharded as the parameters are.
+    """Gradients of the mean of `loss` over processes, sharded like the parameters.
 
-    FSDP2 reduces what `backward` accumulates and nothing else: autograd.grad and backward(inputs=...) leave a sharded
-    parameter without a gradient, without a word. What `backward` gives to `others` on the way is dropped.
+    FSDP2 reduces only gradients accumulated by a plain `backward`: autograd.grad and backward(inputs=...) silently
+    leave a sharded parameter without one. Gradients that `backward` also writes to `others` are dropped.
     """
     loss.backward()
     gradients = [p.grad for p in parameters]
@@ -124,7 +130,7 @@ def averaged_gradients(loss: Tensor, parameters: Sequence[nn.Parameter],
 
 
 def agreed(flag: bool) -> bool:
-    """Whether any process says so."""
+    """True in every process if `flag` is True in any."""
     if size() == 1:
         return flag
     seen = torch.tensor([float(flag)])
@@ -133,28 +139,28 @@ def agreed(flag: bool) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's piece of a sharded tensor, sharing its memory; any other tensor itself."""
+    """This process's part of a sharded tensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, sharded as `like` is."""
+    """Shards a whole tensor, equal in every process, like `like`."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def lost(error: RuntimeError) -> bool:
-    """The error is a collective's that another process did not answer."""
+    """True if the error is that of a collective which another process did not join."""
     words = ("gloo", "nccl", "peer", "distbackend", "distnetwork", "timed out")
     return size() > 1 and any(word in f"{type(error).__name__} {error}".lower() for word in words)
 
 
 class Terminator:
-    """SIGTERM asks for the end: `asked` turns true, the step is finished and saved. Use as a context.
+    """Context in which SIGTERM sets `asked`, so that the loop can finish and save the current step.
 
-    A process that waits for a lost one cannot finish: where there are several, GRACE seconds after SIGTERM it ends as
-    it is.
+    A process that waits for a lost one cannot finish its step, so with several processes each one exits GRACE seconds
+    after SIGTERM.
     """
 
     def __init__(self):
@@ -167,7 +173,8 @@ class Terminator:
             if size() > 1:
                 self._read, self._write = socket.socketpair()
                 self._write.setblocking(False)
-                signal.set_wakeup_fd(self._write.fileno())  # a thread hears it while a collective blocks the main one
+                # A thread sees the signal even while a collective blocks the main thread.
+                signal.set_wakeup_fd(self._write.fileno())
                 threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -182,7 +189,7 @@ class Terminator:
         self.asked = True
 
     def _watch(self) -> None:
-        while heard := self._read.recv(1):
-            if heard[0] == signal.SIGTERM:
+        while signals := self._read.recv(1):
+            if signals[0] == signal.SIGTERM:
                 time.sleep(GRACE)
                 os._exit(TERMINATED)

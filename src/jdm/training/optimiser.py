@@ -1,4 +1,4 @@
-"""AdamW that keeps less: no first moment where beta1 is 0, and its moments in 8 bits where asked."""
+"""AdamW with less state: no first moment if beta1 is 0, and optionally 8-bit moments."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from jdm.errors import UsageError
 from jdm.run import Phase
 
 MOMENTS = "exp_avg", "exp_avg_sq"
-BLOCK = 256  # elements of a row that share a scale, at most
-SMALL = 4096  # elements of a parameter whose moments are never quantised; nor are those of a vector
-OCTAVES = 10 * math.log2(10) / 254  # between neighbouring levels: 255 of them span ten decades, 127 five
+BLOCK = 256  # largest number of elements in a row that share a scale
+SMALL = 4096  # moments of parameters with fewer elements, and of vectors, are never quantised
+OCTAVES = 10 * math.log2(10) / 254  # distance of neighbouring levels: 255 levels span ten decades, 127 span five
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), equal to the bit, without exp_avg in groups whose beta1 is 0.
+    """torch.optim.AdamW(fused=True), bit for bit, without exp_avg in groups whose beta1 is 0.
 
-    There exp_avg = 0 exp_avg + 1 g: the kernel is given the gradient in its place. A gradient whose strides are not
-    its parameter's is copied into them first, which torch does not do and its kernel on a CPU needs.
+    With beta1 = 0, exp_avg = 0 exp_avg + 1 g, so the kernel gets the gradient instead. A gradient whose strides differ
+    from its parameter's is first copied to the same strides, which torch does not do but its CPU kernel needs.
+
+    The state of a parameter is step, exp_avg_sq and, unless beta1 is 0, exp_avg. 8-bit moments are stored as codes,
+    with their scales in exp_avg_sq_scale and exp_avg_scale.
 
     Args:
-        groups: of torch's AdamW. `states` of a group: "float32", moments in the parameters' own dtype, or "8bit",
-            moments as `quantised` between steps; matrices and kernels of SMALL or more elements, all else in float.
-
-    State of a parameter: step, exp_avg_sq and, unless beta1 is 0, exp_avg; of 8-bit moments their codes, and their
-    scales as exp_avg_sq_scale and exp_avg_scale.
+        groups: parameter groups of torch's AdamW, each with an optional `states`: "float32" keeps moments in the
+            parameters' dtype; "8bit" keeps those of matrices and kernels with SMALL or more elements as `quantised`
+            between steps, and all others in float.
 
     Raises:
-        UsageError: `states` is neither.
+        UsageError: `states` has another value.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
         super().__init__([{"states": "float32", **group} for group in groups], fused=True)
         if wrong := [g["states"] for g in self.param_groups if g["states"] not in ("float32", "8bit")]:
-            raise UsageError(f"an optimiser's states are float32 or 8bit, got {wrong[0]!r}")
+            raise UsageError(f"an optimiser's states must be float32 or 8bit, got {wrong[0]!r}")
         self._step_supports_amp_scaling = False  # a GradScaler divides the gradients itself
 
     @torch.no_grad()
@@ -54,13 +55,13 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
             self._update([p for p in present if not _packed(p, group)], group)
-            for parameter in present:  # one at a time: only its moments are ever float
+            for parameter in present:  # one at a time, so that only one parameter's moments are in float
                 if _packed(parameter, group):
                     self._update([parameter], group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From any AdamW's state: an exp_avg that is not kept is dropped, other `states` are converted when used."""
+        """Loads any AdamW's state; drops an unneeded exp_avg; moments of other `states` are converted on use."""
         groups = [{**saved, "states": own["states"], "fused": True}
                   for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)]
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -68,14 +69,14 @@ class AdamW(torch.optim.AdamW):
             for parameter, number in zip(own["params"], group["params"], strict=True):
                 slots, saved = self.state.get(parameter, {}), state_dict["state"].get(number, {})
                 for name in MOMENTS:
-                    if f"{name}_scale" in saved:  # torch has cast both to the parameter's dtype
+                    if f"{name}_scale" in saved:  # torch has cast both to the parameter's dtype; this restores them
                         slots |= {k: saved[k].to(parameter.device) for k in (name, f"{name}_scale")}
                 if not own["betas"][0]:
                     slots.pop("exp_avg", None)
                     slots.pop("exp_avg_scale", None)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of some parameters of a group."""
+        """One step of some of a group's parameters."""
         beta1, beta2 = group["betas"]
         gradients = [_laid_out(p.grad, p) for p in parameters if p.grad is not None]
         steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in parameters]
@@ -92,7 +93,7 @@ class AdamW(torch.optim.AdamW):
                     slots |= {name: _sharded(codes, parameter), f"{name}_scale": _sharded(scale, parameter)}
 
     def _moment(self, parameter: Tensor, name: str) -> Tensor:
-        """A moment as a float tensor in its slot, zero where there is none yet."""
+        """Returns a moment as a float tensor, stored in its slot; zeros if there is none yet."""
         slots = self.state[parameter]
         if name not in slots:
             slots[name] = torch.zeros_like(parameter)
@@ -104,23 +105,25 @@ class AdamW(torch.optim.AdamW):
 
 
 def quantised(moment: Tensor, step: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit levels at equal ratios below the largest of their block, and that largest.
+    """Quantises a moment to 8-bit levels at equal ratios below the largest value of each block.
 
-    A level is 9.5% above the one below it. Between two, a value goes up with the probability that keeps its
-    expectation, where the multiples of the golden ratio stand for chance: a moment is rounded at every step, and
-    rounded to the nearest level it could stay on one for ever. An exp_avg_sq that is not zero never becomes zero, for
-    it is divided by; an exp_avg below 1e-5 of its block's largest may.
+    A level is 9.5% above the one below it. A value between two levels is rounded up with the probability that preserves
+    its expectation; multiples of the golden ratio replace random numbers. Moments are rounded at every step, and with
+    rounding to the nearest level one could stay on it for ever. A nonzero exp_avg_sq never becomes zero, because it is
+    divided by; an exp_avg below 1e-5 of its block's largest value may.
 
     Args:
-        moment: [rows, ...]. step: how often it was updated, []. kind: uint8 of what is never negative, or int8.
+        moment: [rows, ...].
+        step: number of updates so far, [].
+        kind: uint8 for a moment that is never negative, else int8.
 
     Returns:
-        Codes like moment, contiguous; scales, [rows, blocks], float32.
+        Codes shaped like moment, contiguous; scales [rows, blocks], float32: the largest value of each block.
     """
     rows = _blocks(moment.flatten(1).float())
     scale = rows.abs().amax(-1)
     top, least = torch.iinfo(kind).max, 1 if kind == torch.uint8 else 0
-    # v rises from level L to its neighbour R L where v > (1 + u (R - 1)) L: u of uniform [0, 1) keeps v's expectation.
+    # v is rounded up from level L to R L if v > (1 + u (R - 1)) L; u uniform in [0, 1) preserves v's expectation.
     bar = 1 + (step.double() * GOLDEN).frac().float() * (2**OCTAVES - 1)
     shares = rows.abs().div_((scale.clamp(min=torch.finfo(torch.float32).tiny) * bar)[..., None])
     level = shares.log2_().div_(OCTAVES).floor_().add_(1 + top).clamp_(least, top).mul_(rows.sign())
@@ -128,14 +131,14 @@ def quantised(moment: Tensor, step: Tensor, kind: torch.dtype) -> tuple[Tensor, 
 
 
 def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
-    """The float32 values of `quantised`, contiguous."""
+    """Inverse of `quantised`: float32 values, contiguous."""
     rows = _blocks(codes.flatten(1).float())
     sign, top = rows.sign(), torch.iinfo(codes.dtype).max
     return _unblocked(rows.abs_().sub_(top).mul_(OCTAVES).exp2_().mul_(scale[..., None]).mul_(sign), codes.shape)
 
 
 def _blocks(rows: Tensor) -> Tensor:
-    """[rows, width] -> [rows, blocks, at most BLOCK], the last filled up with zeros; a copy unless none are needed."""
+    """[rows, width] -> [rows, blocks, at most BLOCK], padded with zeros; a copy only if padding is needed."""
     n = math.ceil(rows.shape[1] / BLOCK)
     return pad(rows, (0, -rows.shape[1] % n)).unflatten(1, (n, -1))
 
@@ -149,21 +152,21 @@ def _packed(parameter: Tensor, group: dict[str, Any]) -> bool:
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """In another's strides: fused kernels go through memory, whatever the strides."""
+    """Returns `value` in the strides of `like`: fused kernels go through memory and ignore strides."""
     return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
 
 def _local(value: Tensor) -> Tensor:
-    """This rank's part."""
+    """This process's part of a sharded tensor; any other tensor unchanged."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _sharded(local: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows, contiguous, as a part of what is sharded as `like` is."""
+    """Makes a tensor sharded like `like` from this process's rows, which are contiguous."""
     if not isinstance(like, DTensor):
         return local
     if any(isinstance(place, Shard) and place.dim for place in like.placements):
-        raise ValueError(f"8bit states are for parameters sharded by their first dimension, got {like.placements}")
+        raise ValueError(f"8bit states need parameters sharded by their first dimension, got {like.placements}")
     shape = torch.Size((like.shape[0], *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)

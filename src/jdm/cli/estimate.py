@@ -1,0 +1,32 @@
+"""`jdm estimate`: a run's memory, FLOPs and GPU-hours before it starts; prints tables and can write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from jdm import files
+from jdm.cli import checks
+from jdm.cli.parser import GPUS, Parser, estimate_flags
+from jdm.cli.run_flags import configured
+from jdm.cost.estimate import estimate, tables
+
+
+def command(asked: argparse.Namespace) -> int:
+    parser = Parser(prog="jdm estimate", allow_abbrev=False, add_help=False)
+    estimate_flags(parser)
+    own, flags = parser.parse_known_args(asked.flags)
+    gpus, out = own.gpu or asked.gpu or [*map(str, GPUS)], own.json or asked.json
+    if out:
+        checks.writable(Path(out).parent)
+    found = estimate(configured(asked.recipe, flags))
+    if out:
+        files.write(Path(out), json.dumps(found.described(gpus), indent=1) + "\n")
+    for table in tables(found, asked.recipe, gpus):
+        Console().print(table)
+    for note in found.notes:
+        Console().print(note, highlight=False)
+    return 0

@@ -1,0 +1,33 @@
+"""`jdm evaluate`: measure a model; prints a table and can write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jdm import files
+from jdm.cli import checks, console
+from jdm.evaluation import evaluate as evaluation
+from jdm.metrics.scores import read_prompts
+
+
+def command(asked: argparse.Namespace) -> int:
+    file = Path(asked.json) if asked.json else None
+    if file:
+        checks.writable(file.parent)
+    checks.device(asked.device)
+    scored = checks.names(asked.scores)
+    if asked.prompts:
+        row = evaluation.evaluate_prompts(asked.model, read_prompts(asked.prompts), scored, asked.n, asked.seed,
+                                          asked.steps, asked.guidance, asked.device)
+    else:
+        row = evaluation.evaluate(asked.model, asked.control, asked.n, asked.seed, asked.source, asked.split,
+                                  asked.steps, asked.guidance, asked.teacher, asked.quick, scored, asked.extractor,
+                                  asked.device)
+    if file:
+        files.write(file, json.dumps(row, indent=1) + "\n")
+    console.table(["measurement", "value"],
+                  [[key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
+                   for key, value in row.items()], title=asked.model)
+    return 0

@@ -1,0 +1,97 @@
+"""A recipe's run with command-line flags applied to it; tyro turns the fields of the dataclasses into flags."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import tyro
+
+from jdm.cli.parser import NARROWEST, refuse_unknown
+from jdm.errors import UsageError
+from jdm.recipes import find
+from jdm.run import Run
+
+
+def configured(recipe: str, arguments: Sequence[str]) -> Run:
+    """The run of a recipe, with the fields that the flags name changed.
+
+    Raises:
+        UsageError: an unknown recipe or flag, with the nearest; a value that does not fit.
+    """
+    prog = f"jdm train {recipe}"
+    try:
+        run = find(recipe)()
+    except UsageError:
+        raise
+    except Exception as error:  # a user's recipe may raise anything
+        raise UsageError(f"{recipe} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(run, Run):
+        raise UsageError(f"{recipe} must return a jdm.run.Run, got {type(run).__name__}")
+    known = [*flags_of(run), "--help"]
+    arguments = [_whole(argument, known) for argument in arguments]
+    refuse_unknown(arguments, known, prog)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), _wide_enough():
+            return tyro.cli(Run, default=run, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(f"{_unboxed(complaint.getvalue())}; see: {prog} --help") from None
+
+
+def flags_of(value: Any, prefix: str = "") -> list[str]:
+    """Every flag of a dataclass instance, such as --steps; nested fields have dots, such as --data.size."""
+    found: list[str] = []
+    for field in fields(value):
+        name, own = field.name.replace("_", "-"), getattr(value, field.name)
+        if is_dataclass(own):
+            found += flags_of(own, f"{prefix}{name}.")
+        else:
+            found += [f"--{prefix}{name}"] + ([f"--{prefix}no-{name}"] if isinstance(own, bool) else [])
+    return found
+
+
+def _whole(argument: str, known: Iterable[str]) -> str:
+    """A flag in full: `--condition_weight 2` means `--method.condition-weight 2` if no other flag ends like that."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    flag = flag.replace("_", "-")
+    ends = [k for k in known if f".{k.removeprefix('--')}".endswith(f".{flag.removeprefix('--')}")]
+    return (ends[0] if flag not in known and len(ends) == 1 else flag) + equals + value
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Report a terminal of at least NARROWEST columns: tyro never finishes a page narrower than its borders."""
+    if shutil.get_terminal_size().columns >= NARROWEST:
+        yield
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(NARROWEST)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _unboxed(text: str) -> str:
+    """The message of tyro's error box, on one line: the text between the title and the first rule."""
+    lines = [line.strip(" │") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    body = [line for line in lines if line][1:]
+    if body and not body[0].strip("-"):  # the title is underlined where boxes cannot be drawn
+        body = body[1:]
+    message = itertools.takewhile(lambda line: line.strip("─-") and not line.startswith("╰"), body)
+    return " ".join(message) or "the flags could not be read"

@@ -1,0 +1,110 @@
+"""`jdm sample`: draw pictures for a prompt and a control; writes control.png, 000.png, ... and grid.png."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jdm.cli import checks
+from jdm.controls import checked, load_control
+from jdm.data import pictures
+from jdm.errors import RunError, UsageError
+from jdm.evaluation.sampling import Sampler
+from jdm.generator import starting_noise
+from jdm.library import load_controlnet, load_model
+from jdm.models.family import Family, placed
+from jdm.size import Size, height_width, size_of, sized, spelled
+from jdm.space import from_bytes, unit
+
+
+def command(asked: argparse.Namespace) -> int:
+    model = load_model(asked.model).to(checks.device(asked.device))
+    if asked.size:
+        if len(asked.size) > 2:
+            raise UsageError(f"--size is a side, or height and width; got {len(asked.size)} numbers")
+        model = model.at(sized([asked.size[0], asked.size[-1]]))
+    shown = shown_control(model, asked.image, asked.control_map, asked.control)
+    also = [load_controlnet(name, model) for name in asked.also]
+    if also:
+        shown = _with_further(shown, [spec for _, spec in also], asked)
+    guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
+    sampler = Sampler(model, asked.steps, guidance,
+                      [placed(net, asked.device) for net, _ in also], asked.strength)
+    out = checks.writable(Path(asked.out))
+    z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
+    images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),
+                     seed=asked.seed)
+    print(_written(out, images, shown, model.size))
+    return 0
+
+
+def _written(out: Path, images: Tensor, shown: Tensor | None, size: Size) -> Path:
+    """The file of the grid, after all files were written."""
+    pictures.save_pictures(images, out)
+    sheet = images
+    try:
+        if shown is not None:
+            measured = (torch.cat(shown.split(3, dim=1)) * 255).round().clamp(0, 255).to(torch.uint8)
+            pictures.grid(measured, len(measured), pad=0).save(out / "control.png")
+            sheet = torch.cat([measured, images])
+        pictures.grid(sheet, 9, scale=max(1, 128 // max(height_width(size)))).save(out / "grid.png")
+    except OSError as error:
+        raise RunError(f"{out} could not be written ({error.strerror or error}); free some space or choose another "
+                       "--out") from None
+    return out / "grid.png"
+
+
+def shown_control(model: Family, image: str | None, control_map: str | None,
+                  control: str | None) -> Tensor | None:
+    """The control image for the model's ControlNet, [1, 3, H, W] in [0, 1]; None for a model without one.
+
+    It is measured on the picture `image`, or read from the file `control_map`.
+
+    Raises:
+        UsageError: the model and these flags do not go together; the picture, map or control is bad.
+    """
+    if model.controlnet is None:
+        if image or control_map or control:
+            raise UsageError("this model takes no control; leave out --image, --control and --control-map, or name "
+                             "a model with a ControlNet, such as nano-canny")
+        return None
+    if (image is None) == (control_map is None):
+        raise UsageError("this model draws to a control; give --image with a picture to measure it on, or "
+                         "--control-map with a ready map, and not both")
+    if control_map is not None:
+        loaded = pictures.load_picture(control_map, model.size)
+        with Image.open(control_map) as file:
+            width, height = file.size
+        if (height, width) != height_width(model.size):
+            raise UsageError(f"{control_map}: a control map must be {spelled(model.size)} pixels (height x width), got "
+                             f"{height} x {width}; resize it, or give the picture itself with --image")
+        return loaded[None].float() / 255
+    assert image is not None
+    spec = control or (model.card or {}).get("control")
+    if not spec:
+        raise UsageError("this model does not say which control it draws to; name it with --control canny")
+    return _measured(spec, image, model.size)
+
+
+def _with_further(shown: Tensor | None, specs: Sequence[str | None], asked: argparse.Namespace) -> Tensor:
+    """The control images of all ControlNets, [1, 3 K, H, W]: the model's own, then those of `--also`."""
+    if shown is None or asked.image is None:
+        raise UsageError("--also measures its control on a picture; give one with --image to a model that draws to a "
+                         "control, such as nano-canny")
+    parts = [shown]
+    for spec, name in zip(specs, asked.also, strict=True):
+        if not spec:
+            raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
+        parts.append(_measured(spec, asked.image, size_of(shown)))
+    return torch.cat(parts, dim=1)
+
+
+def _measured(spec: str, image: str, size: Size) -> Tensor:
+    """A control measured on a picture file, as an image [1, 3, H, W] in [0, 1]."""
+    control = checked(load_control(spec), size)
+    return control.image(control.h(unit(from_bytes(pictures.load_picture(image, size)))[None]))

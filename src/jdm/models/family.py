@@ -1,0 +1,199 @@
+"""What a family of models answers. A family is one file; it reads a folder and makes scores and generators of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from jdm.generator import Generator
+from jdm.models.adapters import Adapter, merged, switched_on, without_adapters
+from jdm.models.execution import computing
+from jdm.models.text import TextEncoder
+from jdm.schedule import NoiseSchedule
+from jdm.score import Prediction, ScoreModel, Text
+from jdm.size import Size
+from jdm.space import Space, channels_last
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Denoiser(nn.Module):
+    """A backbone, alone or with ControlNets: (x_t, timestep, text, control) -> output like x_t. Families subclass it.
+
+    Args:
+        also: further ControlNets. All of them add their residuals, each times its strength; their control images come
+            side by side along the channels, [B, 3 k, H, W].
+        adapters: LoRAs of the backbone that are part of this function, and of no other that shares the backbone.
+
+    Attributes:
+        strengths: one for each ControlNet, `controlnet` first; 1 at the start.
+        autocast: the type it computes in; None for that of its weights.
+    """
+
+    def __init__(self, backbone: nn.Module, controlnet: nn.Module | None = None, also: Sequence[nn.Module] = (),
+                 adapters: Sequence[Adapter] = ()):
+        super().__init__()
+        self.backbone, self.controlnet, self.also = backbone, controlnet, nn.ModuleList(also)
+        self.strengths = [1.0] * (1 + len(also))
+        self.adapters, self.autocast = tuple(adapters), None
+
+    adapters: tuple[Adapter, ...]
+    autocast: torch.dtype | None
+
+    @property
+    def controlnets(self) -> list[nn.Module]:
+        """All of its ControlNets, its own first."""
+        return [*([] if self.controlnet is None else [self.controlnet]), *self.also]
+
+    def forward(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
+        with switched_on(self.adapters), computing(x_t.device, self.autocast):
+            shown = None if control is None else channels_last(control)
+            return self._denoised(channels_last(x_t), timestep, text, shown).contiguous()
+
+    def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def shard_units(self) -> list[nn.Module]:
+        """What FSDP2 shards, each as a unit: the blocks of every network, and after its blocks the network."""
+        raise NotImplementedError
+
+
+class Family(Protocol):
+    """A loaded model, in float32, frozen and in eval mode, as methods, samplers and exporters see it."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that denoises."""
+        ...
+
+    @property
+    def controlnet(self) -> nn.Module | None:
+        """The model's own control branch, if it has one."""
+        ...
+
+    @property
+    def scheduler(self) -> dict:
+        """The config of the diffusers scheduler in the model's folder."""
+        ...
+
+    @property
+    def card(self) -> dict | None:
+        """jdm.json, where this project made the model."""
+        ...
+
+    def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
+                 adapters: Sequence[Adapter] = (), also: Sequence[nn.Module] = ()) -> Denoiser:
+        """A denoiser of this backbone, the model's own where None, with the ControlNets and LoRAs that are named."""
+        ...
+
+    def new_controlnet(self, backbone: nn.Module | None = None) -> nn.Module:
+        """A control branch that starts as this backbone, the model's own where None, and changes nothing yet."""
+        ...
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    """The layers of the backbone that a LoRA attaches to, by the end of their path."""
+
+    def text(self, one_by_one: bool = False) -> TextEncoder:
+        """An encoder of prompts, which remembers; `one_by_one` as in `TextEncoder`."""
+        ...
+
+    def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
+        """[n, C, h, w] of x for pictures of a size in pixels; UsageError where that is no size for this model."""
+        ...
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along one side."""
+        ...
+
+    @property
+    def space(self) -> Space:
+        """The space that x lives in."""
+        ...
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """alpha_t and sigma_t, and what the backbone is told of t."""
+        ...
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the backbone's output is."""
+        ...
+
+    def score_of(self, text: TextEncoder, net: Denoiser, guidance: float = 1.0) -> ScoreModel[Denoiser]:
+        """The score that a denoiser of this family estimates."""
+        ...
+
+    def generator(self, text: TextEncoder, net: Denoiser, levels: Sequence[int] | None = None) -> Generator:
+        """A denoiser run at these levels; where None at the model's own, or at the noisiest if it has none."""
+        ...
+
+    @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The level indices that a distilled student runs at; None for a multi-step model."""
+        ...
+
+    def with_networks(self, **networks: nn.Module | None) -> Self:
+        """With another `backbone` or `controlnet`; controlnet=None drops the model's own."""
+        ...
+
+    def with_parts(self, **parts: Any) -> Self:
+        """With other fields, such as `scheduler` or `card`."""
+        ...
+
+    def step_scheduler(self, levels: Sequence[int]) -> dict:
+        """The scheduler config by which a stock pipeline runs a student at these levels."""
+        ...
+
+    def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
+        """The stock pipeline of these parts."""
+        ...
+
+    @property
+    def size(self) -> Size:
+        """Of the pictures the model draws where none is asked for, in pixels."""
+        ...
+
+    def at(self, size: Size) -> Self:
+        """The same weights with another picture size."""
+        ...
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network, by its name in the folder."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same model, its networks moved to the device."""
+        ...
+
+
+def copied(module: Module) -> Module:
+    """A trainable float32 copy."""
+    def clone(value: Tensor) -> Tensor:
+        value = value.detach().clone()
+        return value.float() if value.is_floating_point() else value
+
+    # Plain deepcopy reads the memory of tensors, and FakeTensors have none.
+    memo: dict[int, Any] = {id(p): nn.Parameter(clone(p)) for p in module.parameters()}
+    return copy.deepcopy(module, memo | {id(b): clone(b) for b in module.buffers()})
+
+
+def placed(module: Module, device: torch.device | str) -> Module:
+    """The module itself, on the device."""
+    nn.Module.to(module, device)
+    return module
+
+
+def with_merged(backbone: Module, adapter: Adapter | None) -> Module:
+    """A frozen float32 copy of a backbone that carries adapters: without them, or with one merged into its weights."""
+    kind: Any = type(backbone)
+    plain = kind.from_config(dict(cast(Any, backbone).config))
+    state = merged(backbone, adapter) if adapter else without_adapters(backbone.state_dict())
+    plain.load_state_dict({key: value.float() for key, value in state.items()})
+    return placed(plain, next(backbone.parameters()).device).eval().requires_grad_(False)

@@ -1,0 +1,64 @@
+"""The worked examples of docs/extending.md: as the page shows them, trained for a step, held to their promises."""
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from jdm.levels import Levels
+from jdm.recipes import find
+from jdm.training.loop import Trainer
+from jdm.user_code import imported
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ("new_recipe.py", "new_term.py", "new_method.py")
+
+
+def lines_of(name: str, kind: str) -> int:
+    """Lines of the first class or function of an example."""
+    tree = ast.parse((ROOT / "examples" / name).read_text())
+    node = next(n for n in tree.body if type(n).__name__ == kind)
+    return node.end_lineno - node.lineno + 1
+
+
+def test_the_page_shows_the_example_files():
+    shown = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs" / "extending.md").read_text(), re.S)
+    assert shown == [(ROOT / "examples" / name).read_text().rstrip() for name in EXAMPLES]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_trains(name, teacher, tmp_path, untrained_judge):
+    run = find(str(ROOT / "examples" / name))()
+    trainer = Trainer(tiny.run(run, tmp_path, teacher))
+    before = [p.clone() for p in trainer.task.modules["unet"].parameters()]
+    logs = trainer.step(0)
+    assert all(float(v) == pytest.approx(float(v)) for v in logs.values())  # finite
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.task.modules["unet"].parameters(), strict=True))
+
+
+def test_extensions_are_as_short_as_promised():
+    assert lines_of("new_recipe.py", "FunctionDef") <= 15
+    assert lines_of("new_term.py", "ClassDef") <= 30
+    assert len((ROOT / "examples" / "new_method.py").read_text().splitlines()) <= 50
+
+
+def test_the_regularisers_direction_has_its_closed_form():
+    module = imported(str(ROOT / "examples" / "new_term.py"))
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
+    n, term = x[0].numel(), module.MeanVariance(weight=2.0, mean=0.1, variance=0.7)
+    m = x.flatten(1).mean(1).view(-1, 1, 1, 1)
+    s = x.flatten(1).var(1, correction=0).view(-1, 1, 1, 1)
+    # dKL/dx_i = (1/n) [ (m - m*)/s*^2 + (x_i - m) (1/s*^2 - 1/s^2) ]
+    exact = -2.0 * ((m - 0.1) / 0.7 + (x - m) * (1 / 0.7 - 1 / s)) / n
+    torch.testing.assert_close(term.direction(type("At", (), {"x": x})), exact)
+
+
+def test_an_augmentation_draws_levels_of_its_own():
+    method = find(str(ROOT / "examples" / "new_recipe.py"))().method
+    levels = {name: term.levels for name, term in method.distillation().terms.items()}
+    assert levels["fidelity"] == levels["condition"] == Levels()
+    assert levels["augmentation"] not in (levels["fidelity"], replace(Levels(), low=0.3))

@@ -128,7 +128,7 @@ def test_a_figures_rows_are_its_pictures_their_controls_and_each_models_answers_
     rows = figures.figure(found, filled.setup, filled.data)
     assert [label.split("\n")[0] for label, _ in rows] == [
         "real pictures", "their control: canny", "NCT", "ControlNet, 50 steps", "JDM"]  # the first seed's alone
-    questions = Questions.of(load_pictures("fashion-mnist", filled.setup.scale.split, 32), Canny(), N, ASKED)
+    questions = Questions.of(load_pictures("fashion-mnist", filled.setup.split, 32), Canny(), N, ASKED)
     expected = [questions.images, Canny().image(questions.c)]
     assert all(torch.equal(shown, (255 * own).round().byte()) for (_, shown), own in zip(rows, expected, strict=False))
     for (_, shown), row in zip(rows[2:], ("nct", "controlnet", "jdm"), strict=True):

@@ -35,12 +35,7 @@ Watch = Callable[[Run], AbstractContextManager[Callable[[int, dict], None] | Non
 
 @dataclass(frozen=True)
 class Given:
-    """The setup's teacher as it is, or its better one.
-
-    Attributes:
-        part: a sub-folder, such as vae.
-        guide: the better teacher, whose guidance is lent.
-    """
+    """The setup's teacher as it is, or its better one, `guide`; `part` is a sub-folder, such as vae."""
 
     part: str = ""
     guide: bool = False
@@ -80,11 +75,9 @@ class Model:
     """A spec, settled for one column and seed.
 
     Attributes:
-        name: of its folder in the setup's `out`; of a given model, its own.
-        path: what `load_model` takes.
+        name: of its folder in the setup's `out`; of a given model, its own. path: what `load_model` takes.
         run: None of a model that is not trained here.
         needs: by the path they are put at; `backbone` and `controlnet` of a composed one.
-        recipe: without the scale's prefix.
     """
 
     name: str

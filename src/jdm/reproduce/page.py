@@ -164,31 +164,27 @@ def _missing(page: Page) -> str:
 
 
 def _terms(page: Page) -> str:
+    """What the measurements are, of those that the page has."""
     measured = [record.measured for *_, record in page.records()]
     if not measured:
         return ""
-    first, said = measured[0], []
-    if "fd" in first:
-        fid = ", which makes it FID" if first["fd_extractor"].startswith("inception") else ""
-        said.append(f"Distance: Frechet distance to uncontrolled samples of the teacher on the features of "
-                    f"{first['fd_extractor']}{fid}; floor: the distance of as many further samples of the teacher.")
-    if "fd_efflite0" in first:
-        said.append(f"FD-EffLite0: the same on {first['fd_extractor_efflite0']}; it is not FID.")
-    if any("consistency" in m for m in measured):
-        said.append("Consistency: mean |h(x) - c|, lower obeys better; chance: the same pictures against other "
-                    "pictures' controls; same prompt: against those of other pictures of that prompt, what reading the "
-                    "prompt and ignoring the control scores.")
-    if "diversity" in first:
-        said.append("Diversity: mean pairwise feature distance over z at fixed prompt and control.")
-    if "judge" in page.measures:
-        said.append("Judge: mean log-probability that a classifier which nothing was trained on gives the prompted "
-                    "class.")
-    if "clip" in first:
-        said.append(f"CLIP: 100 times the cosine of picture and prompt by {first['clip_network']}.")
-    if TABLES[page.table].published:
-        said.append("Published numbers are FID and mean |h(x) - c| of SD1.5 on other pictures and with the paper's own "
-                    "controls: they share an order of methods with ours at best, and no scale.")
-    return " ".join(said)
+    first = measured[0]
+    extractor = str(first.get("fd_extractor"))
+    said = {
+        f"Distance: Frechet distance to uncontrolled samples of the teacher on the features of {extractor}"
+        f"{', which makes it FID' if extractor.startswith('inception') else ''}; floor: the distance of as many "
+        "further samples of the teacher.": "fd" in first,
+        f"FD-EffLite0: the same on {first.get('fd_extractor_efflite0')}; it is not FID.": "fd_efflite0" in first,
+        "Consistency: mean |h(x) - c|, lower obeys better; chance: the same pictures against other pictures' controls; "
+        "same prompt: against those of other pictures of that prompt, what reading the prompt and ignoring the control "
+        "scores.": any("consistency" in m for m in measured),
+        "Diversity: mean pairwise feature distance over z at fixed prompt and control.": "diversity" in first,
+        "Judge: mean log-probability that a classifier which nothing was trained on gives the prompted class.":
+            "judge" in page.measures,
+        f"CLIP: 100 times the cosine of picture and prompt by {first.get('clip_network')}.": "clip" in first,
+        "Published numbers are FID and mean |h(x) - c| of SD1.5 on other pictures and with the paper's own controls: "
+        "they share an order of methods with ours at best, and no scale.": bool(TABLES[page.table].published)}
+    return " ".join(text for text, there in said.items() if there)
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:

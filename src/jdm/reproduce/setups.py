@@ -33,7 +33,6 @@ class Setup:
     """What every cell of a table is made with; all that differs between scales is data here.
 
     Attributes:
-        name: of the scale, with what it was moved to (`on`).
         teacher: the model that is distilled; distances are taken to its uncontrolled samples.
         controls: the paper's column -> the control that is measured beside it, under its own name.
         guide: a better teacher, for guidance; the teacher itself where empty.

@@ -196,7 +196,8 @@ def lasting(seconds: float) -> str:
 
 def _filled(cell: Cell, setup: Setup, broken: dict[str, str], watch: Watch) -> str:
     """Fill a cell; in one line, why it could not be. A model that failed once in a sitting is not tried again."""
-    if reason := next((broken[name] for name in _names(cell.model) if name in broken), ""):
+    models = _models(cell.model)
+    if reason := next((broken[model.name] for model in models if model.name in broken), ""):
         note_failure(cell, setup, RunError(reason))
         return reason
     try:
@@ -207,25 +208,21 @@ def _filled(cell: Cell, setup: Setup, broken: dict[str, str], watch: Watch) -> s
     except Exception as error:  # one cell's failure is its own
         if os.environ.get("JDM_DEBUG", "0") not in ("", "0"):
             raise
-        if culprit := _culprit(cell.model):
-            broken[culprit] = one_line(error)
+        broken |= {model.name: one_line(error) for model in [m for m in models if not _made(m)][:1]}
         note_failure(cell, setup, error)
         return one_line(error)
 
 
-def _names(model: Model) -> list[str]:
-    return [*(name for need in model.needs.values() for name in _names(need)), model.name]
+def _models(model: Model) -> list[Model]:
+    """Those it needs, in the order in which they are made, and itself."""
+    return [*(own for need in model.needs.values() for own in _models(need)), model]
 
 
-def _culprit(model: Model) -> str:
-    """The first model that could not be made, of this one and what it needs."""
-    for need in model.needs.values():
-        if name := _culprit(need):
-            return name
+def _made(model: Model) -> bool:
     try:
-        return "" if finished(model) else model.name
-    except UsageError:
-        return model.name
+        return finished(model)
+    except UsageError:  # its folder holds something else
+        return False
 
 
 def _draw(image: Any, file: Path) -> None:

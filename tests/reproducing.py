@@ -1,4 +1,4 @@
-"""What the tests of `jdm reproduce` share: a scale of the tiny model, a table of few steps, and who trained."""
+"""What the tests of `jdm reproduce` share: a setup of the tiny model, a table of few steps, and who trained."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +9,8 @@ import tiny
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation.reference import references
 from jdm.recipes import all_recipes
-from jdm.reproduce.scales import NANO
+from jdm.reproduce.results import Page, Result
+from jdm.reproduce.setups import NANO, Setup
 from jdm.reproduce.sitting import reproduce
 from jdm.reproduce.tables import TABLES
 
@@ -18,7 +19,7 @@ N = 8
 TABLE = replace(TABLES["table1"], rows=tuple(replace(row, steps=min(row.steps, 2)) for row in TABLES["table1"].rows))
 
 
-def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
+def tiny_setup(teacher, folder, patch: pytest.MonkeyPatch) -> Setup:
     """Runs of two steps on the tiny teacher; eight pictures to ask about; references of 30 samples in two steps."""
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr(evaluation, "judge", tiny.judge)
@@ -27,7 +28,8 @@ def tiny_scale(teacher, folder, patch: pytest.MonkeyPatch):
     def recipe(name: str):
         return tiny.run(all_recipes()[name](), folder / "unused", teacher)
 
-    return replace(NANO, model=str(teacher), shipped={}, split=f"test[:{N}]", validation="test[64:72]", recipe=recipe)
+    return replace(NANO, teacher=str(teacher), shipped={}, split=f"test[:{N}]", validation="test[64:72]", recipe=recipe,
+                   out=folder / "out", n=N, quick=True)
 
 
 class Watch:
@@ -48,12 +50,12 @@ class Watch:
         yield step
 
 
-def sit(table, setting, page, patterns=None, **more):
-    return reproduce(table, setting, patterns=patterns, page=page, say=lambda line: None, **more)
+def sit(table, setup, folder, patterns=None, **more):
+    return reproduce(table, setup, patterns=patterns, folder=folder, **{"say": lambda line: None, **more})
 
 
-def cell_of(data: dict, row: str, column: str = "canny") -> dict:
-    return next(r for r in data["rows"] if r["row"] == row)["cells"][column]
+def cell_of(page: Page, row: str, column: str = "canny") -> Result:
+    return page.result(row, column)
 
 
 def written(page, kind="md") -> str:

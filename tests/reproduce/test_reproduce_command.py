@@ -8,22 +8,22 @@ import pytest
 
 import reproducing
 from jdm.cli.parser import main
-from jdm.reproduce import scales
+from jdm.reproduce import setups
 from jdm.reproduce.figures import LABEL
 from jdm.reproduce.tables import TABLES
 
 
 @pytest.fixture
-def tiny_scale(teacher, tmp_path, monkeypatch):
-    return reproducing.tiny_scale(teacher, tmp_path, monkeypatch)
+def tiny_setup(teacher, tmp_path, monkeypatch):
+    return reproducing.tiny_setup(teacher, tmp_path, monkeypatch)
 
 
-def test_the_command_prints_the_table_and_writes_its_page(tiny_scale, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+def test_the_command_prints_the_table_and_writes_its_page(tiny_setup, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table1", "--cells", "canny/jdm", *flags]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("best consistency over canny alone JDM (")
+    assert printed.startswith("of 1 row with canny: best consistency JDM (")
     assert "[theirs: HED]" in printed
     assert "*published, SD1.5: NCT*" in printed
     assert "13.67 / 0.110" in printed
@@ -36,8 +36,8 @@ def test_the_command_prints_the_table_and_writes_its_page(tiny_scale, tmp_path, 
     assert files[1] == f"{data['date']}-table1-n8-quick.md"  # a trial, which does not replace the table's page
 
 
-def test_without_running_a_page_is_of_what_is_there(tiny_scale, tmp_path, monkeypatch):
-    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+def test_without_running_a_page_is_of_what_is_there(tiny_setup, tmp_path, monkeypatch):
+    monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table1", "--cells", "canny/jdm", "--no-run", *flags]) == 0
     data = json.loads(next((tmp_path / "page").glob("*.json")).read_text())
@@ -45,10 +45,10 @@ def test_without_running_a_page_is_of_what_is_there(tiny_scale, tmp_path, monkey
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_scale, tmp_path, monkeypatch):
+def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_setup, tmp_path, monkeypatch):
     from PIL import Image
 
-    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "fig3", "--cells", "dsm-teacher", *flags]) == 0
     (file,) = (tmp_path / "page").glob("*.png")
@@ -63,16 +63,16 @@ def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_scale, tmp_path, 
     assert f"({file.name})" in next((tmp_path / "page").glob("*.md")).read_text()
 
 
-def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_scale, tmp_path, monkeypatch, capsys):
+def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_setup, tmp_path, monkeypatch, capsys):
     import tiny
     from jdm.evaluation import evaluate as evaluation
     from jdm.rewards import PromptClassifier
 
-    monkeypatch.setitem(scales.SCALES, "nano", tiny_scale)
+    monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     monkeypatch.setattr(evaluation, "second_judge", lambda: PromptClassifier(tiny.judge(), judge=True))
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table3", "--cells", "guided", *flags]) == 0
-    assert "of one-step students best prompt agreement JDM + better CFG" in capsys.readouterr().out
+    assert "of one-step students: best prompt agreement JDM + better CFG" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "nano-text-guided-seed0" / "run.json").read_text())["run"]
     assert record["model"] == str(tmp_path / "out" / "nano-weak-teacher-seed0" / "model")
     data = json.loads(next((tmp_path / "page").glob("*.json")).read_text())
@@ -83,8 +83,8 @@ def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_scale,
     assert "| JDM with better CFG | SD1.5    | no  | 1     | 30.56 " in page
 
 
-def test_a_failed_cell_exits_with_3_and_a_page(tiny_scale, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(scales.SCALES, "nano", replace(tiny_scale, split="test[:4]"))
+def test_a_failed_cell_exits_with_3_and_a_page(tiny_setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(setups.SETUPS, "nano", replace(tiny_setup, split="test[:4]"))
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table3", "--cells", "base", *flags]) == 3
     said = capsys.readouterr()

@@ -1,6 +1,8 @@
 """What a reproduced table says: published numbers, verdicts from numbers, and figures."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,83 +10,151 @@ import torch
 
 from jdm.cli.parser import REPRODUCED, SCALES
 from jdm.recipes import entries
-from jdm.reproduce import scales
+from jdm.reproduce import results, setups
 from jdm.reproduce.figures import LABEL, sheet
-from jdm.reproduce.models import Setting, settled
-from jdm.reproduce.page import ANCHORS, _course, _terms, aligned, number, pair
-from jdm.reproduce.results import _average, _values
-from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, recipes
+from jdm.reproduce.models import Trained, differing, essence, replaced, settled
+from jdm.reproduce.page import ANCHORS, _course, _terms, aligned, markdown, number, pair
+from jdm.reproduce.results import Line, Page, Record, Result, Stage, Value, load_page, over, values_of
+from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, specs
 from jdm.reproduce.verdicts import answers, headline
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
-def cell(**values):
-    """Values of a cell: key=(mean, spread)."""
-    return {"values": {k: {"mean": m, "spread": s, "of": None} for k, (m, s) in values.items()},
-            "records": [{"seed": 0}]}
+
+def record(seed=0, **more):
+    return Record(seed, "of its weights", more.pop("measured", {}), **more)
+
+
+def cell(*records, **values):
+    """A result with values, key=(mean, spread)."""
+    return Result(records=records or (record(),), values={k: Value(*v) for k, v in values.items()})
 
 
 def table(name, columns, **rows):
-    return {"table": name, "columns": columns, "rows": [
-        {"row": row.replace("_", "-"), "title": row, "part": "", "cells": cells} for row, cells in rows.items()]}
+    """A page with a row for each keyword: {column: result}."""
+    lines = tuple(Line(row.replace("_", "-"), row, cells) for row, cells in rows.items())
+    return Page(name, "", "", "", "", "", "", "", "nano", "nano-sd", "", "", 1, 1, "", columns, (), "", lines)
+
+
+def with_row(page, place, **changes):
+    """The page with one of its rows changed."""
+    rows = list(page.rows)
+    rows[place] = replace(rows[place], **changes)
+    return replace(page, rows=tuple(rows))
+
+
+def settle(row, setup, control=""):
+    """A row's model at a setup, for the first seed."""
+    return settled(row.spec, setup, control, 0)
 
 
 # Data
 
 
-def test_the_command_line_knows_the_tables_and_scales_there_are():
+def test_command_line_knows_tables_and_scales():
     assert tuple(TABLES) == REPRODUCED
-    assert tuple(scales.SCALES) == SCALES
+    assert tuple(setups.SETUPS) == SCALES
 
 
-def test_every_recipe_of_the_tables_exists_and_nano_knows_its_pace():
+def test_every_recipe_exists_and_nano_knows_its_pace():
     for each in TABLES.values():
-        for name in recipes(each):
-            assert f"nano-{name}" in entries()
-            assert scales.NANO.seconds[name] > 0
-            assert scales.SD15.full_name(name) in entries() or name in scales.SD15.given
+        for spec in (spec for spec in specs(each) if isinstance(spec, Trained)):
+            assert f"nano-{spec.recipe}" in entries()
+            assert setups.NANO.seconds[spec.recipe] > 0
+            assert setups.SD15.full_name(spec.recipe) in entries() or spec.recipe in setups.SD15.untrained
 
 
-@pytest.mark.parametrize("scale", scales.SCALES.values(), ids=scales.SCALES)
-def test_a_row_beside_another_changes_one_field_of_its_method_and_nothing_of_its_run(scale):
+@pytest.mark.parametrize("setup", setups.SETUPS.values(), ids=setups.SETUPS)
+def test_row_beside_another_changes_one_part_of_method(setup):
     rows = {row.key: row for row in TABLES["table2"].rows}
     changed = {}
     for row in (r for r in rows.values() if r.beside):
-        models = [settled(r.spec, Setting(scale), "canny", 0) for r in (row, rows[row.beside])]
+        models = [settle(r, setup, "canny") for r in (row, rows[row.beside])]
         one, other = (m.run for m in models)
         assert one == replace(other, method=one.method, out=one.out)
-        fields = {k for k in vars(one.method) if getattr(one.method, k) != getattr(other.method, k)}
-        (changed[row.key],) = fields
-    assert changed == {"low-t": "condition_range", "controlled-fake": "fake_sees_control", "draws": "draws",
-                       "frozen-posterior": "frozen_posterior", "from-nct": "controlnet_start",
-                       "one-t": "shared_noise", "unfrozen": "train_unet"}
+        (changed[row.key],) = {k for k in vars(one.method) if getattr(one.method, k) != getattr(other.method, k)}
+    assert changed == {"low-t": "condition", "controlled-fake": "fake", "draws": "condition",
+                       "frozen-posterior": "condition", "from-nct": "controlnet", "one-t": "condition",
+                       "unfrozen": "student"}
 
 
-@pytest.mark.parametrize("scale", scales.SCALES.values(), ids=scales.SCALES)
-def test_clean_and_noisy_rewards_differ_in_where_and_strong_ones_in_weight_and_bound(scale):
-    runs = {row.key: settled(row.spec, Setting(scale), "", 0).run for row in TABLES["fig6"].rows}
-    methods = {key: run.method for key, run in runs.items()}
+@pytest.mark.parametrize("setup", setups.SETUPS.values(), ids=setups.SETUPS)
+def test_rewards_of_the_figure_differ_in_one_thing(setup):
+    runs = {row.key: settle(row, setup).run for row in TABLES["fig6"].rows}
+    rewards = {key: run.method.reward for key, run in runs.items()}
     assert len({(run.steps, run.batch, run.model) for run in runs.values()}) == 1
+    assert all(replace(run.method, reward=None) == runs["own"].method for run in runs.values())
+    assert rewards["own"] is None
     for noisy, clean in (("reward", "reward-clean"), ("strong", "clean-strong")):
-        assert methods[noisy].reward_on == "posterior"
-        assert methods[clean] == replace(methods[noisy], reward_on="sample")
-    assert methods["strong"] == replace(methods["reward"], reward_weight=20.0, reward_clip=4.0)
-    assert methods["own"] == replace(methods["reward"], reward="")
+        assert (type(rewards[noisy]).__name__, type(rewards[clean]).__name__) == ("Reward", "CleanReward")
+        for same in ("model", "weight", "bound"):
+            assert getattr(rewards[noisy], same) == getattr(rewards[clean], same)
+    bound = replace(rewards["reward"].bound, early=4.0, late=4.0)
+    assert rewards["strong"] == replace(rewards["reward"], weight=20.0, bound=bound)
 
 
-def test_the_controlnet_that_jdm_goes_on_from_is_that_of_the_row_of_nct():
-    for scale in scales.SCALES.values():
-        rows = {row.key: settled(row.spec, Setting(scale), "canny", 0) for row in TABLES["table2"].rows}
-        assert rows["from-nct"].needs["controlnet_start"] == rows["nct"]
-        assert rows["from-nct"].needs["start"] == rows["nct"].needs["base"] == rows["no-warm-up"].needs["start"]
+def test_jdm_goes_on_from_the_row_of_nct():
+    for setup in setups.SETUPS.values():
+        rows = {row.key: settle(row, setup, "canny") for row in TABLES["table2"].rows}
+        assert rows["from-nct"].needs["controlnet.start"] == rows["nct"]
+        starts = [rows[key].needs["student.start"] for key in ("from-nct", "no-warm-up")]
+        assert starts == [rows["nct"].needs["base"]] * 2
 
 
-def test_joint_training_is_phase_2_with_its_unet_trained_on_from_the_same_start():
-    for scale in scales.SCALES.values():
-        phase_2, joint = (settled(row.spec, Setting(replace(scale, shipped={})), "lowres", 0)
-                          for row in (SHARED, JOINT))
-        assert joint.run.method == replace(phase_2.run.method, train_unet=True)
-        assert joint.needs["start"] == phase_2.needs["start"]
+def test_joint_training_is_phase_2_with_backbone_trained():
+    for setup in setups.SETUPS.values():
+        phase_2, joint = (settle(row, replace(setup, shipped={}), "lowres") for row in (SHARED, JOINT))
+        student = replace(phase_2.run.method.student, optimiser=joint.run.method.student.optimiser)
+        assert joint.run.method == replace(phase_2.run.method, student=student)
+        assert phase_2.run.method.student.optimiser is None
+        assert student.optimiser is not None
+        assert joint.needs["student.start"] == phase_2.needs["student.start"]
         assert (joint.run.steps, joint.run.batch) == (phase_2.run.steps, phase_2.run.batch)
+
+
+def test_dotted_path_replaces_a_nested_field():
+    run = setups.NANO.run("frozen-posterior")
+    changed = replaced(run.method, "condition.posterior.model", "mine")
+    assert changed.condition.posterior.model == "mine"
+    assert replaced(changed, "condition.posterior.model", run.method.condition.posterior.model) == run.method
+
+
+# Identity
+
+
+def test_identity_names_only_what_is_not_default():
+    model = settle(TABLES["table2"].rows[-1], setups.NANO, "canny")  # unfrozen
+    found = essence(model.run, model)
+    assert found["method"] == "JDM"
+    assert found["method.student"] == "Student"
+    assert found["method.condition.bound.early"] == 2.0
+    assert "method.condition.posterior.rank" not in found  # at its default
+    assert not {"out", "device", "model", "probe_every", "method.student.start"} & found.keys()
+    assert found == essence(replace(model.run, data=replace(model.run.data, prepared="there")), model)
+    assert found != essence(replace(model.run, seed=1), model)
+
+
+def test_field_added_at_its_default_leaves_identity():
+    from dataclasses import make_dataclass
+
+    before = make_dataclass("Settings", [("rate", float)])
+    after = make_dataclass("Settings", [("rate", float), ("momentum", float, 0.0)])
+    assert dict(differing(before(1.0))) == dict(differing(after(1.0)))
+    assert dict(differing(after(1.0, 0.5))) == {"": "Settings", "rate": 1.0, "momentum": 0.5}
+
+
+# Files
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*table*.json")), ids=lambda file: file.stem)
+def test_pages_of_before_are_read(file):
+    page, plain = load_page(str(file)), json.loads(file.read_text())
+    records = [r for row in plain["rows"] for c in row["cells"].values() for r in c["records"]]
+    assert [r.file for *_, r in page.records()] == [r["file"] for r in records]
+    assert [r.measured for *_, r in page.records()] == [r["measured"] for r in records]
+    assert results.decoded(Page, json.loads(json.dumps(asdict(page)))) == page
+    assert plain["title"] == page.title
+    assert markdown(page).startswith("# Table")
 
 
 def test_published_numbers_are_the_printed_ones():
@@ -103,7 +173,7 @@ def test_published_numbers_are_the_printed_ones():
                 assert mean == pytest.approx(printed.cells["average"][place], abs=digits)
 
 
-def test_the_published_text_to_image_table_is_whole():
+def test_published_text_table_is_whole():
     rows = [dict(zip(TEXT_HEAD, row, strict=True)) for row in TEXT_PUBLISHED]
     assert len(rows) == 12
     by_name = {(r["model"], r["backbone"]): (r["HPS average"], r["aesthetic"], r["CLIP"]) for r in rows}
@@ -120,15 +190,17 @@ def test_the_published_text_to_image_table_is_whole():
 # Verdicts
 
 
-def test_the_first_line_names_whoever_wins_over_the_columns_that_two_methods_have():
+def test_headline_says_what_it_compares():
     columns = {"canny": "canny", "lowres": "8x SR"}
-    data = table("table1", columns, jdm={"canny": cell(consistency=(0.1, None), fd=(3.0, None)),
+    page = table("table1", columns, jdm={"canny": cell(consistency=(0.1, None), fd=(3.0, None)),
                                          "lowres": cell(consistency=(0.2, None), fd=(1.0, None))},
                  nct={"canny": cell(consistency=(0.05, None), fd=(1.0, None)),
-                      "lowres": cell(consistency=(0.3, None), fd=(4.0, None))})
-    assert headline(data) == "best average consistency jdm (0.1500), best average distance jdm (2.000)"
-    data["rows"][1]["cells"]["lowres"] = {"values": {}, "records": []}
-    assert headline(data) == "best consistency over canny alone nct (0.0500), best distance nct (1.000)"
+                      "lowres": cell(consistency=(0.3, None), fd=(4.0, None))},
+                 dsm={"canny": cell(consistency=(0.01, None), fd=(0.5, None))})
+    assert headline(page) == ("of 2 rows with canny, lowres: best average consistency jdm (0.1500), best average "
+                              "distance jdm (2.000)")
+    page = with_row(page, 1, cells={"canny": page.rows[1].cells["canny"]})
+    assert headline(page) == "of 3 rows with canny: best consistency dsm (0.0100), best distance dsm (0.500)"
     assert headline(table("table1", columns)) == "nothing measured yet"
 
 
@@ -138,173 +210,176 @@ def test_the_first_line_names_whoever_wins_over_the_columns_that_two_methods_hav
     ((1.1, 0.1), 6.0, 0.07, "no"),  # the second extractor sees it
     ((0.9, 0.1), 5.0, 0.08, "no"),  # 20% better only
 ])
-def test_the_paper_s_claim_asks_for_both_consistency_and_distance(fd, second, consistency, verdict):
-    data = table("table1", {"canny": "canny"},
+def test_claim_asks_for_consistency_and_distance(fd, second, consistency, verdict):
+    page = table("table1", {"canny": "canny"},
                  controlnet={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), fd_efflite0=(5.5, None))},
                  jdm={"canny": cell(consistency=(consistency, 0.001), fd=fd, fd_efflite0=(second, None))})
-    (answer,) = answers(data)
-    assert answer["verdict"] == verdict
-    assert answer["numbers"]["better"] == pytest.approx(1 - consistency / 0.1)
-    assert answer["numbers"]["errors"] == pytest.approx((fd[0] - 1) / 0.02**0.5)
+    (answer,) = answers(page)
+    assert answer.verdict == verdict
+    assert answer.numbers["jdm"]["consistency"]["ratio"] == pytest.approx(consistency / 0.1)
+    assert answer.numbers["jdm"]["fd"]["errors"] == pytest.approx((fd[0] - 1) / 0.02**0.5)
+    assert answer.text.startswith(f"jdm beside controlnet: consistency {consistency - 0.1:+.4f} "
+                                  f"(x {consistency / 0.1:.2f}, ")
+    assert answer.text.endswith(f"FD-EffLite0 {second - 5.5:+.1f} (x {second / 5.5:.2f}, no error known)")
 
 
-def test_phase_2_counts_no_primary_control_and_every_other_one():
+def test_phase_2_counts_every_control_but_canny():
     columns = {"canny": "canny", "soft-edge": "HED", "lowres": "8x SR"}
 
     def cells_of(*values):
         return {c: cell(consistency=(v, 0.001), fd=(1.0, 0.1)) for c, v in zip(columns, values, strict=True)}
 
     for last, verdict in ((0.109, "yes"), (0.112, "no")):
-        data = table("table1", columns, jdm=cells_of(0.5, 0.09, last), jdm_joint=cells_of(0.1, 0.1, 0.1))
-        (answer,) = answers(data)
-        assert (answer["verdict"], answer["columns"]) == (verdict, ["soft-edge", "lowres"])
-        assert answer["numbers"]["consistency"]["lowres"] == pytest.approx(last / 0.1 - 1)
+        page = table("table1", columns, jdm=cells_of(0.5, 0.09, last), jdm_joint=cells_of(0.1, 0.1, 0.1))
+        (answer,) = answers(page)
+        assert (answer.verdict, answer.columns) == (verdict, ("soft-edge", "lowres"))
+        assert answer.numbers["lowres"]["consistency"]["ratio"] == pytest.approx(last / 0.1)
 
 
 @pytest.mark.parametrize(("row", "beside"), [("jdm", "jdm-joint"), ("frozen-di", "jdm"), ("nct", "frozen-di")])
-def test_an_answer_says_where_two_rows_trained_on_unequal_numbers_of_samples(row, beside):
+def test_answer_names_unequal_training(row, beside):
     def cells_of(*samples):
-        return {column: {**cell(consistency=(0.1, 0.001), fd=(1.0, 0.1)), "records": [{"seed": 0, "training": [
-            {"name": "what it needs", "samples": 7}, {"name": "own", "samples": n}] if n else []}]}
-            for column, n in zip(("soft-edge", "lowres"), samples, strict=True)}
+        return {column: cell(record(training=(Stage("what it needs", 7, 1), Stage("own", n, 1)) if n else ()),
+                             consistency=(0.1, 0.001), fd=(1.0, 0.1))
+                for column, n in zip(("soft-edge", "lowres"), samples, strict=True)}
 
-    for samples, said in (((48000, 16000), f"; on unequal training, samples of {row} and {beside}: soft-edge 48,000 "
-                                           "and 16,000"), ((16000, 16000), ""), ((16000, 0), ""), ((0, 16000), "")):
-        data = table("table1", {"soft-edge": "HED", "lowres": "super-resolution"}, first=cells_of(samples[0], 5),
+    for samples, said in (((48000, 16000), f"samples of {row} and {beside}: soft-edge 48,000 and 16,000"),
+                          ((16000, 16000), ""), ((16000, 0), ""), ((0, 16000), "")):
+        page = table("table1", {"soft-edge": "HED", "lowres": "super-resolution"}, first=cells_of(samples[0], 5),
                      second=cells_of(samples[1], 5))
-        data["rows"][0]["row"], data["rows"][1]["row"] = row, beside
-        (answer,) = answers(data)
-        assert answer["text"].partition("; on")[1:] == said.partition("; on")[1:]
+        page = with_row(with_row(page, 0, row=row), 1, row=beside)
+        (answer,) = answers(page)
+        assert answer.text.partition("on unequal training, ")[2].partition(";")[0] == said
 
 
-def test_clearly_worse_is_more_than_two_errors_of_the_difference():
+def test_clearly_worse_is_more_than_two_errors():
     for worse, verdict in ((0.1025, "no"), (0.1031, "yes")):  # the error of the difference is .00141
-        data = table("table1", {"canny": "canny"}, jdm={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))},
+        page = table("table1", {"canny": "canny"}, jdm={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))},
                      frozen_di={"canny": cell(consistency=(worse, 0.001), fd=(1.0, 0.1))})
-        (answer,) = answers(data)
-        assert answer["verdict"] == verdict
+        (answer,) = answers(page)
+        assert answer.verdict == verdict
 
 
-def test_the_rival_on_the_same_generator_wins_by_more_than_two_errors_or_nobody_does():
+def test_rival_wins_by_more_than_two_errors():
     for value, verdict in ((0.095, "NCT"), (0.105, "JDM"), (0.101, "neither clearly")):
-        data = table("table1", {"canny": "canny"}, nct={"canny": cell(consistency=(value, 0.001), fd=(1.0, 0.1))},
+        page = table("table1", {"canny": "canny"}, nct={"canny": cell(consistency=(value, 0.001), fd=(1.0, 0.1))},
                      frozen_di={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))})
-        (answer,) = answers(data)
-        assert answer["verdict"] == verdict
+        (answer,) = answers(page)
+        assert answer.verdict == verdict
 
 
-def test_a_control_that_is_ignored_scores_as_other_pictures_of_the_prompt():
+def test_ignored_control_scores_as_the_same_prompt():
     for value, verdict in ((0.1628, "yes"), (0.1571, "no"), (0.2, "no")):  # the error of the difference is .00141
         values = {"consistency": (value, 0.001), "consistency_chance": (0.2, None),
                   "consistency_same_prompt": (0.16, 0.001)}
         (answer,) = answers(table("table2", {"canny": "canny"}, implicit={"canny": cell(**values)}))
-        assert answer["verdict"] == verdict
-        assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.16) / 2**0.5 / 1e-3)
+        assert answer.verdict == verdict
+        assert answer.numbers["canny"] == pytest.approx((value - 0.16) / 2**0.5 / 1e-3)
 
 
-def test_where_no_prompt_comes_twice_a_control_that_is_ignored_is_within_two_errors_of_chance():
+def test_ignored_control_scores_chance_where_prompts_differ():
     for value, verdict in ((0.2015, "yes"), (0.197, "no")):
-        data = table("table2", {"canny": "canny"},
+        page = table("table2", {"canny": "canny"},
                      implicit={"canny": cell(consistency=(value, 0.001), consistency_chance=(0.2, None))})
-        (answer,) = answers(data)
-        assert answer["verdict"] == verdict
-        assert answer["numbers"]["errors"]["canny"] == pytest.approx((value - 0.2) / 1e-3)
+        (answer,) = answers(page)
+        assert answer.verdict == verdict
+        assert answer.numbers["canny"] == pytest.approx((value - 0.2) / 1e-3)
 
 
 @pytest.mark.parametrize(("consistency", "diversity", "error", "verdict"), [
     (0.101, 3.0, 0.2, "yes"), (0.103, 3.0, 0.2, "no"), (0.09, 1.9, 0.2, "no"),  # within 2% of .1; of 2.0
     (0.101, 2.5, 0.2, "no"), (0.101, 3.0, None, "not told"),  # 1.8 errors; none known
     (0.103, 3.0, None, "no"), (0.09, 1.9, None, "no")])  # whatever the error is
-def test_a_change_stands_beside_the_row_it_changes(consistency, diversity, error, verdict):
+def test_change_is_judged_beside_what_it_changes(consistency, diversity, error, verdict):
     rows = {"jdm": cell(consistency=(0.5, 0.001), diversity=(9.0, None), fd=(7.0, 0.1)),
             "draws": cell(consistency=(consistency, 0.001), diversity=(diversity, error), fd=(2.0, 0.1)),
             "no_warm_up": cell(consistency=(0.1, 0.001), diversity=(2.0, 0.2), fd=(1.0, 0.1))}
-    data = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
-    data["rows"][1]["beside"] = "no-warm-up"
-    (answer,) = answers(data)
-    assert answer["verdict"] == verdict
+    page = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
+    page = with_row(page, 1, beside="no-warm-up")
+    (answer,) = answers(page)
+    assert answer.verdict == verdict
+    found = answer.numbers["draws"]
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
-    assert answer["numbers"]["ratios"]["draws"] == pytest.approx(ratios)
-    assert ("(diversity" in answer["text"]) == (error is not None)
+    assert {k: v["ratio"] for k, v in found.items()} == pytest.approx(ratios)
     away = None if error is None else pytest.approx((diversity - 2) / (error**2 + 0.2**2) ** 0.5)
-    assert answer["numbers"]["errors"]["draws"] == away
+    assert found["diversity"]["errors"] == away
     clear = cell(consistency=(0.1, 0.001), diversity=(3.0, 0.2), fd=(2.0, 0.1))
-    another = {"row": "one-t", "title": "", "part": "", "cells": {"canny": clear}, "beside": "no-warm-up"}
-    assert answers({**data, "rows": [*data["rows"], another]})[0]["verdict"] == "yes"  # one is enough
-    data["rows"][2]["cells"] = {"canny": {"values": {}, "records": []}}  # beside nothing, whatever else is there
-    assert answers(data) == []
+    another = Line("one-t", "", {"canny": clear}, beside="no-warm-up")
+    assert answers(replace(page, rows=(*page.rows, another)))[0].verdict == "yes"  # one is enough
+    assert answers(with_row(page, 2, cells={"canny": Result()})) == ()  # beside nothing, whatever else is there
 
 
 @pytest.mark.parametrize("base", [{}, {"diversity": (0.0, 0.0)}])  # not measured; z ignored
-def test_a_change_beside_a_row_without_diversity_has_no_ratio_of_it(base):
+def test_change_beside_no_diversity_has_no_ratio(base):
     rows = {"draws": cell(consistency=(0.1, 0.001), fd=(2.0, 0.1), diversity=(3.0, 0.2)),
             "no_warm_up": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), **base)}
-    data = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
-    data["rows"][0]["beside"] = "no-warm-up"
-    (answer,) = answers(data)
-    assert answer["verdict"] == "no"
-    assert answer["numbers"]["ratios"]["draws"] == pytest.approx({"consistency": 1.0, "fd": 2.0})
+    page = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
+    (answer,) = answers(with_row(page, 0, beside="no-warm-up"))
+    assert answer.verdict == "no"
+    ratios = {k: v["ratio"] for k, v in answer.numbers["draws"].items() if v["ratio"] is not None}
+    assert ratios == pytest.approx({"consistency": 1.0, "fd": 2.0})
 
 
-COURSE = [{"step": step, "reward": reward, "judge": judge, "prompt_agreement": 0.9, "fd": fd}
-          for step, reward, judge, fd in ((100, -0.5, -0.6, 4.0), (200, -0.3, -0.4, 4.5), (300, -0.1, -0.9, 9.0))]
+COURSE = tuple({"step": step, "reward": reward, "judge": judge, "prompt_agreement": 0.9, "fd": fd}
+               for step, reward, judge, fd in ((100, -0.5, -0.6, 4.0), (200, -0.3, -0.4, 4.5), (300, -0.1, -0.9, 9.0)))
 
 
-def test_hacking_begins_where_the_judge_is_best_and_the_reward_still_rises():
+def test_hacking_begins_where_the_judge_is_best():
     for last, verdict in ((-0.1, "yes"), (-0.35, "no")):
-        course = [*COURSE[:2], {**COURSE[2], "reward": last}]
-        text = {**cell(judge=(-0.9, None), fd=(9.0, 0.1)), "records": [{"seed": 0, "course": course}]}
+        course = (*COURSE[:2], {**COURSE[2], "reward": last})
+        text = cell(record(course=course), judge=(-0.9, None), fd=(9.0, 0.1))
         (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
-        assert answer["verdict"] == ("yes" if last > -0.3 else "no") == verdict
-        found = answer["numbers"]["reward"]
+        assert answer.verdict == ("yes" if last > -0.3 else "no") == verdict
+        found = answer.numbers["reward"]
         assert (found["step"], found["of"]) == (200, 300)
         assert found["judge"] == pytest.approx(-0.5)
         assert found["fd"] == pytest.approx(4.5)
         assert found["reward"] == pytest.approx(last + 0.3)
 
 
-def test_a_probe_before_any_reward_was_logged_says_nothing_of_hacking():
-    course = [{"step": 10, "judge": 0.0, "fd": 1.0}, *COURSE]
-    text = {**cell(judge=(-0.9, None)), "records": [{"seed": 0, "course": course}]}
+def test_probe_before_any_reward_tells_no_hacking():
+    course = ({"step": 10, "judge": 0.0, "fd": 1.0}, *COURSE)
+    text = cell(record(course=course), judge=(-0.9, None))
     (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
-    assert answer["numbers"]["reward"]["step"] == 200
+    assert answer.numbers["reward"]["step"] == 200
 
 
 @pytest.mark.parametrize(("noisy", "strong", "verdict"), [
     (-0.5, None, "yes"), (-0.7, None, "no"), (-0.5, -0.2, "yes"), (-0.5, -0.4, "no")])
 @pytest.mark.parametrize("name", ["table3", "fig6"])
-def test_clean_and_noisy_rewards_are_compared_by_the_judge_at_each_strength(noisy, strong, verdict, name):
+def test_judge_compares_rewards_at_each_strength(noisy, strong, verdict, name):
     judged = {"reward": (noisy, 5.0), "reward_clean": (-0.6, 7.0)}
     if strong is not None:
         judged |= {"strong": (strong, 3.0), "clean_strong": (-0.3, 9.0)}
     rows = {row: {"text": cell(judge=(judge, None), fd=(fd, 0.1))} for row, (judge, fd) in judged.items()}
     (answer,) = answers(table(name, {"text": "text"}, **rows))
-    assert answer["verdict"] == verdict
-    assert answer["numbers"]["reward"] == pytest.approx({"judge": noisy + 0.6, "fd": -2.0})
+    assert answer.verdict == verdict
+    more = {row: {k: v["more"] for k, v in found.items()} for row, found in answer.numbers.items()}
+    assert more["reward"] == pytest.approx({"judge": noisy + 0.6, "fd": -2.0})
+    assert f"reward beside reward-clean: judge {noisy + 0.6:+.3f} (no error known), distance -2.00" in answer.text
     if strong is not None:
-        assert answer["numbers"]["strong"] == pytest.approx({"judge": strong + 0.3, "fd": -6.0})
+        assert more["strong"] == pytest.approx({"judge": strong + 0.3, "fd": -6.0})
 
 
 @pytest.mark.parametrize("key", ["prompt_agreement", "clip"])
-def test_a_guides_agreement_is_the_classifiers_or_clips_and_the_best_of_them_is_said_first(key):
+def test_guides_agreement_is_by_classifier_or_clip(key):
     for value, verdict in ((33.0, "yes"), (31.0, "no")):
         own = {"text": cell(**{key: (32.0, None), "hpsv2": (25.0, None)})}
         guided = {"text": cell(**{key: (value, None), "hpsv2": (26.0, None)})}
-        data = table("table3", {"text": "text"}, own=own, guided=guided)
-        for row in data["rows"]:
-            row["steps"] = 1
-        (answer,) = answers(data)
-        assert answer["verdict"] == verdict
-        assert answer["numbers"]["guided"] == {key: value - 32, "hpsv2": 1.0}
+        page = table("table3", {"text": "text"}, own=own, guided=guided, base=guided)
+        page = with_row(page, 2, steps=25)  # no student
+        (answer,) = answers(page)
+        assert answer.verdict == verdict
+        assert {k: v["more"] for k, v in answer.numbers["guided"].items()} == {key: value - 32, "hpsv2": 1.0}
         name, best = {"prompt_agreement": "prompt agreement", "clip": "CLIP"}[key], "guided" if value > 32 else "own"
-        assert f"best {name} {best} ({max(value, 32):.3f})" in headline(data)
-        assert "best HPSv2.1 guided (26.000)" in headline(data)
+        assert headline(page).startswith("of one-step students: best ")
+        assert f"best {name} {best} ({max(value, 32):.3f})" in headline(page)
+        assert "best HPSv2.1 guided (26.000)" in headline(page)
 
 
-def test_a_page_says_when_its_distance_is_fid_and_by_which_clip_it_was_scored():
+def test_page_says_what_measured_it():
     def terms(**measured):
-        cells = {"text": {"records": [{"seed": 0, "measured": measured}]}}
-        return _terms({**table("table3", {"text": "text"}, own=cells), "measures": []})
+        return _terms(table("table3", {"text": "text"}, own={"text": cell(record(measured=measured))}))
 
     said = terms(fd=1.0, fd_extractor="inception-2048", clip=30.0, clip_network="clip-vit-large-patch14")
     assert "on the features of inception-2048, which makes it FID;" in said
@@ -313,49 +388,44 @@ def test_a_page_says_when_its_distance_is_fid_and_by_which_clip_it_was_scored():
     assert terms(hpsv2=25.0) == ""
 
 
-def test_the_course_of_a_reward_is_printed_probe_by_probe_and_that_of_a_run_without_one_is_not():
-    record = {"seed": 0, "course": COURSE}
-    plain = {"seed": 0, "course": [{"step": 100, "fd": 3.0}]}
-    data = table("table3", {"text": "text"}, reward={"text": {"records": [record]}}, own={"text": {"records": [plain]}})
-    printed = _course(data)
+def test_course_of_a_reward_is_printed_by_probe():
+    plain = {"text": cell(record(course=({"step": 100, "fd": 3.0},)))}
+    printed = _course(table("table3", {"text": "text"}, reward={"text": cell(record(course=COURSE))}, own=plain))
     assert "| reward | 300  | -0.10  | -0.900      | 0.900            | 9.00     |" in printed
     assert "| own" not in printed
-    assert _course(table("table3", {"text": "text"}, own={"text": {"records": [plain]}})) == ""
+    assert _course(table("table3", {"text": "text"}, own=plain)) == ""
 
 
 # Numbers
 
 
-def test_the_spread_is_over_seeds_where_there_are_several_and_else_the_bootstrap():
-    one = _values([{"fd": 2.0, "fd_spread": 0.5, "diversity": 3.0, "prompt_agreement": None}])
-    assert one == {"fd": {"mean": 2.0, "spread": 0.5, "of": "bootstrap"},
-                   "diversity": {"mean": 3.0, "spread": None, "of": None}}
-    three = _values([{"fd": v, "fd_spread": 9.0} for v in (1.0, 2.0, 3.0)])
-    assert three["fd"] == {"mean": 2.0, "spread": 1.0, "of": "3 seeds"}
+def test_spread_is_over_seeds_else_the_bootstrap():
+    one = values_of([record(measured={"fd": 2.0, "fd_spread": 0.5, "diversity": 3.0, "prompt_agreement": None})])
+    assert one == {"fd": Value(2.0, 0.5), "diversity": Value(3.0)}
+    three = values_of([record(k, measured={"fd": v, "fd_spread": 9.0}) for k, v in enumerate((1.0, 2.0, 3.0))])
+    assert three["fd"] == Value(2.0, 1.0)
     assert (number(one, "fd"), number(one, "diversity"), number(one, "judge")) == ("2.00 ± 0.50", "3.00", "–")
 
 
-def test_the_anchors_of_a_consistency_stand_in_one_order_with_the_spread_that_is_known():
-    found = _values([{"consistency_chance": 0.1985, "consistency_same_prompt": 0.17061, "consistency_blank": 0.128,
-                      "consistency_same_prompt_spread": 0.00063, "consistency_round_trip": 0.022}])
+def test_anchors_of_consistency_stand_in_one_order():
+    found = values_of([record(measured={
+        "consistency_chance": 0.1985, "consistency_same_prompt": 0.17061, "consistency_blank": 0.128,
+        "consistency_same_prompt_spread": 0.00063, "consistency_round_trip": 0.022})])
     assert pair(found, ANCHORS) == "0.199 / 0.1706 ± 0.0006 / 0.128 / 0.022"
 
 
-def test_an_average_is_of_every_column_or_is_not_there():
+def test_average_is_of_every_column_or_none():
     def column(*values):
-        measured = [{"seed": k, "measured": {"fd": v, "fd_spread": 0.3}} for k, v in enumerate(values)]
-        return {"records": measured, "values": _values([m["measured"] for m in measured])}
+        records = [record(k, measured={"fd": v, "fd_spread": 0.3}) for k, v in enumerate(values)]
+        return Result(records=tuple(records), values=values_of(records))
 
-    average = _average({"a": column(1.0), "b": column(3.0)})
-    assert average is not None
-    assert average["fd"] == {"mean": 2.0, "spread": pytest.approx((2 * 0.3**2) ** 0.5 / 2), "of": "columns"}
-    seeds = _average({"a": column(1.0, 2.0), "b": column(3.0, 6.0)})  # averages 2 and 4 by seed
-    assert seeds is not None
-    assert seeds["fd"] == {"mean": 3.0, "spread": pytest.approx(2**0.5), "of": "2 seeds"}
-    assert _average({"a": column(1.0), "b": {"records": [], "values": {}}}) is None
+    assert over([column(1.0), column(3.0)], "fd") == Value(2.0, pytest.approx((2 * 0.3**2) ** 0.5 / 2))
+    # Averages 2 and 4 by seed.
+    assert over([column(1.0, 2.0), column(3.0, 6.0)], "fd") == Value(3.0, pytest.approx(2**0.5))
+    assert over([column(1.0), Result()], "fd") is None
 
 
-def test_a_table_is_aligned():
+def test_table_is_aligned():
     assert aligned([("a", "bb"), ("ccc", 4)]) == "| a   | bb |\n|-----|----|\n| ccc | 4  |"
     assert aligned([("p(c|x)", "b")]) == "| p(c\\|x) | b |\n|---------|---|"
 
@@ -363,7 +433,7 @@ def test_a_table_is_aligned():
 # Figures
 
 
-def test_a_sheet_has_a_label_beside_every_row_of_pictures():
+def test_sheet_labels_every_row_of_pictures():
     pictures = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     image = np.asarray(sheet([("a row", pictures), ("a row that was not made", None)]).convert("L"))
     height = image.shape[0] // 2

@@ -4,30 +4,33 @@ import json
 import threading
 import time
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 
 from jdm.errors import TerminatedError, UsageError
 from jdm.recipes import all_recipes
 from jdm.reproduce import models
-from jdm.reproduce.cells import _digest, cells, identity, selected, stored
-from jdm.reproduce.models import Given, Model, Setting, Trained, course, settled, to_train
-from jdm.reproduce.scales import NANO, check
+from jdm.reproduce.cells import _digest, cells, identity, passed_over, selected, stored
+from jdm.reproduce.models import Given, Model, Trained, course, settled, to_train
+from jdm.reproduce.results import Line, Record, Result, save
+from jdm.reproduce.setups import NANO, check
+from jdm.reproduce.sitting import gathered
 from jdm.reproduce.tables import TABLES
-from reproducing import TABLE, N, Watch, cell_of, sit, tiny_scale, written
+from reproducing import TABLE, N, Watch, cell_of, sit, tiny_setup, written
 
 
 @pytest.fixture
-def setting(teacher, tmp_path, monkeypatch):
+def setup(teacher, tmp_path, monkeypatch):
     """With nothing in it yet."""
-    return Setting(tiny_scale(teacher, tmp_path / "scale", monkeypatch), tmp_path / "out", N, quick=True)
+    return tiny_setup(teacher, tmp_path, monkeypatch)
 
 
 # The plan
 
 
-def test_the_cost_of_what_is_left_is_steps_times_seconds(setting):
-    some = replace(setting, steps=1000)
+def test_the_cost_of_what_is_left_is_steps_times_seconds(setup):
+    some = replace(setup, steps=1000)
     (cell,) = selected(cells(TABLE, some), "soft-edge/nct")
     left = to_train(cell.model, some)
     assert {k: (steps, seconds) for k, (_, steps, seconds) in left.items()} == {
@@ -35,8 +38,8 @@ def test_the_cost_of_what_is_left_is_steps_times_seconds(setting):
         "nano-nct-soft-edge-seed0-1000steps": (1000, 1000 * NANO.seconds["nct"])}
 
 
-def test_cells_are_named_by_column_and_row_with_wildcards(setting):
-    whole = cells(TABLE, setting)
+def test_cells_are_named_by_column_and_row_with_wildcards(setup):
+    whole = cells(TABLE, setup)
     assert {c.name for c in selected(whole, "lowres/j*, nct")} == {
         "lowres/jdm", "lowres/jdm-joint", "canny/nct", "soft-edge/nct", "silhouette/nct", "lowres/nct"}
     assert "soft-edge/controlled-teacher" not in {c.name for c in selected(whole, None)}
@@ -45,8 +48,8 @@ def test_cells_are_named_by_column_and_row_with_wildcards(setting):
         selected(whole, "canny/ntc")
 
 
-def test_what_ships_is_taken_as_it_is_and_on_another_teacher_trained(tmp_path):
-    ours, other = (Setting(scale, tmp_path) for scale in (NANO, NANO.on("my-teacher", None)))
+def test_shipped_models_are_taken_for_the_own_teacher(tmp_path):
+    ours, other = (replace(setup, out=tmp_path) for setup in (NANO, NANO.on("my-teacher")))
     phase_1 = Trained("canny", control="canny")
     assert settled(phase_1, ours, "lowres", 0).path == "nano-canny"
     another = settled(phase_1, ours, "lowres", 1)  # what ships is of one training seed
@@ -70,56 +73,60 @@ def test_a_teacher_in_one_file_is_known_by_its_bytes(tmp_path):
     assert models.weights(str(a)) == models.weights(str(b))
     b.write_bytes(b"two")
     assert models.weights(str(a)) != models.weights(str(b))
-    check(NANO.on(str(a), None), {"canny"})
+    check(NANO.on(str(a)))
     with pytest.raises(UsageError, match=r"missing are the weights of \S+c\.safetensors"):
-        check(NANO.on(str(tmp_path / "c.safetensors"), None), {"canny"})
+        check(NANO.on(str(tmp_path / "c.safetensors")))
 
 
-def test_a_cell_of_every_row_asks_its_recipe_for_its_control_and_its_models(tmp_path):
-    setting = Setting(NANO, tmp_path)
+def test_every_row_gives_recipe_its_control_and_models(tmp_path):
+    setup = replace(NANO, out=tmp_path)
     for table in TABLES.values():
-        for cell in cells(table, setting):
+        for cell in cells(table, setup):
             run = cell.model.run
-            if run is not None and cell.control is not None:
+            if run is not None and cell.control:
                 assert run.method.control == cell.control
-            for key, need in cell.model.needs.items():
+            for path, need in cell.model.needs.items():
                 if run is not None:
-                    assert (run.model if key == "model" else getattr(run.method, key)) == need.path
-    runs = {c.row.key: c.model.run for c in cells(TABLES["table2"], setting)}
+                    assert (run.model if path == "model" else attrgetter(path)(run.method)) == need.path
+    runs = {c.row.key: c.model.run for c in cells(TABLES["table2"], setup)}
     own_t, joint = runs["own-t"], runs["jdm"]
     assert own_t is not None
     assert joint is not None
     assert (own_t.steps, own_t.batch) == (joint.steps, joint.batch)
 
 
-def test_what_was_measured_before_it_shipped_is_known_under_the_name_it_was_trained_by(tmp_path):
-    ours = Setting(NANO, tmp_path / "out", N)
-    bare = replace(ours, scale=replace(NANO, shipped={k: v for k, v in NANO.shipped.items() if v != "nano-canny"}))
+def test_what_was_measured_before_it_shipped_is_known(tmp_path):
+    ours = replace(NANO, out=tmp_path / "out", n=N)
+    bare = replace(ours, shipped={k: v for k, v in NANO.shipped.items() if v != "nano-canny"})
     ships, trained = (selected(cells(TABLES["table1"], each), "canny/jdm")[0] for each in (ours, bare))
     assert (ships.model.name, trained.model.name) == ("nano-canny", "nano-canny-canny-seed0")
     whole = {**identity(trained, bare), "weights": "of then"}
-    record = {**whole, "seed": 0, "file": f"{trained.model.name}-canny-n{N}-{_digest(whole)}.json"}
-    page = tmp_path / "page.json"
-    page.write_text(json.dumps({"rows": [{"cells": {"canny": {"records": [record]}}}]}))
-    assert stored(ships, replace(ours, known=(str(page),))) == {**json.loads(json.dumps(record)),
-                                                                "taken_from": "page.json"}
+    record = Record(0, "of then", {"fd": 1.0}, file=f"{trained.model.name}-canny-n{N}-{_digest(whole)}.json")
+    page = gathered(TABLES["table1"], ours, [], 1, "")
+    save(tmp_path / "page.json", replace(page, rows=(Line("jdm", "JDM", {"canny": Result(records=(record,))}),)))
+    known = replace(ours, known=(str(tmp_path / "page.json"),))
+    assert stored(ships, known) == replace(record, taken_from="page.json")
+    assert passed_over([ships], known) == []
+    (line,) = passed_over([ships], replace(known, split="test[:9]"))
+    assert line.startswith("page.json (jdm ")
+    assert line.endswith("has canny/jdm by other settings, pictures or weights than they would have now: not taken")
 
 
 # A sitting
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TerminatedError])
-def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setting, tmp_path):
+def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setup, tmp_path):
     watch = Watch(("nano-nct-canny-seed0", 1), error)
     with pytest.raises(error):
-        sit(TABLE, setting, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
+        sit(TABLE, setup, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
     assert "nano-canny-canny-seed0" not in watch.taken
-    data, _ = sit(TABLE, setting, tmp_path / "page", run=False)
-    assert cell_of(data, "nct")["state"] == "not measured"  # it did not fail
-    data, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
+    data, _ = sit(TABLE, setup, tmp_path / "page", run=False)
+    assert cell_of(data, "nct").state == "not measured"  # it did not fail
+    data, failures = sit(TABLE, setup, tmp_path / "page", "canny/nct", watch=watch)
     assert failures == []
     assert watch.taken == {"nano-diff-instruct-seed0": [1, 2], "nano-nct-canny-seed0": [1, 2]}
-    assert cell_of(data, "nct")["state"] == "measured"
+    assert cell_of(data, "nct").state == "measured"
 
 
 def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path, capsys):
@@ -138,8 +145,8 @@ def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path
     assert "another process trains" in capsys.readouterr().err
 
 
-def test_two_processes_that_need_one_model_train_it_once(setting, monkeypatch):
-    nct = selected(cells(TABLE, setting), "canny/nct")[0].model
+def test_two_processes_that_need_one_model_train_it_once(setup, monkeypatch):
+    nct = selected(cells(TABLE, setup), "canny/nct")[0].model
     (model,) = (need for need in nct.needs.values() if need.run is not None)
     train, tried, started = models.train, [], threading.Event()
 
@@ -159,20 +166,21 @@ def test_two_processes_that_need_one_model_train_it_once(setting, monkeypatch):
     assert models.finished(model)
 
 
-def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path, monkeypatch):
-    watch, original, train, tried = Watch(), setting.scale.recipe, models.train, []
+def test_failed_cell_says_why_and_others_go_on(setup, tmp_path, monkeypatch):
+    watch, original, train, tried = Watch(), setup.recipe, models.train, []
     monkeypatch.setattr(models, "train", lambda run, *more: tried.append(run.out.name) or train(run, *more))
 
     def broken(name: str):
         run = original(name)
         if name == "nano-diff-instruct":
-            return replace(run, method=replace(run.method, fake=replace(run.method.fake, lr=1e38, warmup=1)))
+            rate = replace(run.method.fake.optimiser, lr=1e38, warmup=1)
+            return replace(run, method=models.replaced(run.method, "fake.optimiser", rate))
         return run
 
-    bad = replace(setting, scale=replace(setting.scale, recipe=broken))
+    bad = replace(setup, recipe=broken)
     asked = "canny/nct,canny/frozen-di,canny/jdm"
     data, failures = sit(TABLE, bad, tmp_path / "page", asked, watch=watch)
-    assert [cell_of(data, row)["state"] for row in ("nct", "frozen-di", "jdm")] == ["failed", "failed", "measured"]
+    assert [cell_of(data, row).state for row in ("nct", "frozen-di", "jdm")] == ["failed", "failed", "measured"]
     assert len(failures) == 2
     assert "not finite at step" in failures[0]
     assert failures[1] == failures[0]
@@ -182,18 +190,18 @@ def test_a_failed_cell_says_why_and_the_rest_is_done(setting, tmp_path, monkeypa
     assert "| failed " in page
     later, none = sit(TABLE, bad, tmp_path / "page", run=False)
     assert none == []
-    assert cell_of(later, "nct")["reasons"] == [failures[0]]
+    assert cell_of(later, "nct").reasons == (failures[0],)
     watch.taken.clear()
-    _, failures = sit(TABLE, setting, tmp_path / "page", "canny/nct", watch=watch)
-    assert "holds a run with another method.fake.lr (1e+38, not 0.0005); move it away" in failures[0]
+    _, failures = sit(TABLE, setup, tmp_path / "page", "canny/nct", watch=watch)
+    assert "holds a run with another method.fake.optimiser.lr (1e+38, not 0.0005); move it away" in failures[0]
     assert watch.taken == {}
 
 
-def test_the_course_of_a_run_is_its_probes_with_the_mean_reward_since_the_one_before(setting, tmp_path):
+def test_course_has_the_mean_reward_between_probes(setup, tmp_path):
     model = replace(Model("m", "m"), run=replace(all_recipes()["nano-text-reward"](), out=tmp_path))
     rows = [{"step": 20, "reward": -3.0}, {"step": 40, "reward": -1.0, "probe/fd": 5.0, "probe/judge": -2.0},
             {"step": 60, "reward": -0.5}, {"step": 80, "fidelity": 1.0, "probe/fd": 4.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert course(model) == [{"step": 40, "reward": -2.0, "fd": 5.0, "judge": -2.0},
-                             {"step": 80, "reward": -0.5, "fd": 4.0}]
-    assert course(Model("given", "given")) == []
+    assert course(model) == ({"step": 40, "reward": -2.0, "fd": 5.0, "judge": -2.0},
+                             {"step": 80, "reward": -0.5, "fd": 4.0})
+    assert course(Model("given", "given")) == ()

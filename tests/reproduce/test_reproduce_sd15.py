@@ -19,12 +19,12 @@ from jdm.evaluation.sampling import Sampler
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.recipes import all_recipes, entries
-from jdm.reproduce import scales
+from jdm.reproduce import setups
 from jdm.reproduce.cells import ASKED, _measured, cells, identity, selected
-from jdm.reproduce.models import Setting, Trained, settled
+from jdm.reproduce.models import Given, Trained, settled
 from jdm.reproduce.page import markdown
 from jdm.reproduce.sitting import reproduce
-from jdm.reproduce.tables import TABLES, WEAK, Given
+from jdm.reproduce.tables import TABLES, WEAK
 from jdm.space import from_bytes, unit
 
 PROMPTS = {"anime": ["a cat", "a tree"], "concept-art": ["a town"], "paintings": ["a boat"],
@@ -46,23 +46,21 @@ def small(teacher, tmp_path, monkeypatch):
     for style, prompts in PROMPTS.items():
         (tmp_path / "prompts").mkdir(exist_ok=True)
         (tmp_path / "prompts" / f"{style}.json").write_text(json.dumps(prompts))
-    nano = reproducing.tiny_scale(teacher, tmp_path, monkeypatch)
-    scale = scales.SD15.on(str(teacher), "fashion-mnist", str(teacher), (f"{tmp_path / 'mine.py'}:hpsv2",))
-    controls = {"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"}
-    scale = replace(scale, controls=controls, extractors=(), split=nano.split, validation=nano.validation,
-                    recipe=nano.recipe)
-    return Setting(scale, tmp_path / "out", n=2, quick=True, prompts=str(tmp_path / "prompts"))
+    nano = reproducing.tiny_setup(teacher, tmp_path, monkeypatch)
+    return replace(setups.SD15.on(str(teacher), "fashion-mnist"), guide=str(teacher), controls=nano.controls,
+                   scores=(f"{tmp_path / 'mine.py'}:hpsv2",), extractors=(), split=nano.split, device="cpu",
+                   validation=nano.validation, recipe=nano.recipe, out=tmp_path / "out", n=2, quick=True,
+                   prompts=str(tmp_path / "prompts"))
 
 
 def sat(table, small, cells, folder):
-    return reproduce(TABLES[table], small, patterns=cells, page=folder / "page", say=lambda line: None)
+    return reproduce(TABLES[table], small, patterns=cells, folder=folder / "page", say=lambda line: None)
 
 
 def test_text_to_image_rows_are_scored_on_prompts_by_style(small, tmp_path):
     data, failures = sat("table3", small, "weak,own", tmp_path)
     assert not failures
-    own = next(r for r in data["rows"] if r["row"] == "own")["cells"]["text"]
-    measured = own["records"][0]["measured"]
+    measured = data.result("own", "text").records[0].measured
     asked = [prompt for prompts in PROMPTS.values() for prompt in prompts]  # two of a style, or what it has
     assert (measured["n"], measured["nfe"]) == (6, 1)
     model = load_model(str(small.out / "sd15-text-own-seed0" / "model"))
@@ -75,40 +73,39 @@ def test_text_to_image_rows_are_scored_on_prompts_by_style(small, tmp_path):
     assert [part.strip() for part in line.split("|")[2:6]] == [f"{style:.2f}" for style in styles]
     head = next(line for line in page.splitlines() if line.startswith("| method"))
     assert [part.strip() for part in head.split("|")[2:6]] == ["animation", "concept art", "painting", "photo"]
-    assert data["headline"] == ("of one-step students best HPSv2.1 its own guidance, no reward "
+    assert data.headline == ("of one-step students: best HPSv2.1 its own guidance, no reward "
                                 f"({measured['hpsv2']:.3f})")
     assert "Distance" not in page  # prompts alone have none
-    weak = next(r for r in data["rows"] if r["row"] == "weak")["cells"]["text"]["records"][0]
-    assert weak["training"] == []  # SD1.5 itself
+    assert data.result("weak", "text").records[0].training == ()  # SD1.5 itself
 
 
 def test_controlled_rows_are_measured_on_pictures_and_scored_too(small, tmp_path):
     data, failures = sat("table1", small, "canny/jdm", tmp_path)
     assert not failures
-    (record,) = next(r for r in data["rows"] if r["row"] == "jdm")["cells"]["canny"]["records"]
+    (record,) = data.result("jdm", "canny").records
     model, control = load_model(str(small.out / "sd15-canny-canny-seed0" / "model")), Canny()
-    questions = Questions.of(load_pictures("fashion-mnist", small.scale.split, 32), control, 2, ASKED)
+    questions = Questions.of(load_pictures("fashion-mnist", small.split, 32), control, 2, ASKED)
     pictures = answers(Sampler(model), questions, control)
     seen = control.h(unit(from_bytes(pictures)))
-    assert record["measured"]["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
-    assert record["measured"]["hpsv2"] == pytest.approx(float(printed(pictures, questions.y).mean()))
-    assert record["training"][-1]["name"] == "sd15-canny-canny-seed0"
+    assert record.measured["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
+    assert record.measured["hpsv2"] == pytest.approx(float(printed(pictures, questions.y).mean()))
+    assert record.training[-1].name == "sd15-canny-canny-seed0"
 
 
 def test_a_cell_is_measured_as_its_setting_says(small, monkeypatch):
-    setting = replace(small, device="cpu:0", scale=replace(small.scale, extractors=("inception",)))
+    setup = replace(small, device="cpu:0", extractors=("inception",))
     for name in ("evaluate", "evaluate_prompts"):
         bind = inspect.signature(getattr(evaluation, name)).bind
         monkeypatch.setattr(evaluation, name, lambda *args, _bind=bind: _bind(*args).arguments)
-    table_1, table_3 = (selected(cells(TABLES[name], setting), cell)[0]
+    table_1, table_3 = (selected(cells(TABLES[name], setup), cell)[0]
                         for name, cell in (("table1", "canny/jdm"), ("table3", "text/base")))
-    common = {"n": 2, "seed": ASKED, "scored": setting.scale.scores, "device": "cpu:0"}
-    pictures = {"control": "canny", "source": "fashion-mnist", "split": setting.scale.split, "guidance": None,
-                "teacher": setting.scale.model, "quick": True, "also": ("inception",), "steps": 1}
-    assert _measured(table_1, setting, None) == {**common, **pictures, "model": table_1.model.path}
-    assert _measured(table_3, setting, 2.0) == {**common, "model": table_3.model.path, "prompts": PROMPTS, "steps": 25,
+    common = {"n": 2, "seed": ASKED, "scored": setup.scores, "device": "cpu:0"}
+    pictures = {"control": "canny", "source": "fashion-mnist", "split": setup.split, "guidance": None,
+                "teacher": setup.teacher, "quick": True, "also": ("inception",), "steps": 1}
+    assert _measured(table_1, setup, None) == {**common, **pictures, "model": table_1.model.path}
+    assert _measured(table_3, setup, 2.0) == {**common, "model": table_3.model.path, "prompts": PROMPTS, "steps": 25,
                                                 "guidance": 2.0}
-    on_pictures = _measured(table_3, replace(setting, prompts=""), 2.0)
+    on_pictures = _measured(table_3, replace(setup, prompts=""), 2.0)
     assert on_pictures == {**common, **pictures, "model": table_3.model.path, "control": None, "steps": 25,
                            "guidance": 2.0}
 
@@ -118,7 +115,7 @@ def test_other_prompts_or_scores_make_other_cells(small, tmp_path):
     whole = identity(cell, small)
     asked = whole["asked"]
     assert asked["scores"] == [f"{tmp_path / 'mine.py'}:hpsv2"]
-    unscored = identity(cell, replace(small, scale=replace(small.scale, scores=())))["asked"]
+    unscored = identity(cell, replace(small, scores=()))["asked"]
     assert unscored == {k: v for k, v in asked.items() if k != "scores"}
     unasked = identity(cell, replace(small, prompts=""))["asked"]
     assert unasked == {k: v for k, v in asked.items() if k != "prompts"}
@@ -129,15 +126,15 @@ def test_other_prompts_or_scores_make_other_cells(small, tmp_path):
 
 
 def test_a_cell_keeps_what_its_run_measured_as_it_trained(small, tmp_path):
-    recipe = small.scale.recipe
-    probed = replace(small, scale=replace(small.scale, recipe=lambda name: replace(recipe(name), probe_every=1)))
+    recipe = small.recipe
+    probed = replace(small, recipe=lambda name: replace(recipe(name), probe_every=1))
     data, failures = sat("table3", probed, "reward-clean", tmp_path)
     assert not failures
-    (record,) = next(r for r in data["rows"] if r["row"] == "reward-clean")["cells"]["text"]["records"]
+    (record,) = data.result("reward-clean", "text").records
     log = (small.out / "sd15-text-reward-clean-seed0" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in log]
-    assert [at["step"] for at in record["course"]] == [1, 2]
-    assert [(at["reward"], at["judge"]) for at in record["course"]] == [(r["reward"], r["probe/judge"]) for r in rows]
+    assert [at["step"] for at in record.course] == [1, 2]
+    assert [(at["reward"], at["judge"]) for at in record.course] == [(r["reward"], r["probe/judge"]) for r in rows]
     assert "## The course of a reward" in markdown(data)
 
 
@@ -145,15 +142,15 @@ def test_the_command_says_what_the_tables_are_made_with(monkeypatch):
     from jdm.reproduce import sitting
 
     seen = []
-    monkeypatch.setattr(sitting, "listed", lambda table, setting, *_: seen.append((table.name, setting)) or "")
+    monkeypatch.setattr(sitting, "listed", lambda table, setup, *_: seen.append((table.name, setup)) or "")
     flags = ["--scale", "sd15", "--model", "mine", "--guide", "better", "--source", "pictures", "--scores",
              "hpsv2:A, clip", "--prompts", "B", "--known", "one.json", "--known", "two.json"]
     assert main(["reproduce", "table3", "--dry-run", *flags]) == 0
     assert main(["reproduce", "table3", "--dry-run", "--device", "cpu"]) == 0
     (_, asked), (_, usual) = seen
-    assert (asked.scale.model, asked.scale.guide, asked.scale.source) == ("mine", "better", "pictures")
-    assert (asked.scale.scores, asked.prompts, asked.known) == (("hpsv2:A", "clip"), "B", ("one.json", "two.json"))
-    assert (asked.device, usual.device, usual.scale, usual.prompts) == ("cuda", "cpu", scales.NANO, "")
+    assert (asked.teacher, asked.guide, asked.source) == ("mine", "better", "pictures")
+    assert (asked.scores, asked.prompts, asked.known) == (("hpsv2:A", "clip"), "B", ("one.json", "two.json"))
+    assert (asked.device, usual) == ("cuda", setups.NANO)
     given = parsers()[0].parse_args(["reproduce", "table3", *flags, "--device", "cuda:1"])
     assert invocation(given) == ("jdm reproduce table3 --scale sd15 --model mine --guide better --source pictures "
                              "--prompts B --scores 'hpsv2:A, clip' --device cuda:1")
@@ -162,48 +159,49 @@ def test_the_command_says_what_the_tables_are_made_with(monkeypatch):
 def test_weights_that_were_fetched_or_named_are_not_asked_for(monkeypatch, tmp_path):
     missing = ["hpsv2's weights", "clip's weights", "aesthetic's weights"]
 
-    def said(scale, fetched):
-        monkeypatch.setattr(scales, "_fetched", lambda place, file: (place, file) in fetched)
+    def said(setup, fetched):
+        monkeypatch.setattr(setups, "_fetched", lambda place, file: (place, file) in fetched)
         with pytest.raises(UsageError) as caught:
-            scales.check(scale, {"canny", "weak-teacher"})
+            setups.check(setup, guided=True)
         return [name for name in missing if name in str(caught.value)]
 
-    models = {(name, "model_index.json") for name in (scales.SD15.model, scales.SD15.guide)}
+    models = {(name, "model_index.json") for name in (setups.SD15.teacher, setups.SD15.guide)}
     hpsv2 = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
-    assert said(scales.SD15, models) == missing
-    assert said(scales.SD15, {*models, hpsv2, ("openai/clip-vit-large-patch14", "config.json")}) == missing[2:]
-    named = scales.SD15.on(scores=("hpsv2:FOLDER", "my_rewards.py:taste"))
+    assert said(setups.SD15, models) == missing
+    assert said(setups.SD15, {*models, hpsv2, ("openai/clip-vit-large-patch14", "config.json")}) == missing[2:]
+    named = replace(setups.SD15, scores=("hpsv2:FOLDER", "my_rewards.py:taste"))
     assert said(named, models) == []  # pictures and torch-fidelity are still missing
 
 
-def test_the_weak_teacher_is_sd15_and_its_guide_sd21_or_what_the_user_names(small):
-    setting = Setting(scales.SD15)
-    assert settled(WEAK, setting, "", 0).path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert settled(Given(guide=True), setting, "", 3).path == "stabilityai/stable-diffusion-2-1-base"
-    assert settled(Given(guide=True), Setting(scales.NANO), "", 0).path == "nano-sd"
-    mine = scales.SD15.on("my_model", None, "my_guide")
-    rows = {row.key: settled(row.spec, Setting(mine), "", 0) for row in TABLES["table3"].rows}
+def test_weak_teacher_is_sd15_and_guide_sd21(small):
+    assert settled(WEAK, setups.SD15, "", 0).path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert settled(Given(guide=True), setups.SD15, "", 3).path == "stabilityai/stable-diffusion-2-1-base"
+    assert settled(Given(guide=True), setups.NANO, "", 0).path == "nano-sd"
+    mine = replace(setups.SD15.on("my_model"), guide="my_guide")
+    rows = {row.key: settled(row.spec, mine, "", 0) for row in TABLES["table3"].rows}
     assert rows["base"].path == "my_guide"
     guided = ("guided", "guided-blind", "both")
-    assert {k: (rows[k].run.model, rows[k].run.method.guide) for k in guided} == dict.fromkeys(
+    assert {k: (rows[k].run.model, rows[k].run.method.guidance.teacher) for k in guided} == dict.fromkeys(
         guided, ("my_model", "my_guide"))
-    assert settled(WEAK, Setting(mine), "", 0).path == "my_model"
-    assert settled(Given(guide=True), Setting(mine), "", 0).path == "my_guide"
+    assert settled(WEAK, mine, "", 0).path == "my_model"
+    assert settled(Given(guide=True), mine, "", 0).path == "my_guide"
 
 
-RIVALS = sorted(name for name, entry in entries().items() if entry.module.endswith((".sd15_rivals", ".sd15_text")))
+RIVALS = sorted(name for name, entry in entries().items() if entry.scale == "sd15" and name != "sd15-canny")
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_every_recipe_of_that_scale_trains_sd15_as_sd15_canny_is_trained(name):
+def test_sd15_recipes_share_one_budget(name):
     run, own = all_recipes()[name](), all_recipes()["sd15-canny"]()
     assert run == replace(own, method=run.method, out=run.out)
     assert run.out.name == name
 
 
-def test_no_two_recipes_of_that_scale_train_the_same():
-    methods = [(name, all_recipes()[name]().method) for name in entries() if name.startswith("sd15-")]
-    assert [(a, b) for k, (a, one) in enumerate(methods) for b, other in methods[:k] if one == other] == []
-    for row, name in (("jdm", "canny"), ("text-reward", "hfl"), ("text-guided-blind", "cfg21")):
-        model = settled(Trained(row, control=""), Setting(scales.SD15), "", 0)
-        assert (model.name, model.run.method) == (f"sd15-{name}-seed0", all_recipes()[f"sd15-{name}"]().method)
+def test_recipes_that_train_the_same_are_known():
+    methods = [(name.removeprefix("sd15-"), all_recipes()[name]().method) for name in RIVALS]
+    equal = {one: other for k, (other, a) in enumerate(methods) for one, b in methods[k + 1:] if a == b}
+    assert equal == {"text-dmd": "diff-instruct"}
+    assert setups.SD15.same == {"jdm": "canny", **equal}
+    for name, own in setups.SD15.same.items():
+        model = settled(Trained(name, control=""), setups.SD15, "", 0)
+        assert (model.name, model.run.method) == (f"sd15-{own}-seed0", all_recipes()[f"sd15-{own}"]().method)

@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,12 +20,14 @@ from jdm.errors import RunError, UsageError, in_short
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler
-from jdm.files import ASSETS, write
+from jdm.files import ASSETS, read_json, write
 from jdm.library import load_model
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
 from jdm.models.classifier import Classifier
-from jdm.reproduce.models import Model, Setting, Watch, course, finished, make, plan, settled, stages, weights
+from jdm.reproduce.models import Model, Spec, Watch, course, finished, make, plan, settled, stages, weights
+from jdm.reproduce.results import Record, Tuning, load, load_page, save
+from jdm.reproduce.setups import Setup
 from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 
 ASKED = 0  # seed of the questions: the same prompts, controls and noise in every cell
@@ -36,14 +38,15 @@ class Cell:
     """One row on one column with one training seed.
 
     Attributes:
-        column: the control's name, or TEXT. published: the paper's column it stands beside.
+        column: the control's name, or TEXT.
+        spec: of the model.
         default: measured without being asked for by name.
     """
 
     row: Row
     column: str
-    published: str
     seed: int
+    spec: Spec
     model: Model
     default: bool = True
 
@@ -53,26 +56,31 @@ class Cell:
         return f"{self.column}/{self.row.key}"
 
     @property
-    def control(self) -> str | None:
-        return None if self.column == TEXT else self.column
+    def control(self) -> str:
+        """Empty for text-to-image."""
+        return "" if self.column == TEXT else self.column
+
+    def on(self, setup: Setup) -> Cell:
+        """The cell with its model settled anew."""
+        return replace(self, model=settled(self.spec, setup, self.control, self.seed))
 
 
-def columns(table: Table, setting: Setting) -> dict[str, str]:
+def columns(table: Table, setup: Setup) -> dict[str, str]:
     """The table's columns: own name -> the paper's."""
-    return {setting.scale.controls[name]: name for name in table.columns} or {TEXT: TEXT}
+    return {setup.controls[name]: name for name in table.columns} or {TEXT: TEXT}
 
 
-def cells(table: Table, setting: Setting, seeds: int = 1) -> list[Cell]:
+def cells(table: Table, setup: Setup, seeds: int = 1) -> list[Cell]:
     """Every cell, the first seed's first. A model that is given has one seed."""
     found = []
     for seed in range(seeds):
-        for column, published in columns(table, setting).items():
+        for column, published in columns(table, setup).items():
             for row in table.rows:
                 spec = row.on.get(published, row.spec)
-                model = settled(spec, setting, "" if column == TEXT else column, seed)
+                model = settled(spec, setup, "" if column == TEXT else column, seed)
                 if seed == 0 or model.seeded:
                     default = row.default is None or published in row.default
-                    found.append(Cell(row, column, published, seed, model, default))
+                    found.append(Cell(row, column, seed, spec, model, default))
     return found
 
 
@@ -104,23 +112,21 @@ def _fits(cell: Cell, pattern: str) -> bool:
 # What decides a cell
 
 
-def identity(cell: Cell, setting: Setting) -> dict[str, Any]:
+def identity(cell: Cell, setup: Setup) -> dict[str, Any]:
     """What decides a cell's numbers, but for the weights that its training will give; as JSON."""
-    scale = setting.scale
     guidance: Any = cell.row.guidance
     if guidance == VALIDATION:
-        guidance = {"among": AMONG, "n": TUNED_ON, "split": scale.validation}
-    asked = {"source": scale.source, "split": scale.split, "n": setting.n,
-             "pictures": _pictures(scale.source, scale.split, scale.model),
-             "seed": ASKED, "control": _control(cell.control) if cell.control else None,
-             "steps": cell.row.steps, "guidance": guidance, "teacher": weights(scale.model), "quick": setting.quick,
-             "extractors": _extractors(scale.source, setting.quick, scale.extractors, evaluation.judge())}
-    if scale.scores:
-        asked["scores"] = list(scale.scores)
-    if setting.prompts and cell.control is None:
-        asked["prompts"] = _digest(read_prompts(setting.prompts))
-    if cell.control is None:  # who judges prompts
-        judge = ASSETS / "nano-judge"
+        guidance = {"among": AMONG, "n": TUNED_ON, "split": setup.validation}
+    asked = {"source": setup.source, "split": setup.split, "n": setup.n,
+             "pictures": _pictures(setup.source, setup.split, setup.teacher), "seed": ASKED,
+             "control": _control(cell.control) if cell.control else None, "steps": cell.row.steps,
+             "guidance": guidance, "teacher": weights(setup.teacher), "quick": setup.quick,
+             "extractors": _extractors(setup.source, setup.quick, setup.extractors, evaluation.judge())}
+    if setup.scores:
+        asked["scores"] = setup.scores
+    if not cell.control:
+        asked |= {"prompts": _digest(read_prompts(setup.prompts))} if setup.prompts else {}
+        judge = ASSETS / "nano-judge"  # who judges prompts
         asked["judge"] = weights(str(judge)) if judge.is_dir() else None
     return json.loads(json.dumps({"model": plan(cell.model), "asked": asked}))
 
@@ -145,76 +151,69 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _stem(cell: Cell, setting: Setting) -> str:
-    how = [] if cell.row.steps == 1 else [f"{cell.row.steps}steps"]
-    how += [f"guidance{cell.row.guidance:g}"] if isinstance(cell.row.guidance, float) else []
-    return "-".join([cell.model.name.replace("/", "_"), *([cell.control] if cell.control else []), *how,
-                     f"n{setting.n}"])
+def _named(cell: Cell, setup: Setup, whole: dict[str, Any]) -> str:
+    """The name, without suffix, of a file that `whole` decides."""
+    row = cell.row
+    words = (cell.model.name.replace("/", "_"), cell.control, f"{row.steps}steps" if row.steps > 1 else "",
+             f"guidance{row.guidance:g}" if isinstance(row.guidance, float) else "", f"n{setup.n}", _digest(whole))
+    return "-".join(filter(None, words))
 
 
-def place(cell: Cell, setting: Setting) -> Path:
+def place(cell: Cell, setup: Setup) -> Path:
     """The cell's file; its model is finished."""
-    whole = {**identity(cell, setting), "weights": weights(cell.model.path)}
-    return setting.out / "cells" / f"{_stem(cell, setting)}-{_digest(whole)}.json"
+    whole = {**identity(cell, setup), "weights": weights(cell.model.path)}
+    return setup.out / "cells" / f"{_named(cell, setup, whole)}.json"
 
 
-def _failure(cell: Cell, setting: Setting) -> Path:
-    return setting.out / "cells" / f"{_stem(cell, setting)}-{_digest(identity(cell, setting))}.failed.json"
+def _failure(cell: Cell, setup: Setup) -> Path:
+    return setup.out / "cells" / f"{_named(cell, setup, identity(cell, setup))}.failed.json"
 
 
 # What is there
 
 
-def stored(cell: Cell, setting: Setting) -> dict[str, Any] | None:
+def stored(cell: Cell, setup: Setup) -> Record | None:
     """The cell's record, if it was measured: here, or on a page that is known."""
-    own = _read(place(cell, setting)) if finished(cell.model) else None
-    return own or _known(cell, setting)
+    own = load(Record, place(cell, setup)) if finished(cell.model) else None
+    return own or _known(cell, setup)
 
 
-def _known(cell: Cell, setting: Setting) -> dict[str, Any] | None:
+def _known(cell: Cell, setup: Setup) -> Record | None:
     """A page's record of this recipe, teacher, pictures and measurements: its file's name is a digest of them.
 
     A recipe whose result ships may have been measured on the run itself, before it shipped.
     """
-    if not setting.known:
+    if not setup.known:
         return None
-    ships, spec = setting.scale.shipped, cell.row.on.get(cell.published, cell.row.spec)
-    before = [{}, *({k: v for k, v in ships.items() if k != key} for key in ships)]
-    models = [settled(spec, replace(setting, scale=replace(setting.scale, shipped=s)), cell.control or "", cell.seed)
-              for s in before]
-    wanted = [(_stem(own, setting), identity(own, setting))
-              for own in (cell, *(replace(cell, model=model) for model in models if model != cell.model))]
-    for page in setting.known:
-        for record in _records_of(page):
-            names = [f"{stem}-{_digest({**whole, 'weights': record['weights']})}.json" for stem, whole in wanted]
-            if record["file"] in names:
-                return {**record, "taken_from": Path(page).name}
+    ships = setup.shipped
+    before = [replace(setup, shipped=s) for s in ({}, *({k: ships[k] for k in ships if k != one} for one in ships))]
+    same = [cell, *(own for own in map(cell.on, before) if own.model != cell.model)]
+    wanted = [(own, identity(own, setup)) for own in same]
+    for page in setup.known:
+        for _, _, record in load_page(page).records():
+            if any(record.file == f"{_named(own, setup, {**whole, 'weights': record.weights})}.json"
+                   for own, whole in wanted):
+                return replace(record, taken_from=Path(page).name)
     return None
 
 
-@cache
-def _records_of(page: str) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(Path(page).read_text(encoding="utf-8"))["rows"]
-        return [record for row in rows for found in row["cells"].values() for record in found["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{page} is not the .json of a page ({in_short(error)}); give --known one that jdm reproduce "
-                         "wrote") from None
+def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
+    """For each known page, in one line, which of these cells it has and cannot give: made on other terms."""
+    lines = []
+    for file in setup.known:
+        page = load_page(file)
+        if other := [c.name for c in found if page.result(c.row.key, c.column).records and not stored(c, setup)]:
+            lines.append(f"{Path(file).name} (jdm {page.version}) has {', '.join(dict.fromkeys(other))} by other "
+                         "settings, pictures or weights than they would have now: not taken")
+    return lines
 
 
-def failed(cell: Cell, setting: Setting) -> str | None:
+def failed(cell: Cell, setup: Setup) -> str | None:
     """In one line, why the cell has no record, where something stopped it."""
     try:
-        return (_read(_failure(cell, setting)) or {}).get("reason") if stored(cell, setting) is None else None
+        return read_json(_failure(cell, setup)).get("reason") if stored(cell, setup) is None else None
     except UsageError as error:
         return one_line(error)
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return {**json.loads(file.read_text(encoding="utf-8")), "file": file.name}
-    except (OSError, ValueError):
-        return None
 
 
 def one_line(error: Exception) -> str:
@@ -227,59 +226,55 @@ def one_line(error: Exception) -> str:
 # Filling it
 
 
-def fill(cell: Cell, setting: Setting, watch: Watch = lambda run: nullcontext()) -> dict[str, Any]:
+def fill(cell: Cell, setup: Setup, watch: Watch = lambda run: nullcontext()) -> Record:
     """The cell's record: read if it is there, else its model is made and measured.
 
     Raises:
         UsageError, RunError: it cannot be filled; `note_failure` writes that down.
     """
-    if record := stored(cell, setting):
+    if record := stored(cell, setup):
         return record
     make(cell.model, watch)
-    guidance, tuning = cell.row.guidance, None
-    if guidance == VALIDATION:
-        tuning = tuned(cell, setting)
-        guidance = tuning["chosen"]
-    row = _measured(cell, setting, guidance)  # type: ignore[arg-type]
-    record = {**identity(cell, setting), "weights": weights(cell.model.path), "seed": cell.seed, "measured": row,
-              "tuning": tuning, "training": stages(cell.model), "course": course(cell.model)}
-    file = place(cell, setting)
-    write(file, json.dumps(record, indent=1) + "\n")
-    _failure(cell, setting).unlink(missing_ok=True)
-    return {**json.loads(json.dumps(record)), "file": file.name}
+    tuning = tuned(cell, setup) if cell.row.guidance == VALIDATION else None
+    row = _measured(cell, setup, tuning.chosen if tuning else cell.row.guidance)  # type: ignore[arg-type]
+    file = place(cell, setup)
+    record = Record(cell.seed, weights(cell.model.path), row, tuning, tuple(stages(cell.model)), course(cell.model),
+                    file.name)
+    save(file, record, **identity(cell, setup))
+    _failure(cell, setup).unlink(missing_ok=True)
+    return record
 
 
-def _measured(cell: Cell, setting: Setting, guidance: float | None) -> dict[str, Any]:
-    scale, model, steps = setting.scale, cell.model.path, cell.row.steps
-    if setting.prompts and cell.control is None:
-        return evaluation.evaluate_prompts(model, read_prompts(setting.prompts), scale.scores, setting.n, ASKED, steps,
-                                           guidance, setting.device)
-    return evaluation.evaluate(model, cell.control, setting.n, ASKED, scale.source, scale.split, steps, guidance,
-                               scale.model, setting.quick, scale.scores, scale.extractors, setting.device)
+def _measured(cell: Cell, setup: Setup, guidance: float | None) -> dict[str, Any]:
+    model, steps = cell.model.path, cell.row.steps
+    if setup.prompts and not cell.control:
+        return evaluation.evaluate_prompts(model, read_prompts(setup.prompts), setup.scores, setup.n, ASKED, steps,
+                                           guidance, setup.device)
+    return evaluation.evaluate(model, cell.control or None, setup.n, ASKED, setup.source, setup.split, steps, guidance,
+                               setup.teacher, setup.quick, setup.scores, setup.extractors, setup.device)
 
 
-def note_failure(cell: Cell, setting: Setting, error: Exception) -> None:
+def note_failure(cell: Cell, setup: Setup, error: Exception) -> None:
     """Keep why a cell could not be filled, for its page; the next attempt that succeeds removes it."""
     try:
-        write(_failure(cell, setting), json.dumps({"cell": cell.name, "reason": one_line(error)}, indent=1) + "\n")
+        write(_failure(cell, setup), json.dumps({"cell": cell.name, "reason": one_line(error)}, indent=1) + "\n")
     except (UsageError, RunError):  # the cell says so itself, or the disk is full: the page can still be tried
         return
 
 
-def tuned(cell: Cell, setting: Setting) -> dict[str, Any]:
+def tuned(cell: Cell, setup: Setup) -> Tuning:
     """The guidance of least distance on validation pictures, with every candidate's distance; kept as the cell is."""
-    scale = setting.scale
-    whole = {"weights": weights(cell.model.path), **identity(cell, setting)["asked"], "n": TUNED_ON}
-    file = setting.out / "cells" / f"guidance-{cell.model.name}-{_digest(whole)}.json"
-    if record := _read(file):
-        return record
-    model = load_model(cell.model.path).to(setting.device)
-    pictures = load_pictures(scale.source, scale.validation, model.size)
+    whole = {"weights": weights(cell.model.path), **identity(cell, setup)["asked"], "n": TUNED_ON}
+    file = setup.out / "cells" / f"guidance-{cell.model.name}-{_digest(whole)}.json"
+    if tuning := load(Tuning, file):
+        return tuning
+    model = load_model(cell.model.path).to(setup.device)
+    pictures = load_pictures(setup.source, setup.validation, model.size)
     control = checked(load_control(cell.control), model.size) if cell.control else None
-    questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED, setting.device)
-    extractor = evaluation.extractors(scale.source, True, scale.extractors, setting.device)[0]
-    target = evaluation.references(scale.model, [extractor], load_pictures(scale.source, "test", model.size),
-                                   device=setting.device)
+    questions = Questions.of(pictures, control, min(TUNED_ON, len(pictures)), ASKED, setup.device)
+    extractor = evaluation.extractors(setup.source, True, setup.extractors, setup.device)[0]
+    target = evaluation.references(setup.teacher, [extractor], load_pictures(setup.source, "test", model.size),
+                                   device=setup.device)
 
     def distance(guidance: float) -> float:
         made = answers(Sampler(model, cell.row.steps, guidance), questions, control)
@@ -288,22 +283,14 @@ def tuned(cell: Cell, setting: Setting) -> dict[str, Any]:
 
     distances = {f"{w:g}": distance(w) for w in AMONG}
     chosen = float(min(distances, key=distances.__getitem__))
-    record = {"chosen": chosen, "distances": distances, "n": len(questions), "split": pictures.source}
-    write(file, json.dumps(record, indent=1) + "\n")
-    return {**record, "file": file.name}
+    tuning = Tuning(chosen, distances, len(questions))
+    save(file, tuning)
+    return tuning
 
 
-def measuring_seconds(cell: Cell, setting: Setting) -> float:
+def measuring_seconds(cell: Cell, setup: Setup) -> float:
     """About how long the measurement takes on two CPU cores: of nano-sd, about 1 ms a picture and evaluation."""
     nfe = 1 if cell.row.steps == 1 else cell.row.steps * (1 if cell.row.guidance == 1 else 2)
-    made = setting.n + (128 if setting.quick else 512) + 4 * 64
+    made = setup.n + (128 if setup.quick else 512) + 4 * 64
     tuning = TUNED_ON * len(AMONG) * nfe if cell.row.guidance == VALIDATION else 0
-    return 0.001 * (made * nfe + tuning) + (0 if setting.quick else 0.011 * setting.n) + 10
-
-
-def by_cell(found: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
-    """(row, column) -> its cells, one a seed."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in found:
-        groups.setdefault((cell.row.key, cell.column), []).append(cell)
-    return groups
+    return 0.001 * (made * nfe + tuning) + (0 if setup.quick else 0.011 * setup.n) + 10

@@ -15,36 +15,35 @@ from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler
 from jdm.library import load_model
 from jdm.reproduce.cells import ASKED, Cell, stored
-from jdm.reproduce.models import Setting, finished
+from jdm.reproduce.models import finished
 from jdm.reproduce.page import NAMES, number
+from jdm.reproduce.results import Page
+from jdm.reproduce.setups import Setup
 from jdm.space import to_bytes
 
 PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels: of a picture, a label, its letters
 
 
-def figure(found: Sequence[Cell], setting: Setting, data: dict[str, Any]) -> Image.Image:
+def figure(found: Sequence[Cell], setup: Setup, page: Page) -> Image.Image:
     """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where there is no
     model to draw with."""
-    first = found[0]
-    model = load_model(setting.scale.model)
-    control = checked(load_control(first.control), model.size) if first.control else None
-    pictures = load_pictures(setting.scale.source, setting.scale.split, model.size)
-    questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED, setting.device)
+    model = load_model(setup.teacher)
+    control = checked(load_control(found[0].control), model.size) if found[0].control else None
+    pictures = load_pictures(setup.source, setup.split, model.size)
+    questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED, setup.device)
     rows: list[tuple[str, Tensor | None]] = [("real pictures", to_bytes(questions.images * 2 - 1))]
     if control is not None and questions.c is not None:
-        rows.append((f"their control: {first.control}", to_bytes(control.image(questions.c) * 2 - 1)))
+        rows.append((f"their control: {found[0].control}", to_bytes(control.image(questions.c) * 2 - 1)))
     for cell in (c for c in found if c.seed == 0):
-        shown = next(r for r in data["rows"] if r["row"] == cell.row.key)["cells"][cell.column]
-        values, record = shown["values"], stored(cell, setting)
-        numbers = ", ".join(f"{NAMES[k]} {number(values, k)}" for k in data["measures"] if k in values)
-        label = f"{cell.row.title}\n{numbers or shown['state']}"
-        if not record or not finished(cell.model):  # a known page has numbers and no model
-            rows.append((label, None))
-            continue
-        guidance = record["measured"]["guidance"]
-        drawn_by = load_model(cell.model.path).to(setting.device)
-        sampler = Sampler(drawn_by, cell.row.steps, 1.0 if guidance is None else guidance)
-        rows.append((label, answers(sampler, questions, control)))
+        result, record = page.result(cell.row.key, cell.column), stored(cell, setup)
+        numbers = ", ".join(f"{NAMES[k]} {number(result.values, k)}" for k in page.measures if k in result.values)
+        drawn = None
+        if record and finished(cell.model):  # a known page has numbers and no model
+            guidance = record.measured["guidance"]
+            drawn_by = load_model(cell.model.path).to(setup.device)
+            drawn = answers(Sampler(drawn_by, cell.row.steps, 1.0 if guidance is None else guidance), questions,
+                            control)
+        rows.append((f"{cell.row.title}\n{numbers or result.state}", drawn))
     return sheet(rows)
 
 
@@ -73,5 +72,3 @@ def _wrapped(line: str, draw: ImageDraw.ImageDraw, font: Any) -> list[str]:
         else:
             pieces[-1] = longer
     return pieces
-
-

@@ -1,130 +1,246 @@
-"""A table's numbers, gathered from its cells' files into one JSON object: all that its page shows."""
+"""The numbers of a table, typed: what a cell's file and a page's .json hold, read and written here alone."""
 
 from __future__ import annotations
 
-import platform
+import dataclasses
+import json
 import statistics
-import subprocess
-from collections.abc import Sequence
-from datetime import date
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
+from jdm.errors import UsageError, in_short
+from jdm.files import write
 
-from jdm import __version__
-from jdm.reproduce.cells import Cell, by_cell, columns, failed, stored
-from jdm.reproduce.models import Setting
-from jdm.reproduce.tables import Table
-from jdm.reproduce.verdicts import answers, headline
-
+T = TypeVar("T")
 KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance",
         "consistency_same_prompt", "consistency_blank", "consistency_round_trip", "diversity", "prompt_agreement",
         "judge", "judge_accuracy", "hpsv2_anime", "hpsv2_concept_art", "hpsv2_paintings", "hpsv2_photo", "hpsv2",
         "aesthetic", "clip", "std", "nfe", "seconds_per_image", "seconds_per_image_batch1")
-BASELINE = "controlnet"  # of the diversity's ratio
 
 
-def gathered(table: Table, setting: Setting, found: Sequence[Cell], seeds: int, command: str) -> dict[str, Any]:
-    """The table as it stands, partly filled or whole.
+@dataclass(frozen=True)
+class Value:
+    """A measurement; `spread` is its error, None where none is known."""
 
-    Args:
-        found: every cell of the table.
-        command: what fills it.
+    mean: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training behind a model; `seconds` are the median step's times steps, None where no log says."""
+
+    name: str
+    steps: int
+    batch: int
+    seconds: float | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The guidance of least distance on n validation pictures, with the distance of every candidate."""
+
+    chosen: float
+    distances: dict[str, float]
+    n: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a cell's file holds: one model, measured.
+
+    Attributes:
+        measured: as `evaluate` returns it.
+        course: what the run measured on validation pictures as it trained, probe by probe.
+        file: name of the cell's file, a digest of everything that decided these numbers.
+        taken_from: the page it was read from, where it was not measured here.
     """
-    groups = by_cell(found)
-    rows = []
-    for row in table.rows:
-        own = {column: _cell(groups[row.key, column], setting) for column in columns(table, setting)
-               if (row.key, column) in groups}
-        rows.append({"row": row.key, "title": row.title, "part": row.part, "beside": row.beside, "steps": row.steps,
-                     "published": row.published, "cells": own})
-    _compare(rows)
-    for row in rows:
-        row["average"] = _average(row["cells"]) if len(columns(table, setting)) > 1 else None
-    data = {"table": table.name, "title": table.title, "date": str(date.today()), "version": __version__,
-            "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-            "processor": platform.machine(), "scale": setting.scale.name, "teacher": setting.scale.model,
-            "source": setting.scale.source, "split": setting.scale.split, "n": setting.n, "seeds": seeds,
-            "file": _file(table, setting), "columns": columns(table, setting),
-            "measures": list(setting.scale.measures.get(table.name, table.measures)), "command": command, "rows": rows}
-    return data | {"headline": headline(data), "answers": answers(data)}
+
+    seed: int
+    weights: str
+    measured: dict[str, Any]
+    tuning: Tuning | None = None
+    training: tuple[Stage, ...] = ()
+    course: tuple[dict[str, float], ...] = ()
+    file: str = ""
+    taken_from: str = ""
 
 
-def _file(table: Table, setting: Setting) -> str:
-    """The page's name without suffix; a trial with other settings than the table's does not replace it."""
-    trial = [setting.scale.name if setting.scale.name != "nano" else "",
-             f"n{setting.n}" if setting.n != table.n else "", f"{setting.steps}steps" if setting.steps else "",
-             "quick" if setting.quick else ""]
-    return "-".join([str(date.today()), table.name, *filter(None, trial)])
+@dataclass(frozen=True)
+class Result:
+    """One row on one column, over training seeds.
+
+    Attributes:
+        state: "measured", "failed", "not measured", or "left out" unless asked for.
+        reasons: why seeds failed. asked: number of seeds.
+        values: of the measurements, by their names in KEYS, and "diversity_ratio" to the multi-step ControlNet.
+    """
+
+    cell: str = ""
+    state: str = ""
+    reasons: tuple[str, ...] = ()
+    asked: int = 0
+    records: tuple[Record, ...] = ()
+    values: dict[str, Value] = field(default_factory=dict)
 
 
-def _cell(group: list[Cell], setting: Setting) -> dict[str, Any]:
-    """One row on one column, over seeds."""
-    records, reasons = [], []
-    for cell in group:
-        if reason := failed(cell, setting):
-            reasons.append(reason)
-        elif record := stored(cell, setting):
-            kept = ("seed", "file", "weights", "measured", "tuning", "training")
-            more = {"course": record.get("course", [])}
-            more |= {"taken_from": record["taken_from"]} if "taken_from" in record else {}
-            records.append({k: record[k] for k in kept} | more)
-    state = "measured" if records else "failed" if reasons else "not measured" if group[0].default else "left out"
-    return {"cell": group[0].name, "state": state, "reasons": reasons, "asked": len(group), "records": records,
-            "values": _values([r["measured"] for r in records])}
+@dataclass(frozen=True)
+class Line:
+    """A row of a page: a `jdm.reproduce.tables.Row` and its results by column."""
+
+    row: str
+    title: str
+    cells: dict[str, Result]
+    part: str = ""
+    beside: str = ""
+    steps: int = 1
+    published: str = ""
+    average: dict[str, Value] | None = None
 
 
-def _values(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread of each measurement: over seeds where there are several, else by the bootstrap if it has one."""
+@dataclass(frozen=True)
+class Answer:
+    """A question that a table was made to answer, and the numbers its verdict rests on."""
+
+    question: str
+    verdict: str
+    columns: tuple[str, ...]
+    text: str
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that a page shows.
+
+    Attributes:
+        file: the page's name without suffix.
+        columns: own name of a column -> the paper's.
+        measures: keys of the measurements in the paper's form of the table.
+        command: what fills it.
+        picture: name of the figure's file.
+    """
+
+    table: str
+    title: str
+    date: str
+    version: str
+    commit: str
+    python: str
+    torch: str
+    processor: str
+    scale: str
+    teacher: str
+    source: str
+    split: str
+    n: int
+    seeds: int
+    file: str
+    columns: dict[str, str]
+    measures: tuple[str, ...]
+    command: str
+    rows: tuple[Line, ...]
+    headline: str = ""
+    answers: tuple[Answer, ...] = ()
+    picture: str = ""
+
+    def result(self, row: str, column: str) -> Result:
+        """A row on a column; one without records where there is none."""
+        return next((line.cells[column] for line in self.rows if line.row == row and column in line.cells), Result())
+
+    def shared(self, *rows: str) -> tuple[str, ...]:
+        """The columns that all of these rows were measured on."""
+        return tuple(c for c in self.columns if all(self.result(row, c).values for row in rows))
+
+    def over(self, row: str, columns: Sequence[str], key: str) -> Value | None:
+        """A row's mean over columns, as the function `over`."""
+        return over([self.result(row, column) for column in columns], key)
+
+    def records(self) -> Iterator[tuple[Line, str, Record]]:
+        """Every (row, column, record)."""
+        for line in self.rows:
+            for column, result in line.cells.items():
+                yield from ((line, column, record) for record in result.records)
+
+
+def values_of(records: Sequence[Record]) -> dict[str, Value]:
+    """Each measurement over seeds; of one seed, with the bootstrap's error where it has one."""
     found = {}
     for key in KEYS:
-        seen = [float(row[key]) for row in measured if row.get(key) is not None]
+        seen = [float(r.measured[key]) for r in records if r.measured.get(key) is not None]
         if len(seen) > 1:
-            found[key] = {"mean": statistics.fmean(seen), "spread": statistics.stdev(seen), "of": f"{len(seen)} seeds"}
+            found[key] = Value(statistics.fmean(seen), statistics.stdev(seen))
         elif seen:
-            spread = measured[0].get(f"{key}_spread")
-            found[key] = {"mean": seen[0], "spread": spread, "of": "bootstrap" if spread is not None else None}
+            found[key] = Value(seen[0], records[0].measured.get(f"{key}_spread"))
     return found
 
 
-def _compare(rows: list[dict[str, Any]]) -> None:
-    """Diversity as a ratio to the multi-step ControlNet's on the same column."""
-    base = next((row["cells"] for row in rows if row["row"] == BASELINE), {})
-    for row in rows:
-        for column, cell in row["cells"].items():
-            own, other = (c["values"].get("diversity") for c in (cell, base.get(column, {"values": {}})))
-            if own and other and other["mean"] > 0:
-                cell["values"]["diversity_ratio"] = {"mean": own["mean"] / other["mean"], "spread": None, "of": None}
+def over(results: Sequence[Result], key: str) -> Value | None:
+    """The mean over columns; None where one of them lacks the measurement.
 
-
-def _average(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """Over the columns, where all of them are measured.
-
-    Its spread is of the seeds' averages where every column has the same several seeds; else columns count as
-    independent.
+    Its error is of the seeds' means where every column has the same several seeds; else columns count as independent.
     """
-    values = [cell["values"] for cell in cells.values()]
-    shared = set.intersection(*(set(v) for v in values)) if values else set()
-    found = {}
-    for key in (k for k in (*KEYS, "diversity_ratio") if k in shared):
-        spreads = [v[key]["spread"] for v in values]
-        spread = None if None in spreads else sum(s**2 for s in spreads) ** 0.5 / len(spreads)
-        seeds = [{r["seed"]: r["measured"].get(key) for r in cell["records"]} for cell in cells.values()]
-        own = statistics.fmean(v[key]["mean"] for v in values)
-        if key != "diversity_ratio" and len(seeds[0]) > 1 and all(s.keys() == seeds[0].keys() for s in seeds):
-            each = [statistics.fmean(s[seed] for s in seeds) for seed in seeds[0]]
-            found[key] = {"mean": own, "spread": statistics.stdev(each), "of": f"{len(each)} seeds"}
-        else:
-            found[key] = {"mean": own, "spread": spread, "of": "columns" if spread is not None else None}
-    return found or None
+    values = [result.values[key] for result in results if key in result.values]
+    if not values or len(values) < len(results):
+        return None
+    mean = statistics.fmean(v.mean for v in values)
+    columns = [{r.seed: r.measured[key] for r in result.records if r.measured.get(key) is not None}
+               for result in results]
+    if len(columns[0]) > 1 and all(seeds.keys() == columns[0].keys() for seeds in columns):
+        each = [statistics.fmean(seeds[seed] for seeds in columns) for seed in columns[0]]
+        return Value(mean, statistics.stdev(each))
+    spreads = [v.spread for v in values if v.spread is not None]
+    return Value(mean, sum(s**2 for s in spreads) ** 0.5 / len(values) if len(spreads) == len(values) else None)
 
 
-def commit() -> str:
-    """The commit of the source this package runs from; empty where it is installed without one."""
+# Files
+
+
+def save(file: Path, value: Any, **more: Any) -> None:
+    """Write a dataclass of this module as JSON, `more` beside its fields."""
+    write(file, json.dumps({**more, **dataclasses.asdict(value)}, indent=1) + "\n")
+
+
+def load(kind: type[T], file: Path) -> T | None:
+    """What `save` wrote, with the file's name in it; None where there is no such file."""
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                              capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return decoded(kind, {**json.loads(file.read_text(encoding="utf-8")), "file": file.name})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@cache
+def load_page(file: str) -> Page:
+    """A page from its .json.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return decoded(Page, json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file} is not the .json of a page ({in_short(error)}); give --known one that jdm reproduce "
+                         "wrote") from None
+
+
+def decoded(kind: Any, value: Any) -> Any:
+    """JSON -> a value of a type. Fields that a dataclass has not are passed over, so that older files can be read."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else decoded(inner[0], value)
+    if origin is tuple:
+        return tuple(decoded(inner[0], v) for v in value)
+    if origin is dict:
+        return {k: decoded(inner[1], v) for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{k: decoded(hints[k], v) for k, v in value.items() if k in hints})  # type: ignore[operator]
+    return value

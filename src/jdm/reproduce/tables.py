@@ -5,7 +5,7 @@ Published numbers are of SD1.5 and stand under the paper's own names: nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,7 +76,7 @@ class Table:
 DIFF_INSTRUCT = Trained("diff-instruct", control="")
 CONTROLNET = Trained("controlnet")
 PHASE_1 = Trained("canny", control="canny")
-PHASE_2 = Trained("shared", needs=(("start", PHASE_1),))
+PHASE_2 = Trained("shared", needs=(("student.start", PHASE_1),))
 WEAK = Trained("weak-teacher", control="", needs=(("vae", Given(part="vae")),))
 
 
@@ -85,7 +85,7 @@ def _on_diff_instruct(recipe: str) -> Trained:
 
 
 def _from_diff_instruct(recipe: str, *needs: tuple[str, Spec]) -> Trained:
-    return Trained(recipe, needs=(("start", DIFF_INSTRUCT), *needs))
+    return Trained(recipe, needs=(("student.start", DIFF_INSTRUCT), *needs))
 
 
 def _on_weak(recipe: str, *needs: tuple[str, Spec]) -> Trained:
@@ -97,8 +97,8 @@ _new = partial(Row, part="In no paper", beside="no-warm-up")
 MANY = Row("controlnet", "ControlNet, 50 steps", CONTROLNET, steps=50, guidance=VALIDATION, published="controlnet")
 BOLTED = Row("di-controlnet", "DI + ControlNet", Composed(DIFF_INSTRUCT, CONTROLNET), published="di-controlnet")
 SHARED = Row("jdm", "JDM", PHASE_2, on={"canny": PHASE_1}, published="jdm")
-JOINT = Row("jdm-joint", "JDM, its UNet trained on for each control", Trained("joint", needs=(("start", PHASE_1),)),
-            default=CONTROLS[1:])
+JOINT = Row("jdm-joint", "JDM, its UNet trained on for each control",
+            Trained("joint", needs=(("student.start", PHASE_1),)), default=CONTROLS[1:])
 FROZEN_DI = Row("frozen-di", "JDM on a frozen Diff-Instruct UNet", FROZEN, published="jdm-dagger")
 RIVAL = Row("nct", "NCT", _on_diff_instruct("nct"), published="nct")
 TWO_STAGES = Row("controlled-teacher", "controlled teacher, then distilled",
@@ -170,14 +170,14 @@ TABLE_2 = Table("table2", "ablations and potential baselines", (
         _from_diff_instruct("controlled-fake")),
     _new("draws", "without warm-up, (b): four samples of p(x|x_t)", _from_diff_instruct("draws")),
     _new("frozen-posterior", "without warm-up, (c): a frozen posterior of real pictures",
-        _from_diff_instruct("frozen-posterior", ("frozen_posterior", Trained("posterior", control="")))),
+        _from_diff_instruct("frozen-posterior", ("condition.posterior.model", Trained("posterior", control="")))),
     _new("from-nct", "without warm-up, its ControlNet NCT's first",
-         _from_diff_instruct("from-nct", ("controlnet_start", RIVAL.spec))),
+         _from_diff_instruct("from-nct", ("controlnet.start", RIVAL.spec))),
     Row("one-t", "without warm-up, one noise level for both terms", _from_diff_instruct("one-t"), beside="no-warm-up"),
     Row("unfrozen", "without warm-up, the UNet trained on", _from_diff_instruct("unfrozen"), beside="no-warm-up"),
 ), columns=("canny", "depth"), published=BASELINES)
 
-GUIDE = ("guide", Given(guide=True))
+GUIDE = ("guidance.teacher", Given(guide=True))
 REWARD = Row("reward", "JDM + HFL (Eq. 9, on the noisy posterior)", _on_weak("text-reward"))
 REWARD_CLEAN = Row("reward-clean", "HFL on the clean sample", _on_weak("text-reward-clean"))
 OWN = Row("own", "its own guidance, no reward", _on_weak("text-own"))
@@ -207,16 +207,10 @@ FIG_6 = Table("fig6", "reward on clean samples and on the noisy posterior", (
 TABLES = {table.name: table for table in (TABLE_1, TABLE_2, TABLE_3, FIG_1, FIG_3, FIG_6)}
 
 
-def recipes(table: Table) -> set[str]:
-    """Those the table's cells are trained by, without prefix."""
-    return {name for row in table.rows for spec in (row.spec, *row.on.values()) for name in _recipes(spec)}
-
-
-def _recipes(spec: Spec) -> Iterator[str]:
-    if isinstance(spec, Trained):
-        yield spec.recipe
-        for _, need in spec.needs:
-            yield from _recipes(need)
-    elif isinstance(spec, Composed):
-        yield from _recipes(spec.unet)
-        yield from _recipes(spec.controlnet)
+def specs(table: Table) -> list[Spec]:
+    """Of every model that the table's cells are measured on or made from."""
+    found = [spec for row in table.rows for spec in (row.spec, *row.on.values())]
+    for spec in found:  # grows as it goes
+        found += [need for _, need in spec.needs] if isinstance(spec, Trained) else \
+            [spec.backbone, spec.controlnet] if isinstance(spec, Composed) else []
+    return found

@@ -2,267 +2,231 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from jdm.reproduce.page import DIGITS, NAMES
+from jdm.reproduce.results import Answer, Page, Value
+from jdm.reproduce.tables import TEXT
 
 CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
 CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share
-ERRORS = 2.0  # bootstrap errors within which two numbers are not told apart
-Values = dict[str, dict[str, Any]]
+ERRORS = 2.0  # errors within which two numbers are not told apart
+# (name, key, which is best), of tables with controls and of text-to-image.
+OBEYING = (("consistency", "consistency", min), ("distance", "fd", min))
+TEXTUAL = (("prompt agreement", "prompt_agreement", max), ("judge", "judge", max), ("HPSv2.1", "hpsv2", max),
+           ("CLIP", "clip", max), ("distance", "fd", min))
 
 
-def headline(data: dict[str, Any]) -> str:
-    """Who wins, on average over the columns that most methods have; of text-to-image, who agrees best."""
-    if list(data["columns"]) == ["text"]:
-        students = {**data, "rows": [row for row in data["rows"] if row["steps"] == 1]}
-        said = [f"best {name} {who}" for name, key, largest in (
-            ("prompt agreement", "prompt_agreement", True), ("judge", "judge", True), ("HPSv2.1", "hpsv2", True),
-            ("CLIP", "clip", True), ("distance", "fd", False))
-            if (who := _winner(students, ["text"], key, largest))]
-        return "of one-step students " + ", ".join(said) if said else "nothing measured yet"
-    shared = _shared_columns(data)
-    if not shared:
+def headline(page: Page) -> str:
+    """Who wins, and among which rows: those measured on every column, where two are; else on the one that most have."""
+    text, columns = list(page.columns) == [TEXT], tuple(page.columns)
+    whole = _measured(page, columns)
+    if len(whole) < 2:
+        columns = (max(columns, key=lambda column: len(_measured(page, (column,)))),)
+        whole = _measured(page, columns)
+    rows = {line.row: line.title for line in page.rows if line.row in whole and (line.steps == 1 or not text)}
+    best = []
+    for name, key, choose in TEXTUAL if text else OBEYING:
+        if means := {row: value.mean for row in rows if (value := page.over(row, columns, key))}:
+            row = choose(means, key=means.__getitem__)
+            best.append(f"best {'average ' if len(columns) > 1 else ''}{name} {rows[row]} "
+                        f"({means[row]:.{4 if key == 'consistency' else 3}f})")
+    if not best:
         return "nothing measured yet"
-    over = "" if shared == list(data["columns"]) else f" over {', '.join(shared)} alone"
-    average = "average " if len(shared) > 1 else ""
-    return (f"best {average}consistency{over} {_winner(data, shared, 'consistency', False)}, best {average}distance "
-            f"{_winner(data, shared, 'fd', False)}")
+    among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {', '.join(columns)}"
+    return f"of {among}: {', '.join(best)}"
 
 
-def answers(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions of this table that its cells can answer: question, verdict, and the numbers it rests on."""
-    asked = {"table1": (_claim, _phase_2, _frozen, _rival), "table2": (_ignored, _changed),
-             "table3": (_guided, _hacked, _turned), "fig6": (_hacked, _turned)}
-    return [answer for question in asked.get(data["table"], ()) if (answer := question(data))]
+def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
+    """The rows that have all these columns."""
+    return [line.row for line in page.rows if set(columns) <= set(page.shared(line.row))]
 
 
-def over(data: dict[str, Any], row: str, columns: Iterable[str], key: str) -> dict[str, Any] | None:
-    """A row's mean over columns with its spread, columns counted as independent; None where one is missing."""
-    values = [_values(data, row, column).get(key) for column in columns]
-    if not values or any(v is None for v in values):
-        return None
-    spreads = [v["spread"] for v in values]  # type: ignore[index]
-    spread = None if None in spreads else sum(s**2 for s in spreads) ** 0.5 / len(spreads)
-    return {"mean": sum(v["mean"] for v in values) / len(values), "spread": spread}  # type: ignore[index]
+@dataclass(frozen=True)
+class Difference:
+    """How far one measurement is from another.
+
+    Attributes:
+        more: the first less the second.
+        ratio: the first over the second; None where that is not positive.
+        errors: `more` in errors of the difference; None where those are not known.
+    """
+
+    more: float
+    ratio: float | None
+    errors: float | None
+
+    @classmethod
+    def of(cls, a: Value, b: Value) -> Difference:
+        error = None if a.spread is None or b.spread is None else (a.spread**2 + b.spread**2) ** 0.5
+        more = a.mean - b.mean
+        return cls(more, a.mean / b.mean if b.mean > 0 else None, more / error if error else None)
+
+    def said(self, key: str) -> str:
+        ratio = "" if self.ratio is None else f"x {self.ratio:.2f}, "
+        errors = "no error known" if self.errors is None else f"{self.errors:+.1f} errors"
+        return f"{NAMES[key].partition(',')[0]} {self.more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
 
 
-def _values(data: dict[str, Any], row: str, column: str) -> Values:
-    return _cell(data, row, column)["values"]
+@dataclass(frozen=True)
+class Pair:
+    """Row `a` beside row `b`: the differences of their means over columns that both have, by measurement."""
+
+    a: str
+    b: str
+    columns: tuple[str, ...]
+    found: dict[str, Difference]
+
+    def ratio(self, key: str, default: float) -> float:
+        """Of a measurement; the default where there is none."""
+        own = self.found.get(key)
+        return default if own is None or own.ratio is None else own.ratio
+
+    def errors(self, key: str) -> float | None:
+        return self.found[key].errors if key in self.found else None
 
 
-def _cell(data: dict[str, Any], row: str, column: str) -> dict[str, Any]:
-    found = next((r for r in data["rows"] if r["row"] == row), {"cells": {}})
-    return found["cells"].get(column, {"values": {}, "records": []})
+Verdict = bool | str | None  # None: not told
 
 
-def _rows(data: dict[str, Any], columns: Iterable[str]) -> list[str]:
-    columns = list(columns)
-    return [r["row"] for r in data["rows"] if all(_values(data, r["row"], c) for c in columns)]
+@dataclass(frozen=True)
+class Question:
+    """A question that pairs of rows answer.
+
+    Attributes:
+        pairs: (a, b); every row that stands beside another where there are none.
+        keys: what is compared. by: those of them that the verdict rests on, one of which must be there.
+        controls: each of phase 2's controls, which canny is not, is compared for itself.
+    """
+
+    asked: str
+    verdict: Callable[[Sequence[Pair]], Verdict]
+    pairs: tuple[tuple[str, str], ...] = ()
+    keys: tuple[str, ...] = ("consistency", "fd")
+    by: tuple[str, ...] = ("consistency",)
+    controls: bool = False
+
+    def answer(self, page: Page) -> Answer | None:
+        """From the pairs that the page has; None where it has none."""
+        pairs = [pair for pair in self._pairs(page) if pair.found.keys() & {*self.by}]
+        if not pairs:
+            return None
+        parts = [f"{pair.a} beside {pair.b}{f' on {pair.columns[0]}' if self.controls else ''}: "
+                 + ", ".join(d.said(key) for key, d in pair.found.items()) + _unequal(page, pair) for pair in pairs]
+        numbers = {(pair.columns[0] if self.controls else pair.a): {k: asdict(d) for k, d in pair.found.items()}
+                   for pair in pairs}
+        columns = tuple(c for c in page.columns if any(c in pair.columns for pair in pairs))
+        return Answer(self.asked, _said(self.verdict(pairs)), columns, "; ".join(parts), numbers)
+
+    def _pairs(self, page: Page) -> Iterator[Pair]:
+        for a, b in self.pairs or [(line.row, line.beside) for line in page.rows if line.beside]:
+            shared = page.shared(a, b)
+            for columns in [(c,) for c in shared if page.columns[c] != "canny"] if self.controls else [shared]:
+                means = {key: [page.over(row, columns, key) for row in (a, b)] for key in self.keys}
+                yield Pair(a, b, columns, {k: Difference.of(one, other) for k, (one, other) in means.items()
+                                           if one and other})
 
 
-def _shared_columns(data: dict[str, Any]) -> list[str]:
-    """All columns, if two methods or more have them all; else the one that most methods have."""
-    every = list(data["columns"])
-    if len(_rows(data, every)) > 1:
-        return every
-    counts = {column: len(_rows(data, [column])) for column in every}
-    most = max(counts, key=counts.__getitem__)
-    return [most] if counts[most] else []
+def _unequal(page: Page, pair: Pair) -> str:
+    """The columns on which the two models' own trainings, their last, took different numbers of samples."""
+    taken = {c: [[stage.samples for record in page.result(row, c).records for stage in record.training[-1:]]
+                 for row in (pair.a, pair.b)] for c in pair.columns}
+    found = [f"{c} {one[-1]:,} and {other[-1]:,}" for c, (one, other) in taken.items()
+             if one and other and one[-1] != other[-1]]
+    return f", on unequal training, samples of {pair.a} and {pair.b}: {', '.join(found)}" if found else ""
 
 
-def _winner(data: dict[str, Any], columns: list[str], key: str, largest: bool) -> str:
-    titles = {r["row"]: r["title"] for r in data["rows"]}
-    means = {row: value["mean"] for row in _rows(data, columns) if (value := over(data, row, columns, key))}
-    if not means:
-        return ""
-    best = (max if largest else min)(means, key=means.__getitem__)
-    return f"{titles[best]} ({means[best]:.4f})" if key == "consistency" else f"{titles[best]} ({means[best]:.3f})"
+def _said(verdict: Verdict) -> str:
+    return verdict if isinstance(verdict, str) else {None: "not told", True: "yes", False: "no"}[verdict]
 
 
-def _both(data: dict[str, Any], a: str, b: str) -> list[str]:
-    """The columns that both rows have."""
-    return [c for c in data["columns"] if _values(data, a, c) and _values(data, b, c)]
+def _claim(pairs: Sequence[Pair]) -> Verdict:
+    found, away = pairs[0].found, pairs[0].errors("fd")
+    no_worse = found["fd"].more <= 0 if away is None else away <= ERRORS
+    second = found.get("fd_efflite0")
+    return 1 - pairs[0].ratio("consistency", 1) >= CLAIM and no_worse and (second is None or second.more <= 0)
 
 
-def _apart(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    """(a - b) in errors of the difference."""
-    if a["spread"] is None or b["spread"] is None or not (error := (a["spread"] ** 2 + b["spread"] ** 2) ** 0.5):
-        return None
-    return (a["mean"] - b["mean"]) / error
+def _worse(pairs: Sequence[Pair]) -> Verdict:
+    errors = pairs[0].errors("consistency")
+    return None if errors is None else errors > ERRORS
 
 
-def _answer(question: str, verdict: bool | str | None, columns: list[str], text: str, **numbers: Any) -> dict[str, Any]:
-    said = verdict if isinstance(verdict, str) else "not told" if verdict is None else "yes" if verdict else "no"
-    return {"question": question, "verdict": said, "columns": columns, "text": text, "numbers": numbers}
+def _winner(pairs: Sequence[Pair]) -> Verdict:
+    errors = pairs[0].errors("consistency")
+    return None if errors is None else "JDM" if errors > ERRORS else "NCT" if errors < -ERRORS else "neither clearly"
 
 
-def _errors(value: float | None) -> str:
-    return "no error known" if value is None else f"{value:+.1f} errors"
+def _diverse(pairs: Sequence[Pair]) -> Verdict:
+    errors = [p.errors("diversity") for p in pairs if p.ratio("diversity", 0) > 1 and p.ratio("consistency", 2) <= 1.02]
+    clearly = any(e > ERRORS for e in errors if e is not None)
+    return None if None in errors and not clearly else clearly
 
 
-def _claim(data: dict[str, Any]) -> dict[str, Any] | None:
-    """JDM against the 50-step ControlNet."""
-    columns = _both(data, "jdm", "controlnet")
-    if not columns:
-        return None
-    ours, theirs = ({k: over(data, row, columns, k) for k in ("consistency", "fd", "fd_efflite0")}
-                    for row in ("jdm", "controlnet"))
-    better = 1 - ours["consistency"]["mean"] / theirs["consistency"]["mean"]  # type: ignore[index]
-    away = _apart(ours["fd"], theirs["fd"])  # type: ignore[arg-type]
-    more = {k: ours[k]["mean"] - theirs[k]["mean"] for k in ("fd", "fd_efflite0") if ours[k] and theirs[k]}  # type: ignore[index]
-    no_worse = (more["fd"] <= 0 if away is None else away <= ERRORS) and more.get("fd_efflite0", 0.0) <= 0
-    second = f", FD-EffLite0 {more['fd_efflite0']:+.2f}" if "fd_efflite0" in more else ""
-    return _answer("Is JDM's consistency 24% better than the 50-step ControlNet's, with distance no worse?",
-                   better >= CLAIM and no_worse, columns,
-                   f"consistency {100 * better:.1f}% better; distance {more['fd']:+.2f} ({_errors(away)}){second}",
-                   better=better, errors=away, **more)
+REWARDED = Question("Does the reward on the noisy posterior satisfy the judge better than on the clean sample?",
+                    lambda pairs: all(p.found["judge"].more > 0 for p in pairs),
+                    (("reward", "reward-clean"), ("strong", "clean-strong")), ("judge", "fd"), ("judge",))
 
 
-def _phase_2(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Controls of phase 2 against jointly trained ones; the primary control is no phase-2 control."""
-    columns = [c for c in _both(data, "jdm", "jdm-joint") if data["columns"][c] != "canny"]
-    if not columns:
-        return None
-    ours, joint = ({c: _values(data, row, c) for c in columns} for row in ("jdm", "jdm-joint"))
-    worse = {c: ours[c]["consistency"]["mean"] / joint[c]["consistency"]["mean"] - 1 for c in columns}
-    far = {c: ours[c]["fd"]["mean"] - joint[c]["fd"]["mean"] for c in columns}
-    text = "; ".join(f"{c}: consistency {100 * worse[c]:+.1f}%, distance {far[c]:+.2f}" for c in columns)
-    text += _unequal(data, "jdm", "jdm-joint", columns)
-    return _answer("Are phase-2 controls within 10% of jointly trained ones?", all(w <= CLOSE for w in worse.values()),
-                   columns, text, consistency=worse, fd=far)
-
-
-def _frozen(data: dict[str, Any]) -> dict[str, Any] | None:
-    """A frozen Diff-Instruct UNet in place of phase 1."""
-    if not (columns := _both(data, "frozen-di", "jdm")):
-        return None
-    found, text = _difference(data, "frozen-di", "jdm", columns)
-    errors = found["consistency"]["errors"]
-    return _answer("Is JDM on a frozen Diff-Instruct UNet clearly worse than on phase 1's?",
-                   None if errors is None else errors > ERRORS, columns,
-                   text + _unequal(data, "frozen-di", "jdm", columns), **found)
-
-
-def _rival(data: dict[str, Any]) -> dict[str, Any] | None:
-    """JDM and NCT on one frozen generator."""
-    if not (columns := _both(data, "nct", "frozen-di")):
-        return None
-    found, text = _difference(data, "nct", "frozen-di", columns)
-    errors = found["consistency"]["errors"]
-    winner = None if errors is None else "JDM" if errors > ERRORS else "NCT" if errors < -ERRORS else "neither clearly"
-    return _answer("Which obeys better on one frozen Diff-Instruct generator, JDM or NCT?", winner, columns,
-                   f"NCT's less JDM's: {text}" + _unequal(data, "nct", "frozen-di", columns), **found)
-
-
-def _unequal(data: dict[str, Any], a: str, b: str, columns: list[str]) -> str:
-    """The columns on which two rows' own trainings took different numbers of samples, each with both."""
-    taken = {c: (_samples(data, a, c), _samples(data, b, c)) for c in columns}
-    found = [f"{c} {one:,} and {other:,}" for c, (one, other) in taken.items() if one and other and one != other]
-    return f"; on unequal training, samples of {a} and {b}: {', '.join(found)}" if found else ""
-
-
-def _samples(data: dict[str, Any], row: str, column: str) -> int | None:
-    """Of a cell's last training, which is the model's own."""
-    stages = [stage for record in _cell(data, row, column)["records"] for stage in record.get("training", [])]
-    return stages[-1]["samples"] if stages else None
-
-
-def _difference(data: dict[str, Any], a: str, b: str, columns: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
-    """a's numbers less b's, over columns, and in errors of the difference."""
-    found = {}
-    for key in ("consistency", "fd"):
-        one, other = over(data, a, columns, key), over(data, b, columns, key)
-        assert one is not None
-        assert other is not None
-        found[key] = {"more": one["mean"] - other["mean"], "errors": _apart(one, other)}
-    text = "; ".join(f"{name} {found[key]['more']:+.{digits}f} ({_errors(found[key]['errors'])})"
-                     for key, name, digits in (("consistency", "consistency", 4), ("fd", "distance", 2)))
-    return found, text
-
-
-def _ignored(data: dict[str, Any]) -> dict[str, Any] | None:
+def _ignored(page: Page) -> Answer | None:
     """Implicit VSD against pictures of the same prompt, or where no prompt comes twice against any: chance."""
-    columns = [c for c in data["columns"] if _values(data, "implicit", c)]
-    if not columns:
-        return None
     away, parts = {}, []
-    for column in columns:
-        values = _values(data, "implicit", column)
+    for column in page.shared("implicit"):
+        values = page.result("implicit", column).values
         blind = values.get("consistency_same_prompt", values["consistency_chance"])
-        away[column] = _apart(values["consistency"], {**blind, "spread": blind["spread"] or 0.0})
-        parts.append(f"{column}: {values['consistency']['mean']:.4f} against {blind['mean']:.4f} "
-                     f"({_errors(away[column])})")
-    told = None if None in away.values() else all(abs(a) <= ERRORS for a in away.values())  # type: ignore[arg-type]
-    return _answer("Is implicit VSD's consistency within two errors of what ignoring the control scores?", told,
-                   columns, "; ".join(parts), errors=away)
-
-
-def _changed(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Each row that changes one thing of another, beside it: diversity, consistency and distance as ratios."""
-    rows = [(r["row"], r["beside"]) for r in data["rows"] if r.get("beside") and _both(data, r["row"], r["beside"])]
-    if not rows:
+        found = Difference.of(values["consistency"], replace(blind, spread=blind.spread or 0.0))
+        away[column] = found.errors
+        parts.append(f"{column}: {found.said('consistency')} against {blind.mean:.4f}")
+    if not away:
         return None
-    found: dict[str, dict[str, float]] = {}
-    away: dict[str, float | None] = {}
-    for row, base in rows:
-        columns = _both(data, row, base)
-        pairs = {k: (own, other) for k in ("diversity", "consistency", "fd")
-                 if (own := over(data, row, columns, k)) and (other := over(data, base, columns, k)) and other["mean"]}
-        found[row] = {k: own["mean"] / other["mean"] for k, (own, other) in pairs.items()}
-        away[row] = _apart(*pairs["diversity"]) if "diversity" in pairs else None
-    text = "; ".join(f"{row} beside {base}: " + ", ".join(f"{k} x {v:.2f}" for k, v in found[row].items())
-                     + (f" (diversity {_errors(away[row])})" if away[row] is not None else "") for row, base in rows)
-    more = [row for row, v in found.items() if v.get("diversity", 0) > 1 and v.get("consistency", 2) <= 1.02]
-    clearly = any((away[row] or 0) > ERRORS for row in more)
-    return _answer("Does any change keep clearly more diversity at equal consistency (within 2%)?",
-                   clearly if clearly or all(away[row] is not None for row in more) else None,
-                   [c for c in data["columns"] if any(_both(data, row, base).count(c) for row, base in rows)], text,
-                   ratios=found, errors=away)
+    known = [abs(a) <= ERRORS for a in away.values() if a is not None]
+    return Answer("Is implicit VSD's consistency within two errors of what ignoring the control scores?",
+                  _said(all(known) if len(known) == len(away) else None), tuple(away), "; ".join(parts), away)
 
 
-def _guided(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Another teacher's guidance against the student's own."""
-    rows = [row for row in ("guided", "guided-blind") if _both(data, row, "own")]
-    if not rows:
-        return None
-    own = _values(data, "own", "text")
-    agrees = "prompt_agreement" if "prompt_agreement" in own else "clip"  # what knows the prompts
-    keys = [(k, name) for k, name in ((agrees, "agreement"), ("hpsv2", "HPSv2.1"), ("fd", "distance")) if k in own]
-    more = {row: {k: _values(data, row, "text")[k]["mean"] - own[k]["mean"] for k, _ in keys} for row in rows}
-    text = "; ".join(f"{row}: " + ", ".join(f"{name} {m[k]:+.{2 if k == 'fd' else 3}f}" for k, name in keys)
-                     for row, m in more.items())
-    return _answer("Does a better teacher's guidance agree better with prompts than the weak teacher's own?",
-                   any(m.get(agrees, 0.0) > 0 for m in more.values()), ["text"], text, **more)
-
-
-def _hacked(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Clean against noisy reward, by the judge, at each strength."""
-    found: dict[str, dict[str, float]] = {}
-    for row, beside in (("reward", "reward-clean"), ("strong", "clean-strong")):
-        noisy, clean = (_values(data, each, "text") for each in (row, beside))
-        if "judge" in noisy and "judge" in clean:
-            found[row] = {k: noisy[k]["mean"] - clean[k]["mean"] for k in ("judge", "fd")}
-    if not found:
-        return None
-    text = "; ".join(f"{row}: judge {v['judge']:+.3f} nats, distance {v['fd']:+.2f}" for row, v in found.items())
-    return _answer("Does the reward on the noisy posterior satisfy the judge better than on the clean sample?",
-                   all(v["judge"] > 0 for v in found.values()), ["text"], text, **found)
-
-
-def _turned(data: dict[str, Any]) -> dict[str, Any] | None:
+def _turned(page: Page) -> Answer | None:
     """Where hacking begins: what became of judge and reward from the judge's best probe to the run's end."""
     found = {}
-    for row in data["rows"]:
-        records = [r for cell in row["cells"].values() for r in cell["records"] if r["seed"] == 0]
-        course = [at for r in records for at in r.get("course", []) if at.keys() >= {"judge", "reward", "fd"}]
+    for line, _, record in page.records():
+        course = [at for at in record.course if record.seed == 0 and at.keys() >= {"judge", "reward", "fd"}]
         if course:
             best, last = max(course, key=lambda at: at["judge"]), course[-1]
-            found[row["row"]] = {"step": best["step"], "of": last["step"], "judge": last["judge"] - best["judge"],
-                                 "reward": last["reward"] - best["reward"], "fd": last["fd"] - best["fd"]}
+            found[line.row] = {"step": best["step"], "of": last["step"],
+                               **{k: last[k] - best[k] for k in ("judge", "reward", "fd")}}
     if not found:
         return None
     text = "; ".join(f"{row}: the judge is best at step {v['step']:.0f} of {v['of']:.0f}, from there to the end judge "
                      f"{v['judge']:+.3f}, reward {v['reward']:+.3f}, distance {v['fd']:+.2f}"
                      for row, v in found.items())
-    hacked = [row for row, v in found.items() if v["judge"] < 0 < v["reward"]]
-    return _answer("Does the reward still rise where the judge falls?", bool(hacked), ["text"], text, **found)
+    return Answer("Does the reward still rise where the judge falls?",
+                  _said(any(v["judge"] < 0 < v["reward"] for v in found.values())), (TEXT,), text, found)
+
+
+QUESTIONS: dict[str, tuple[Callable[[Page], Answer | None], ...]] = {
+    "table1": (
+        Question("Is JDM's consistency 24% better than the 50-step ControlNet's, with distance no worse?", _claim,
+                 (("jdm", "controlnet"),), ("consistency", "fd", "fd_efflite0")).answer,
+        Question("Are phase-2 controls within 10% of jointly trained ones?",
+                 lambda pairs: all(p.ratio("consistency", 1) - 1 <= CLOSE for p in pairs), (("jdm", "jdm-joint"),),
+                 controls=True).answer,
+        Question("Is JDM on a frozen Diff-Instruct UNet clearly worse than on phase 1's?", _worse,
+                 (("frozen-di", "jdm"),)).answer,
+        Question("Which obeys better on one frozen Diff-Instruct generator, JDM or NCT?", _winner,
+                 (("nct", "frozen-di"),)).answer),
+    "table2": (
+        _ignored,
+        Question("Does any change keep clearly more diversity at equal consistency (within 2%)?", _diverse,
+                 keys=("consistency", "diversity", "fd")).answer),
+    "table3": (
+        Question("Does a better teacher's guidance agree better with prompts than the weak teacher's own?",
+                 lambda pairs: any(next(iter(p.found.values())).more > 0 for p in pairs),
+                 (("guided", "own"), ("guided-blind", "own")), ("prompt_agreement", "clip", "hpsv2", "fd"),
+                 ("prompt_agreement", "clip")).answer,
+        REWARDED.answer, _turned),
+    "fig6": (REWARDED.answer, _turned)}
+
+
+def answers(page: Page) -> tuple[Answer, ...]:
+    """The questions of this table that its cells can answer."""
+    return tuple(answer for question in QUESTIONS.get(page.table, ()) if (answer := question(page)))

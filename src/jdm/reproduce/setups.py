@@ -1,4 +1,4 @@
-"""What a table is made on: a teacher, the controls of its columns, its recipes, and what ships already."""
+"""What a table is made with: a recipes' scale, controls, pictures, what ships already, and the budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jdm.errors import UsageError
 from jdm.library import SHIPPED
-from jdm.recipes import entries, find, sd15
+from jdm.recipes import find, scales
 from jdm.rewards.base import KNOWN
 from jdm.run import Run
 
@@ -28,105 +29,113 @@ NANO_SECONDS = {
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A family of recipes to make the tables with; everything that differs between families is data here.
+class Setup:
+    """What every cell of a table is made with; all that differs between scales is data here.
 
     Attributes:
-        model: the teacher; distances are taken to its uncontrolled samples.
-        prefix: of its recipes' names.
+        teacher: the model that is distilled; distances are taken to its uncontrolled samples.
         controls: the paper's column -> the control that is measured beside it, under its own name.
+        guide: a better teacher, for guidance; the teacher itself where empty.
+        split, validation: of the pictures that are asked about once, and of those that choices are made on.
         shipped: (recipe without prefix, its control) -> the model that ships as that recipe's result for seed 0.
-        source, split, validation: the pictures that are asked about, once, and those that choices are made on.
+        untrained: recipes that the scale has not: the teacher itself takes their models' place.
+        same: recipe -> another that trains the same at this scale, so that it is trained once.
         seconds: per training step of a recipe, for estimates; a recipe that is not there has none.
         recipe: full name -> its run.
-        given: recipe without prefix -> a model that is taken as it is in its place. same: recipe -> another that is the
-            same here, so that it is trained once.
-        guide: a better teacher than `model`, for guidance; `model` itself where empty.
-        scores, extractors: as `evaluate`'s `scored` and `also`. measures: of a table, where they are not its own.
-        device: of trainings and measurements, where none is asked for.
+        scores, extractors: as `evaluate`'s `scored` and `also`.
+        measures: of a table, by its name, where they are not its own.
+        out: folder of models and cells.
+        n: pictures per cell. steps: of every training; the recipes' own where not given.
+        quick: measurements as in `jdm evaluate --quick`.
+        prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
+            pictures where empty.
+        known: pages' .json files whose cells are taken where they would be measured again on equal terms.
     """
 
     name: str
-    model: str
-    prefix: str
+    scale: scales.Scale
+    teacher: str
     controls: Mapping[str, str]
-    shipped: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    source: str = "fashion-mnist"
+    guide: str = ""
+    source: str = ""
     split: str = "test"
     validation: str = "validation"
+    shipped: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    untrained: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     recipe: Callable[[str], Run] = lambda name: find(name)()
-    given: Mapping[str, str] = field(default_factory=dict)
-    same: Mapping[str, str] = field(default_factory=dict)
-    guide: str = ""
     scores: tuple[str, ...] = ()
     extractors: tuple[str, ...] = ()
     measures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
+    out: Path = Path("runs/reproduce")
+    n: int = 5000
+    steps: int | None = None
+    quick: bool = False
+    prompts: str = ""
+    known: tuple[str, ...] = ()
 
     def full_name(self, recipe: str) -> str:
-        """A recipe's name with the prefix, under which it is trained here."""
-        return self.prefix + self.same.get(recipe, recipe)
+        """A recipe's name with the scale's prefix, under which it is trained here."""
+        return f"{self.scale.name}-{self.same.get(recipe, recipe)}"
 
-    def on(self, model: str | None = None, source: str | None = None, guide: str | None = None,
-           scores: tuple[str, ...] = ()) -> Scale:
-        """The same tables on another teacher or other pictures: nothing that ships was made from those."""
-        scale = replace(self, guide=guide or self.guide, scores=scores or self.scores)
-        changed = [v for v, own in ((model, self.model), (source, self.source)) if v and v != own]
-        if not changed:
-            return scale
-        given = {recipe: model if model and v == self.model else v for recipe, v in self.given.items()}
-        return replace(scale, name="-".join([self.name, *(Path(v).name for v in changed)]), model=model or self.model,
-                       source=source or self.source, shipped={}, given=given)
+    def run(self, recipe: str) -> Run:
+        """A recipe's run, by its name without prefix."""
+        return self.recipe(self.full_name(recipe))
+
+    def on(self, teacher: str | None = None, source: str | None = None) -> Setup:
+        """The same tables with another teacher or other pictures: nothing that ships was made from those."""
+        changes = {k: v for k, v in (("teacher", teacher), ("source", source)) if v and v != getattr(self, k)}
+        if not changes:
+            return self
+        return replace(self, **changes, name="-".join([self.name, *(Path(v).name for v in changes.values())]),
+                       shipped={})
 
 
-NANO = Scale(
-    name="nano", model="nano-sd", prefix="nano-",
+def _setup(scale: scales.Scale, **more: Any) -> Setup:
+    teacher = scale.run("", None).model
+    return Setup(scale.name, scale, teacher, guide="" if scale.guide == teacher else scale.guide, **more)
+
+
+NANO = _setup(
+    scales.NANO, source="fashion-mnist", seconds=NANO_SECONDS,
     controls={"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"},
     shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet",
              ("diff-instruct", ""): "nano-diff-instruct",
              **{(recipe, control): f"{name}-{control}" for control in ("soft-edge", "silhouette", "lowres")
-                for recipe, name in (("controlnet", "nano-controlnet"), ("shared", "nano"))}},
-    seconds=NANO_SECONDS)
-SD15 = Scale(
-    name="sd15", model=sd15.SD15, prefix="sd15-",
-    controls={"canny": "canny", "HED": "hed", "depth": "depth", "8x SR": "lowres8"}, source="",
-    given={"weak-teacher": sd15.SD15},
-    same={"jdm": "canny", "text-dmd": "diff-instruct", "text-reward": "hfl", "text-guided-blind": "cfg21"},
-    guide=sd15.SD21, scores=("clip", "hpsv2", "aesthetic"), extractors=("inception",),
+                for recipe, name in (("controlnet", "nano-controlnet"), ("shared", "nano"))}})
+SD15 = _setup(
+    scales.SD15_SCALE, controls={"canny": "canny", "HED": "hed", "depth": "depth", "8x SR": "lowres8"},
+    untrained=("weak-teacher",), same={"jdm": "canny", "text-dmd": "diff-instruct"},
+    scores=("clip", "hpsv2", "aesthetic"), extractors=("inception",), device="cuda",
     measures={"table3": (*(f"hpsv2_{style}" for style in ("anime", "concept_art", "paintings", "photo")), "hpsv2",
                          "aesthetic", "clip"),
-              "fig6": ("hpsv2", "aesthetic", "clip")},
-    device="cuda")
-SCALES = {scale.name: scale for scale in (NANO, SD15)}
+              "fig6": ("hpsv2", "aesthetic", "clip")})
+SETUPS = {setup.name: setup for setup in (NANO, SD15)}
 
 
-def check(scale: Scale, recipes: set[str]) -> None:
+def check(setup: Setup, guided: bool = False) -> None:
     """UsageError, in one line, if something without which no cell can be filled is not there.
 
     Args:
-        recipes: those a table needs, without prefix.
+        guided: the better teacher is needed too.
     """
-    known, missing = entries(), []
-    wanted = {scale.full_name(name) for name in recipes - scale.given.keys()}
-    names = sorted(wanted - known.keys())
-    if names:
-        missing.append(f"the recipes {', '.join(names)}")
-    text = "weak-teacher" in recipes  # the table that a guide is lent to
-    for model in [scale.model, *([scale.guide] if text and scale.guide else [])]:
+    missing = []
+    for model in [setup.teacher, *([setup.guide] if guided and setup.guide else [])]:
         if not _has_weights(model):
-            flag = "--model" if model == scale.model else "--guide"
+            flag = "--model" if model == setup.teacher else "--guide"
             missing.append(f"the weights of {model} (fetch them with `hf download {model}`, or give a folder or a "
                            f".safetensors file with {flag})")
-    if not scale.source:
+    if not setup.source:
         missing.append("pictures (give a folder or a hub dataset with --source)")
-    missing += [f"{spec}'s weights (`{command}`, or --scores {spec}:FOLDER)" for spec in scale.scores
+    missing += [f"{spec}'s weights (`{command}`, or --scores {spec}:FOLDER)" for spec in setup.scores
                 if (command := _to_fetch(spec))]
-    if scale.extractors and find_spec("torch_fidelity") is None:
+    if setup.extractors and find_spec("torch_fidelity") is None:
         missing.append("torch-fidelity (pip install 'jdm[fid]')")
     if missing:
-        raise UsageError(f"--scale {scale.name} cannot run yet; missing are {'; '.join(missing)}; --scale nano has "
-                         "everything it needs")
+        raise UsageError(f"--scale {setup.scale.name} cannot run yet; missing are {'; '.join(missing)}; --scale nano "
+                         "has everything it needs")
 
 
 def _has_weights(model: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from jdm.recipes.nano import nano_canny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -17,7 +18,6 @@ from jdm.library import load_model
 from jdm.models.adapters import Adapter
 from jdm.models.family import Denoiser, copied
 from jdm.models.folder import save_pipeline
-from jdm.recipes.nano import nano_canny
 from jdm.run import Task
 from jdm.space import unit
 from jdm.training import distributed

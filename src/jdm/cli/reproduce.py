@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from jdm.cli import checks
@@ -12,35 +13,36 @@ from jdm.cli.progress import TrainingProgress
 from jdm.errors import RunError
 from jdm.reproduce import sitting
 from jdm.reproduce.cells import selected
-from jdm.reproduce.models import Setting
 from jdm.reproduce.page import paper_form
-from jdm.reproduce.scales import SCALES
+from jdm.reproduce.setups import SETUPS
 from jdm.reproduce.tables import TABLES
 
 
 def command(asked: argparse.Namespace) -> int:
     table = TABLES[asked.table]
-    scale = SCALES[asked.scale].on(asked.model, asked.source, asked.guide, tuple(checks.names(asked.scores)))
-    setting = Setting(scale, Path(asked.out), asked.n or table.n, asked.steps, asked.device or scale.device,
-                      asked.quick, asked.prompts or "", tuple(asked.known))
+    own = SETUPS[asked.scale]
+    setup = replace(own.on(asked.model, asked.source), guide=asked.guide or own.guide,
+                    scores=tuple(checks.names(asked.scores)) or own.scores, out=Path(asked.out), n=asked.n or table.n,
+                    steps=asked.steps, device=asked.device or own.device, quick=asked.quick,
+                    prompts=asked.prompts or "", known=tuple(asked.known))
     if asked.dry_run:
-        print(sitting.listed(table, setting, asked.seeds, asked.cells))
+        print(sitting.listed(table, setup, asked.seeds, asked.cells))
         return 0
-    selected(sitting.opened(table, setting, asked.seeds), asked.cells)  # refuses unknown cells before anything runs
-    checks.device(setting.device)
-    for folder in (setting.out, Path(asked.page)):
+    selected(sitting.opened(table, setup, asked.seeds), asked.cells)  # refuses unknown cells before anything runs
+    checks.device(setup.device)
+    for folder in (setup.out, Path(asked.page)):
         checks.writable(folder)
     try:
-        data, failures = sitting.reproduce(
-            table, setting, asked.seeds, asked.cells, not asked.no_run, Path(asked.page), invocation(asked),
+        page, failures = sitting.reproduce(
+            table, setup, asked.seeds, asked.cells, not asked.no_run, Path(asked.page), invocation(asked),
             lambda run: TrainingProgress(run.steps), remark)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
-    print(f"{data['headline']}\n\n{paper_form(data)}\n")
-    page = Path(asked.page) / f"{data['file']}.md"
-    print(page)
+    print(f"{page.headline}\n\n{paper_form(page)}\n")
+    file = Path(asked.page) / f"{page.file}.md"
+    print(file)
     if failures:
-        raise RunError(f"{len(failures)} cells failed, the first with: {failures[0]} ({page} has them all)")
+        raise RunError(f"{len(failures)} cells failed, the first with: {failures[0]} ({file} has them all)")
     return 0
 
 

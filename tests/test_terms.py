@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jdm.errors import UsageError
+from jdm.models.execution import picture_by_picture
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
 from jdm.terms import (
@@ -18,7 +19,6 @@ from jdm.terms import (
     distribution_matching,
     lambda_t,
     mean_error,
-    picture_by_picture,
     together,
 )
 from worlds import LinearGaussianWorld, MixtureWorld, tensor

@@ -1,3 +1,3 @@
 """JDM: one-step diffusion generators that learn new controls while they are distilled."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -27,3 +27,8 @@ def size_of(images: Tensor) -> Size:
 def spelled(size: Size) -> str:
     """The size as text for messages: "height x width"."""
     return " x ".join(str(side) for side in height_width(size))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -71,11 +71,11 @@ def condition_alignment(
         x_t = x_t.detach().requires_grad_()
         mapped = posterior(x_t, t, y)
         if not draws:
-            return _gradient(log_prob(mapped), x_t, len(t))
+            return gradient(log_prob(mapped), x_t, len(t))
         if schedule is None:
             raise UsageError("draws of p(x | x_t) need the noise schedule; pass schedule=")
         values = [log_prob(posterior(schedule.noised(mapped, t, eps), t, y)) for eps in draws]
-        return _gradient(torch.stack(values).logsumexp(0) - math.log(len(values)), x_t, len(t))
+        return gradient(torch.stack(values).logsumexp(0) - math.log(len(values)), x_t, len(t))
 
 
 def clean_alignment(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -85,40 +85,10 @@ def clean_alignment(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return _gradient(log_prob(x), x, len(x))
+        return gradient(log_prob(x), x, len(x))
 
 
-def picture_by_picture(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
-    """x [B, ...] -> [B], one sample after the other, each one's gradient taken before the next: the memory of one.
-
-    Args:
-        value: (x of some rows, the rows) -> one value per row, of that row alone. Differentiated once, in the forward.
-    """
-    return lambda x: OneByOne.apply(x, value)  # type: ignore[return-value]
-
-
-class OneByOne(torch.autograd.Function):
-    """`picture_by_picture`'s forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        values, gradients = [], []
-        for k in range(len(x)):
-            with torch.enable_grad():
-                row = x[k : k + 1].detach().requires_grad_()
-                found = value(row, slice(k, k + 1))
-                gradients.append(_gradient(found, row, 1))
-            values.append(found.detach())
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor, None]:
-        (gradients,) = ctx.saved_tensors
-        return along[0].view(-1, *[1] * (gradients.ndim - 1)).to(gradients) * gradients, None
-
-
-def _gradient(value: Tensor, x: Tensor, n: int) -> Tensor:
+def gradient(value: Tensor, x: Tensor, n: int) -> Tensor:
     if value.shape != (n,):
         raise UsageError(f"log_prob must return one value per sample, shape {(n,)}, got {tuple(value.shape)}")
     if not value.requires_grad:

@@ -15,6 +15,7 @@ from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.engine import Distillation, guidance_of
 from jdm.methods.networks import Fake, Student, guide
 from jdm.methods.text_to_image import TextToImage
+from jdm.models.execution import picture_by_picture
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.posterior import ConsistencyPosterior
@@ -22,7 +23,7 @@ from jdm.recipes import all_recipes
 from jdm.run import Needs
 from jdm.schedule import NoiseSchedule, matched
 from jdm.score import Estimate, ScoreModel
-from jdm.terms import CFGAugmentation, CleanReward, Fidelity, Reward, cfg_augmentation, picture_by_picture
+from jdm.terms import CFGAugmentation, CleanReward, Fidelity, Reward, cfg_augmentation
 from jdm.training.loop import Trainer
 from worlds import Gaussian, Rows, cubature, scene, tensor
 

@@ -108,11 +108,6 @@ def _key(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
-    return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """nn.Module._apply, used by `to` and `float`; torch's version cannot replace one fake tensor by another."""
     for child in module.children() if recurse else ():

@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter, bytes_of
+from jdm.cost.counting import Meter
 from jdm.cost.gpus import GPU, GPUS
 from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
@@ -41,7 +41,7 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
-from jdm.size import Size, height_width
+from jdm.size import Size, bytes_of, height_width
 from jdm.training.checkpoint import trained
 from jdm.training.optimiser import adamw
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
-from jdm.data.sources import load_pictures
+from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import SAMPLES, Reference, references
 from jdm.evaluation.sampling import Sampler
 from jdm.files import ASSETS
-from jdm.generator import starting_noise
+from jdm.generator import Generator, starting_noise
 from jdm.library import SHIPPED, load_model
 from jdm.metrics.consistency import Consistency, chance
 from jdm.metrics.diversity import Diversity, diversity
@@ -31,12 +31,9 @@ from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.classifier import Classifier
 from jdm.models.family import Family
 from jdm.rewards.classifier import PromptClassifier, nano_judge
+from jdm.run import Run
 from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
-
-if TYPE_CHECKING:
-    from jdm.generator import Generator
-    from jdm.loading import Loaded
 
 FASHION = "fashion-mnist"
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {"inception": Inception}  # in addition to those of every evaluation
@@ -251,21 +248,24 @@ def _consistency(pictures: Tensor, questions: Questions, control: Control, sampl
     return row
 
 
-def validation_probe(loaded: Loaded, teacher: Family, generator: Callable[[], Generator],
-                     n: int = 500) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
+def validation_probe(run: Run, control: Control | None, held_out: Pictures, whole: Pictures, teacher: Family,
+                     generator: Callable[[], Generator], n: int = 500
+                     ) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
     """A function that measures distance, consistency and agreement of the averaged student on n validation pictures.
 
-    Returns None if the data has fewer than two validation pictures, or fewer than two test pictures, on whose prompts
-    the reference is sampled.
+    Returns None if the data has fewer than two validation pictures, or fewer than two test pictures.
+
+    Args:
+        held_out: the validation pictures.
+        whole: the test pictures, on whose prompts the reference is sampled.
+        generator: the student's generator, as it is when it is measured.
     """
-    run, control, held_out = loaded.run, loaded.control, loaded.held_out
-    if len(held_out) < 2 or len(loaded.split("test")) < 2:
+    if len(held_out) < 2 or len(whole) < 2:
         return None  # a folder too small to spare the two that a covariance needs
     extractor = extractors(run.data.source)[0]
 
     @cache
     def target() -> Statistics:
-        whole = loaded.split("test")
         samples = SAMPLES if run.model in SHIPPED else PROBE_SAMPLES
         return references(run.model, [extractor], whole, samples=samples, device=run.device)[extractor.name].statistics
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
-from jdm.evaluation.evaluate import validation_probe
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Networks, Student, controlnet_need
 from jdm.run import Needs, Phase, Product, Run, Task
@@ -69,7 +68,7 @@ class DSMControlNet:
 
         phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
         return Task([phase], begin, networks.modules, self._product(networks),
-                    validation_probe(loaded, networks.teacher, lambda: networks.generator), networks.running)
+                    networks.probe(), networks.running)
 
     def _networks(self, loaded: Loaded) -> Networks:
         return Networks(loaded, Student((self.level,), self.base, optimiser=None), self.controlnet,

@@ -18,7 +18,6 @@ from jdm.controls import Control
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.errors import UsageError
-from jdm.evaluation.evaluate import validation_probe
 from jdm.levels import Levels
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Fake, Networks, Student
@@ -96,7 +95,7 @@ class Distillation:
         phases += [posterior_phase(networks, p) for p in self.posteriors if isinstance(p, ConsistencyPosterior)]
         phases.append(self._generator_phase(networks))
         return Task(phases, steps_of(networks, control), networks.modules, self._product(networks),
-                    validation_probe(loaded, networks.teacher, lambda: networks.generator), networks.running)
+                    networks.probe(), networks.running)
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""

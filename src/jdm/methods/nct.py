@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from jdm.controls import Control
 from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
-from jdm.evaluation.evaluate import validation_probe
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Networks, Student, controlnet_need
 from jdm.run import Needs, Phase, Product, Run, Task
@@ -89,7 +88,7 @@ class NCT:
         phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
         return Task([phase], begin, networks.modules | {"multiplier": multiplier},
                     networks.product("nct", self.control, base=self.base),
-                    validation_probe(loaded, networks.teacher, lambda: networks.generator), networks.running)
+                    networks.probe(), networks.running)
 
     def _networks(self, loaded: Loaded) -> Networks:
         return Networks(loaded, Student(self.base_levels, self.base, optimiser=None), self.controlnet)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from jdm.controls import Control
 from jdm.errors import UsageError
+from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
+from jdm.models.execution import picture_by_picture
 from jdm.models.family import Denoiser, Family, copied, placed, with_merged
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
@@ -23,7 +25,7 @@ from jdm.run import Optimiser, Product
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.space import Space
-from jdm.terms import AnyPosterior, picture_by_picture
+from jdm.terms import AnyPosterior
 
 Groups = list[tuple[list[nn.Parameter], Optimiser]]
 
@@ -293,6 +295,12 @@ class Networks:
             backbone = with_merged(backbone, lora)
         return self.teacher.with_networks(backbone=backbone,
                                           controlnet=averages.get("controlnet", self.student.controlnet))
+
+    def probe(self) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
+        """Measurements of the averaged student on validation pictures; None where the data spares none."""
+        loaded = self.loaded
+        return validation_probe(loaded.run, loaded.control, loaded.held_out, loaded.split("test"), self.teacher,
+                                lambda: self.generator)
 
     @property
     def running(self) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jdm.models.adapters import now_on, switched_on
 from jdm.run import Run
+from jdm.terms import gradient
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 BACKEND = "inductor"
@@ -95,3 +96,33 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     on = now_on()
     return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False,
                       context_fn=lambda: (nullcontext(), switched_on(on)))
+
+
+def picture_by_picture(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
+    """x [B, ...] -> [B], one sample after the other, each one's gradient taken before the next: the memory of one.
+
+    Args:
+        value: (x of some rows, the rows) -> one value per row, of that row alone. Differentiated once, in the forward.
+    """
+    return lambda x: OneByOne.apply(x, value)  # type: ignore[return-value]
+
+
+class OneByOne(torch.autograd.Function):
+    """`picture_by_picture`'s forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        values, gradients = [], []
+        for k in range(len(x)):
+            with torch.enable_grad():
+                row = x[k : k + 1].detach().requires_grad_()
+                found = value(row, slice(k, k + 1))
+                gradients.append(gradient(found, row, 1))
+            values.append(found.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return along[0].view(-1, *[1] * (gradients.ndim - 1)).to(gradients) * gradients, None

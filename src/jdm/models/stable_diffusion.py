@@ -159,7 +159,8 @@ class StableDiffusion:
     @property
     def levels(self) -> tuple[int, ...] | None:
         """The level indices that a student of this project runs at; None for a multi-step model."""
-        levels = (self.card or {}).get("levels")
+        card = self.card or {}
+        levels = card.get("levels", [card["t_init"]] if "t_init" in card else None)  # t_init: written by 0.1.0
         return None if levels is None else tuple(levels)
 
     @property

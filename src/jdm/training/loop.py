@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import RunError, TerminatedError, UsageError, in_short
-from jdm.files import write
 from jdm.loading import Loaded
 from jdm.models.execution import settle
-from jdm.run import Phase, Run, described, without_cache
+from jdm.run import Phase, Run
 from jdm.sharing import batch_mean, sharing
 from jdm.training import checkpoint, distributed
+from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
-from jdm.training.distributed import local
 from jdm.training.memory import out_of_memory
 from jdm.training.optimiser import adamw
+from jdm.training.record import Log, record, refuse_another
 
 
 class Trainer:
@@ -45,17 +42,17 @@ class Trainer:
         settle(run, *self.task.frozen, *self.task.modules.values())
         distributed.shard(self.task, run)
         self.optimizers = {p.name: adamw(p) for p in self.task.phases}
-        self.averages = {n: _copied(self.task.modules[n]) for n in self.task.product.modules}
+        self.averages = {n: copied_state(self.task.modules[n]) for n in self.task.product.modules}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
         place = checkpoint.last(run.out)
         if place:
-            _refuse_another(run)
+            refuse_another(run)
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
         if distributed.first():
-            _record(run)
-        self.log = _Log(run.out / "metrics.jsonl", self.start)
+            record(run)
+        self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
 
@@ -64,7 +61,7 @@ class Trainer:
         run, clock, done = self.run, time.perf_counter(), step + 1
         logs = self._phases(step)
         for name, average in self.averages.items():
-            _average(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
+            move(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
         probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
         if probed and self.task.probe:
             with averaged(self.task.modules, self.averages) as modules:
@@ -210,100 +207,3 @@ def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Te
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-@torch.no_grad()
-def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    """Parameters tend to the module's; buffers, which may count, are the module's."""
-    now, parameters = checkpoint.trained(module), dict(module.named_parameters())
-    moving = [name for name in average if name in parameters]
-    torch._foreach_lerp_([local(average[name]) for name in moving], [local(now[name]) for name in moving], 1 - decay)
-    for name in average.keys() - parameters.keys():
-        average[name].copy_(now[name])
-
-
-def _copied(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in checkpoint.trained(module).items()}
-
-
-@contextmanager
-def averaged(modules: Mapping[str, nn.Module],
-             averages: Mapping[str, dict[str, Tensor]]) -> Iterator[dict[str, nn.Module]]:
-    """The averaged modules themselves, holding their averages and in eval mode; put back at the end."""
-    chosen = {name: modules[name] for name in averages}
-    modes = {name: module.training for name, module in chosen.items()}
-    _exchange(chosen, averages)
-    try:
-        for module in chosen.values():
-            module.eval()
-        yield chosen
-    finally:
-        _exchange(chosen, averages)
-        for name, module in chosen.items():
-            module.train(modes[name])
-
-
-@torch.no_grad()
-def _exchange(modules: Mapping[str, nn.Module], averages: Mapping[str, dict[str, Tensor]]) -> None:
-    for name, module in modules.items():
-        for key, value in checkpoint.trained(module).items():
-            ours, theirs = local(value), local(averages[name][key])
-            kept = ours.clone()
-            ours.copy_(theirs)
-            theirs.copy_(kept)
-
-
-def _refuse_another(run: Run) -> None:
-    """UsageError where run.out holds a run on other data, of another model, batch or seed.
-
-    The method's own settings may change: a run that failed is often cured by a lower rate.
-    """
-    try:
-        before = without_cache(json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError):
-        return  # the tensors themselves still have to fit
-    now = without_cache(json.loads(json.dumps(described(run))))
-    changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
-    if changed:
-        raise UsageError(f"{run.out} holds a run with another {changed[0]}; choose another --out, or go on with it as "
-                         f"it was: jdm train {run.out / 'run.json'}")
-
-
-def _record(run: Run) -> None:
-    """run.json: the recipe and the versions a run can be repeated from."""
-    import platform
-
-    import diffusers
-    import transformers
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    pictures = load_pictures(run.data.source, run.data.split, run.data.size)
-    data = {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures)}
-    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads()}
-    write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
-
-
-class _Log:
-    """metrics.jsonl, cut back to the step a run resumes from."""
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= start]
-        if distributed.first():
-            write(path, "".join(line + "\n" for line in kept))
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        if not distributed.first():
-            return
-        row = {"step": step} | {k: float(v) for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from jdm.cost.counting import bytes_of
 from jdm.run import Run, Task
+from jdm.size import bytes_of
 from jdm.training.distributed import local
 
 GIB = 2**30

@@ -1,0 +1,70 @@
+"""The tree is what docs/architecture.md says: rooms that import downward alone, nouns that import torch alone."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "jdm"
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+ROOMS = [row.split() for row in re.findall(r"^\| ([a-z_ ]+) \| .* \|$", PAGE, re.M) if row not in ("room", "package")][:14]
+RANK = {name: place for place, row in enumerate(ROOMS) for name in row}
+NOUNS = ("schedule", "score", "space", "levels", "run", "generator", "posterior", "terms")
+FILES = [file for file in sorted(SOURCE.rglob("*.py")) if file.name not in ("__init__.py", "__main__.py")]
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """(top-level package, room of this package or "") of every import, those inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else \
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if name == "jdm" and isinstance(node, ast.ImportFrom):
+                yield from (("jdm", alias.name) for alias in node.names)
+            else:
+                yield parts[0], parts[1] if parts[0] == "jdm" and len(parts) > 1 else ""
+
+
+def test_every_file_is_in_a_room_of_the_page():
+    assert len(ROOMS) == 14
+    assert {room_of(file) for file in FILES} == set(RANK)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_rooms_import_downward_alone(file):
+    upward = sorted({room for _, room in imports(file) if RANK.get(room, 0) > RANK[room_of(file)]})
+    assert not upward
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_nouns_import_torch_alone(noun):
+    own = {"jdm", "torch", "__future__", "collections", "contextlib", "dataclasses", "functools", "itertools", "math",
+           "pathlib", "typing"}
+    assert {package for package, _ in imports(SOURCE / f"{noun}.py")} <= own
+
+
+def test_only_these_rooms_import_diffusers():
+    found = {room_of(file) for file in FILES if any(package == "diffusers" for package, _ in imports(file))}
+    assert found == {"models", "library", "cost", "prepare", "training", "cli"}
+    peft = {file.name for file in FILES if any(package == "peft" for package, _ in imports(file))}
+    assert peft == {"adapters.py"}
+
+
+def test_no_file_is_longer_than_400_lines():
+    assert {file.name for file in FILES if len(file.read_text().splitlines()) > 400} == set()
+
+
+def test_the_chain_of_a_step_is_five_files():
+    command, lines = re.search(r"`(wc -l src/jdm/[^`]+)`[^0-9]*([\d,]+) lines", PAGE).groups()
+    counted = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(counted.splitlines()) == 6  # five files and the total
+    assert int(counted.split()[-2]) <= int(lines.replace(",", ""))

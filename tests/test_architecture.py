@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "jdm"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-ROOMS = [row.split() for row in re.findall(r"^\| ([a-z_ ]+) \| .* \|$", PAGE, re.M) if row not in ("room", "package")][:14]
+ROWS = re.findall(r"^\| ([a-z_ ]+) \| .* \|$", PAGE, re.M)
+ROOMS = [row.split() for row in ROWS if row not in ("room", "package")][:14]
 RANK = {name: place for place, row in enumerate(ROOMS) for name in row}
 NOUNS = ("schedule", "score", "space", "levels", "run", "generator", "posterior", "terms")
 FILES = [file for file in sorted(SOURCE.rglob("*.py")) if file.name not in ("__init__.py", "__main__.py")]

@@ -92,6 +92,13 @@ def _small(settings: Any, teacher: Path, path: str = "") -> Any:
     return replace(settings, **found)
 
 
+def ranked(run: Run, student: int = 0, fake: int = 0) -> Run:
+    """The run with LoRAs of these ranks; 0 for full copies."""
+    method = run.method
+    return replace(run, method=replace(method, student=replace(method.student, rank=student),
+                                       fake=replace(method.fake, rank=fake)))
+
+
 def networks(run: Run) -> Networks:
     """The networks of a declared method, as its task builds them."""
     loaded, declared = Loaded(run), run.method.distillation()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +134,10 @@ class Loaded:
         return float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-6))
 
     # How each is read
+
+    def making(self) -> AbstractContextManager[Any]:
+        """A context in which new networks are made."""
+        return nullcontext()
 
     def split(self, split: str) -> Pictures:
         """A split of the run's pictures."""

@@ -14,13 +14,12 @@ from jdm.models import execution
 from jdm.models.adapters import Adapter, switched_on
 from jdm.models.family import with_merged
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
-from jdm.reproduce.models import LATER, essence
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
 from tiny import nano_canny, nano_diff_instruct, nano_text_reward
 
 TARGETS = StableDiffusion.lora_targets
-LORA = {"student_rank": 2, "fake_rank": 2}
+LORA = {"student": 2, "fake": 2}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +30,12 @@ def teacher(tmp_path_factory):
 
 def shared(out, teacher, recipe=nano_canny, ranks=LORA, **changes):
     run = tiny.run(recipe(), out, teacher, **changes)
-    return replace(run, method=replace(run.method, **ranks))
+    return tiny.ranked(run, **ranks)
 
 
 def networks_of(run):
-    """The networks of a JDM task, by way of its phases."""
-    return run.method._networks(run)
+    """The networks of a JDM task."""
+    return tiny.networks(run)
 
 
 def speaking(net):
@@ -53,7 +52,7 @@ def sample(networks):
     return x_t, networks.schedule.t(torch.tensor([100, 700])), ["a coat", "one dress"]
 
 
-@pytest.mark.parametrize("ranks", [{}, {"fake_rank": 2}, LORA, {"student_rank": 2}])
+@pytest.mark.parametrize("ranks", [{}, {"fake": 2}, LORA, {"student": 2}])
 def test_fake_posterior_and_student_begin_as_the_teacher_whether_copied_or_adapted(tmp_path, teacher, ranks):
     networks = networks_of(shared(tmp_path, teacher, ranks=ranks))
     x_t, t, y = sample(networks)
@@ -317,17 +316,6 @@ def test_a_tiny_decoder_of_other_latents_is_refused(tmp_path, teacher, made, mes
 def test_what_is_no_tiny_decoder_is_refused(tmp_path, teacher):
     with pytest.raises(UsageError, match="is not a tiny autoencoder"):
         networks_of(shared(tmp_path / "run", teacher, decoder=str(teacher / "unet")))
-
-
-@pytest.mark.parametrize(("field", "value"), [("precision", "bf16"), ("accumulate", 2)])
-def test_a_field_added_since_counts_in_a_cells_name_only_where_it_changes_something(tmp_path, teacher, field, value):
-    run = tiny.run(nano_canny(), tmp_path, teacher)
-    before = essence(run, {})
-    names = {k for part in (before, before["method"], *(v for v in before["method"].values() if isinstance(v, dict)))
-             for k in part}
-    assert not names & LATER.keys()
-    assert essence(replace(run, **{field: value}), {}) == before | {field: value}
-    assert essence(replace(run, checkpointing=True, shard=2), {}) == before
 
 
 # Layout

@@ -1,7 +1,6 @@
 """Compiled networks say what the others say, and are compiled once."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from jdm.training import checkpoint
 from jdm.training.loop import Trainer
 from tiny import nano_canny
 
-LORA = {"student_rank": 2, "fake_rank": 2}
+LORA = {"student": 2, "fake": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +100,7 @@ def teacher(tmp_path_factory):
 def trainer_of(out, teacher, ranks, **changes):
     torch.manual_seed(1)
     run = tiny.run(nano_canny(), out, teacher, steps=9, **changes)
-    return Trainer(replace(run, method=replace(run.method, **ranks)))
+    return Trainer(tiny.ranked(run, **ranks))
 
 
 def gradients(trainer):
@@ -126,7 +125,7 @@ def names(folder):
 
 @pytest.mark.slow  # Dynamo traces eight graphs a case
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"checkpointing": True, "precision": "bf16"}])
-@pytest.mark.parametrize("ranks", [{}, LORA, {"fake_rank": 2}])
+@pytest.mark.parametrize("ranks", [{}, LORA, {"fake": 2}])
 def test_every_phase_has_the_gradients_of_eager_and_no_graph_is_made_after_the_first_steps(tmp_path, teacher, ranks,
                                                                                           changes):
     trainer = speaking(trainer_of(tmp_path / "compiled", teacher, ranks, compile=True, **changes))

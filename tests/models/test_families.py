@@ -94,7 +94,9 @@ def family(request, tmp_path_factory):
         part.eval().requires_grad_(False)
     teacher = save_pipeline(model, place / "teacher")
     recipe = all_recipes()["nano-canny"]()
-    loud = replace(recipe.method, controlnet=replace(recipe.method.controlnet, lr=0.1, warmup=0))  # zero no more
+    branch = recipe.method.controlnet
+    branch = replace(branch, optimiser=replace(branch.optimiser, lr=0.1, warmup=0))  # zero no more
+    loud = replace(recipe.method, controlnet=branch)
     run = tiny.run(replace(recipe, method=loud), place / "run", teacher, steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jdm.evaluation.evaluate, "judge", tiny.judge)

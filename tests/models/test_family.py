@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from jdm.recipes.nano import nano_canny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -22,6 +21,7 @@ from jdm.run import Task
 from jdm.space import unit
 from jdm.training import distributed
 from jdm.training.loop import Trainer
+from tiny import nano_canny
 
 ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 

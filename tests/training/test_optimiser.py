@@ -19,7 +19,7 @@ from jdm.errors import UsageError
 from jdm.recipes import recorded
 from jdm.run import Optimiser, Phase, described
 from jdm.training import checkpoint
-from jdm.training.optimiser import BLOCK, AdamW, dequantised, quantised
+from jdm.training.optimiser import BLOCK, AdamW, adamw, dequantised, quantised
 from tiny import nano_controlnet
 
 SHAPES = (64, 96), (33, 5), (7,), (), (16, 8, 3, 3), (40, 300)  # the first and the last are large enough for 8 bits
@@ -32,7 +32,7 @@ def parameters(dtype=torch.float32, shapes=SHAPES) -> list[nn.Parameter]:
 
 def ours(moving: list[nn.Parameter], beta1: float, states="float32", **more) -> AdamW:
     optimiser = Optimiser(lr=1e-2, betas=(beta1, 0.95), weight_decay=0.1, states=states, **more)
-    return Phase("phase", [(moving, optimiser)], lambda state, repeat: (torch.zeros(()), {})).optimizer()
+    return adamw(Phase("phase", [(moving, optimiser)], lambda state, repeat: (torch.zeros(()), {})))
 
 
 def torchs(moving: list[nn.Parameter], beta1: float) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,13 +22,13 @@ import torch
 from diffusers import AutoencoderTiny
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter
+from jdm.cost.counting import Meter, converted
 from jdm.cost.gpus import GPU, GPUS
 from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
@@ -139,8 +139,7 @@ class Rehearsal:
 
     def estimate(self) -> Estimate:
         with self.meter, overwriting():
-            with self.mode:
-                task: Task = self.run.method.task(self.shapes)
+            task: Task = self.run.method.task(self.shapes)
             settle(self.run, *task.frozen)
             averages = {name: [v.clone() for v in trained(module).values()]
                         for name, module in task.product.modules.items()}
@@ -284,6 +283,9 @@ class Shapes(Loaded):
         super().__init__(run)
         self.mode, self.models, self.others, self.notes = mode, {}, {}, []
 
+    def making(self) -> AbstractContextManager[Any]:
+        return self.mode
+
     def split(self, split: str) -> Pictures:
         n, size = self.run.batch, self.run.data.size
         return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
@@ -309,7 +311,8 @@ class Shapes(Loaded):
         return model
 
     def _controlnet(self, name: str) -> nn.Module:
-        return self.teacher.new_controlnet(self.teacher.backbone)
+        with self.mode:
+            return self.teacher.new_controlnet(self.teacher.backbone)
 
     def _decoder(self, name: str) -> nn.Module:
         with self.mode:
@@ -341,23 +344,21 @@ class Shapes(Loaded):
         return reward
 
     def _emptied(self, make: Callable[[], nn.Module]) -> nn.Module:
-        """A network whose making looks at values: it is made outside the mode, then emptied."""
-        with unset_fake_temporarily():
-            real = make()
+        """A network whose making looks at values: it is made for real, then emptied."""
+        real = make()
         with self.mode:
             return copied(real).requires_grad_(False)
 
 
 @contextmanager
 def overwriting() -> Iterator[None]:
-    """Module.to and Module.float give a module new parameters in place of new contents: a fake tensor has none."""
-    future = torch.__future__
-    before = future.get_overwrite_module_params_on_conversion()
-    future.set_overwrite_module_params_on_conversion(True)
+    """Module.to and Module.float replace parameters inside: torch's own cannot give a fake tensor other data."""
+    before = nn.Module._apply
+    nn.Module._apply = converted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        future.set_overwrite_module_params_on_conversion(before)
+        nn.Module._apply = before
 
 
 def state_bytes(phase: Phase) -> float:

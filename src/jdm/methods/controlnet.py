@@ -44,7 +44,9 @@ class ControlNet:
             card = {"kind": "many-step", "method": "controlnet", "control": self.control}
             save_pipeline(teacher.with_networks(controlnet=averages["controlnet"]), folder, card=card)
 
-        return Product({"controlnet": placed(teacher.new_controlnet(teacher.backbone), loaded.run.device)}, write)
+        with loaded.making():
+            net = teacher.new_controlnet(teacher.backbone)
+        return Product({"controlnet": placed(net, loaded.run.device)}, write)
 
     def task(self, loaded: Loaded) -> Task:
         run, control, teacher, pictures = loaded.run, loaded.control, loaded.teacher, loaded.pictures

@@ -149,12 +149,17 @@ class Networks:
         """A LoRA of that name on the backbone itself, or a full copy of it."""
         if not rank:
             return self.teacher.denoiser(copied(backbone).requires_grad_(trains))
-        self.adapters[name] = Adapter(backbone, name, rank, self.teacher.lora_targets)
+        self._add_adapter(name, backbone, rank)
         return self.teacher.denoiser(backbone, adapters=(self.adapters[name],))
+
+    def _add_adapter(self, name: str, backbone: nn.Module, rank: int) -> None:
+        with self.loaded.making():
+            self.adapters[name] = Adapter(backbone, name, rank, self.teacher.lora_targets)
 
     def _controlnet(self, start: str, backbone: nn.Module) -> nn.Module:
         own = self.loaded.controlnet("controlnet") if start else self.own
-        return copied(own) if own is not None else self.teacher.new_controlnet(backbone)
+        with self.loaded.making():
+            return copied(own) if own is not None else self.teacher.new_controlnet(backbone)
 
     def _add_controlnet(self, net: Denoiser, controlnet: nn.Module) -> None:
         net.controlnet = placed(controlnet, self.loaded.run.device).requires_grad_(True)
@@ -174,7 +179,7 @@ class Networks:
             if "posterior" in self.adapters:
                 raise UsageError("two terms have posteriors of different settings; give them the same")
             base = self.fake.net
-            self.adapters["posterior"] = Adapter(base.backbone, "posterior", settings.rank, self.teacher.lora_targets)
+            self._add_adapter("posterior", base.backbone, settings.rank)
             net = self.teacher.denoiser(base.backbone, adapters=(*base.adapters, self.adapters["posterior"]))
             self.posteriors[settings] = Posterior(self.teacher.score_of(self.text, net), self.schedule,
                                                   settings.levels, settings.low, settings.high)

@@ -16,11 +16,13 @@ from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.library import load_controlnet, load_model, tiny_decoder
+from jdm.models import nano
 from jdm.models.family import Family, placed
 from jdm.models.text import TextEncoder
 from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Needs, Run
 from jdm.size import Size, height_width
+from jdm.space import Space
 
 
 class Loaded:
@@ -103,8 +105,14 @@ class Loaded:
         return self.split(self.run.data.validation)
 
     def latents(self) -> Tensor:
-        """The teacher's latents of the whole training split, [N, C, h, w] on the CPU."""
-        return encoded(self.teacher.space, self.pictures)
+        """The latents of the whole training split, [N, C, h, w] on the CPU."""
+        return encoded(self.space, self.pictures)
+
+    @cached_property
+    def space(self) -> Space:
+        """The space of those latents: of the needs' own autoencoder, or the teacher's."""
+        own = self.needs.autoencoder
+        return Space(placed(nano.load_vae(own), self.run.device)) if own else self.teacher.space
 
     @cached_property
     def control(self) -> Control | None:

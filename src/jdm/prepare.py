@@ -107,7 +107,7 @@ class Draft(Cache):
         for role in [role for role in needs.prompts if role in needs.models]:
             self._text(self.needed.text(role))
         if needs.latents:
-            self._latents(self.needed.teacher.space, replace(super().pictures(run.data, loaded), latents=None))
+            self._latents(self.needed.space, replace(super().pictures(run.data, loaded), latents=None))
 
     def _text(self, encoder: TextEncoder) -> None:
         asked = encoder_signs(encoder)

@@ -110,7 +110,8 @@ class Needs:
         reward: the reward's name or import path; empty for none.
         prompts: roles of the models whose text encoders read the prompts.
         pictures: the training pictures, or their captions, are read.
-        latents: the teacher's autoencoder encodes every training picture once.
+        latents: every training picture is encoded once.
+        autoencoder: folder of the autoencoder that encodes them; empty for the teacher's.
     """
 
     models: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class Needs:
     prompts: tuple[str, ...] = ("teacher",)
     pictures: bool = True
     latents: bool = False
+    autoencoder: str = ""
 
 
 class Method(Protocol):

@@ -70,7 +70,7 @@ def test_out_of_memory_names_what_saves_memory(tmp_path, teacher, monkeypatch):
         train(run)
     message = str(caught.value)
     assert "\n" not in message
-    for switch in ("--checkpointing", "--precision bf16", "--method.fake-rank 64", "states 8bit", "--accumulate 2"):
+    for switch in ("--checkpointing", "--precision bf16", "--method.fake.rank 64", "states 8bit", "--accumulate 2"):
         assert switch in message
     assert training.checkpoint.last(tmp_path).name == "step-0000002"
 
@@ -84,7 +84,7 @@ def test_memory_savings_match_the_runs_tensors(tmp_path, teacher, monkeypatch):
     frozen = {id(p): p.nbytes for m in networks for p in m.parameters() if not p.requires_grad}
     fake = sum(p.nbytes for p in trainer.task.modules["fake"].parameters())
     assert f"bf16, {sum(frozen.values()) / 2:.1f} GiB" in message
-    assert f"fake-rank 64, about {3 * fake:.1f} GiB" in message
+    assert f"fake.rank 64, about {3 * fake:.1f} GiB" in message
     trainer.step(0)
     moments = sum(v.nbytes for o in trainer.optimizers.values() for s in o.state.values() for k, v in s.items()
                   if k != "step")

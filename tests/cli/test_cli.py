@@ -112,14 +112,14 @@ def test_a_users_control_trains_and_samples(teacher, photo, tmp_path, capsys, un
     control = f"{EXAMPLES / 'my_controls.py'}:Posterize"
     out = tmp_path / "run"
     assert main(["train", "nano-canny", *map(str, small(teacher, out)), "--control", control,
-                 "--method.rank", "2", "--method.condition_weight=0.5"]) == 0
+                 "--posterior.rank", "2", "--condition.weight=0.5"]) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(out / "model")
     assert "step 2/2" in printed.err
     assert "fidelity" in printed.err
     assert "condition" in printed.err
     method = recorded(out / "run.json").method
-    assert (method.control, method.condition_weight, method.rank) == (control, 0.5, 2)
+    assert (method.control, method.condition.weight, method.condition.posterior.rank) == (control, 0.5, 2)
     pictures = tmp_path / "pictures"
     assert main(["sample", str(out / "model"), "--prompt", "ankle boot", "--image", str(photo), "--n", "2",
                  "--out", str(pictures)]) == 0
@@ -181,12 +181,12 @@ def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     ("train nano-cany", "there is no recipe 'nano-cany'; did you mean nano-canny?"),
     ("train nowhere.py", "there is no file nowhere.py"),
     ("train nowhere.json", "nowhere.json: there is no such file"),
-    ("train nano-canny --method.condition-wieght 1",
-     "there is no flag --method.condition-wieght; did you mean --method.condition-weight?"),
+    ("train nano-canny --method.condition.wieght 1",
+     "there is no flag --method.condition.wieght; did you mean --method.condition.weight?"),
     ("train nano-canny --stesp 1", "there is no flag --stesp; did you mean --steps?"),
     ("train nano-canny --steps many", "--steps"),
     ("train nano-canny --steps", "--steps"),
-    ("train nano-canny --method.weighting none", "--method.weighting"),
+    ("train nano-canny --method.fidelity.normaliser all", "--method.fidelity.normaliser"),
     ("train nano-canny --device gpu9", "--device gpu9 cannot be used here"),
     ("train nano-canny --control cany", "did you mean 'canny'?"),
     ("export nowhere out", "nowhere is not a run"),
@@ -239,7 +239,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
         (student,): "give --image with a picture",
         (student, "--image", photo, "--control-map", photo): "not both",
         (teacher, "--image", photo): "this model takes no control; leave out --image",
-        (student, "--image", photo, "--steps", "4"): "a one-step student needs steps = 1, got 4",
+        (student, "--image", photo, "--steps", "4"): "draws in one step; asked for 4",
     }
     for arguments, said in asked.items():
         code, line = complaint("sample", *arguments, "--prompt", "x", *out)
@@ -275,8 +275,8 @@ def test_a_missing_caption(complaint, teacher, tmp_path, untrained_judge):
 
 
 def test_nan_exits_with_3_and_names_phase(complaint, teacher, tmp_path, untrained_judge):
-    code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"), "--method.fake.lr", "1e38",
-                           "--method.fake.warmup", "1")
+    code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"), "--method.fake.optimiser.lr", "1e38",
+                           "--method.fake.optimiser.warmup", "1")
     assert code == 3
     assert "phase " in line
     assert "not finite at step" in line

@@ -18,7 +18,8 @@ import tiny
 from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
-from jdm.data.sources import load_pictures
+from jdm.data.cache import Cache
+from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.methods.denoising import encoded
@@ -40,6 +41,17 @@ def small(name: str, out: Path, teacher: Path, **changes) -> Run:
 
 def cached(run: Run, folder: Path, out: Path | None = None) -> Run:
     return replace(run, out=out or run.out, data=replace(run.data, prepared=str(folder)))
+
+
+def pictures_of(run: Run, loaded: Pictures) -> Pictures:
+    """The split as the run's prepared folder has it."""
+    return Cache.read(Path(run.data.prepared)).pictures(run.data, loaded)
+
+
+def states_of(run: Run, encoder: TextEncoder) -> TextEncoder:
+    """The encoder, reading the states of the run's prepared folder."""
+    encoder.stored = Cache.read(Path(run.data.prepared)).text(encoder)
+    return encoder
 
 
 def losses(run: Run) -> list[dict]:
@@ -100,11 +112,11 @@ def test_a_guide_with_a_text_encoder_of_its_own_finds_its_own_states(teacher, tm
         model.text_encoder.get_input_embeddings().weight.mul_(1.5)
     guide = save_pipeline(model, tmp_path / "guide")
     run = small("nano-text-guided", tmp_path / "run", teacher)
-    run = replace(run, method=replace(run.method, guide=str(guide)))
+    run = replace(run, method=replace(run.method, guidance=replace(run.method.guidance, teacher=str(guide))))
     assert [part.partition("-")[0] for part in prepare(run, tmp_path / "cache")] == ["pictures", "text", "text"]
     for folder in (teacher, guide):
         encoder, plain = (load_model(str(folder)).text(one_by_one=True) for _ in range(2))
-        prepared.text(cached(run, tmp_path / "cache"), encoder)
+        states_of(cached(run, tmp_path / "cache"), encoder)
         encoder.encode = None  # type: ignore[assignment]
         assert torch.equal(encoder(["a dress"]), plain(["a dress"]))  # type: ignore[arg-type]
 
@@ -122,7 +134,7 @@ def test_only_what_a_method_asks_for_is_made(teacher, tmp_path):
 def test_pictures_latents_and_states_are_those_that_loading_and_encoding_give(ready, teacher, monkeypatch):
     run, folder = ready
     loaded = load_pictures(run.data.source, "train", 32)
-    read, rows = prepared.pictures(cached(run, folder), loaded), torch.tensor([25, 0, 3])
+    read, rows = pictures_of(cached(run, folder), loaded), torch.tensor([25, 0, 3])
     wanted, whole = loaded.batch(rows), loaded.batch(torch.arange(26))
     monkeypatch.setattr("jdm.data.sources.load_picture", None)
     assert torch.equal(read.batch(rows), wanted)
@@ -133,7 +145,7 @@ def test_pictures_latents_and_states_are_those_that_loading_and_encoding_give(re
     assert torch.equal(encoded(model.space, read), plain)
     encoder, other = (model.text(one_by_one=True) for _ in range(2))
     asked = ["caption 5", "", "caption 29", "caption 5"]
-    assert torch.equal(prepared.text(cached(run, folder), encoder)(asked), other(asked))  # type: ignore[arg-type]
+    assert torch.equal(states_of(cached(run, folder), encoder)(asked), other(asked))  # type: ignore[arg-type]
     assert len(encoder.stored) == 27
 
 
@@ -150,7 +162,7 @@ def test_sdxl_keeps_its_states_its_pooled_ones_and_its_zeros(photos, tmp_path):
     prepare(run, tmp_path / "cache")
     fast = cached(run, tmp_path / "cache", tmp_path / "quick")
     encoder, other = (load_model(str(teacher)).text(one_by_one=True) for _ in range(2))
-    prepared.text(fast, encoder)
+    states_of(fast, encoder)
     encoder.encode = None  # type: ignore[assignment]
     (states, more), (plain, told) = encoder(["caption 7", ""]), other(["caption 7", ""])
     assert torch.equal(states, plain)  # type: ignore[arg-type]
@@ -330,7 +342,7 @@ def test_another_split_of_the_same_source_and_length_is_not_taken_for_the_first(
     prepare(first, tmp_path / "cache")
     prepare(second, tmp_path / "cache")
     loaded = load_pictures("fashion-mnist", "test[8:16]", 32)
-    read = prepared.pictures(cached(second, tmp_path / "cache"), loaded)
+    read = pictures_of(cached(second, tmp_path / "cache"), loaded)
     assert torch.equal(read.batch(torch.arange(8)), loaded.batch(torch.arange(8)))
 
 

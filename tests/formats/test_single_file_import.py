@@ -18,6 +18,7 @@ from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
 from jdm.library import load_model
+from jdm.loading import Loaded
 from jdm.models import published
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
@@ -305,7 +306,7 @@ def test_a_run_and_its_estimate_start_from_the_file_as_from_the_folder(family, t
     for source in (folder, file):
         run = tiny.run(all_recipes()["nano-diff-instruct"](), tmp_path / "run", source)
         torch.manual_seed(0)
-        started.append({name: module.state_dict() for name, module in run.method.task(run).modules.items()})
+        started.append({name: module.state_dict() for name, module in run.method.task(Loaded(run)).modules.items()})
         with torch.device("meta"):
             started[-1]["shapes"] = {f"{part}.{key}": torch.tensor(tensor.shape, device="cpu")
                                      for part, net in known_configs.without_weights(str(source)).modules().items()

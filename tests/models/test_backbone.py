@@ -9,7 +9,6 @@ from diffusers import AutoencoderTiny
 import tiny
 from jdm.errors import UsageError
 from jdm.library import load_model
-from jdm.methods.jdm import JDM
 from jdm.models import execution
 from jdm.models.adapters import Adapter, switched_on
 from jdm.models.family import with_merged
@@ -57,9 +56,9 @@ def test_fake_posterior_and_student_begin_as_the_teacher_whether_copied_or_adapt
     networks = networks_of(shared(tmp_path, teacher, ranks=ranks))
     x_t, t, y = sample(networks)
     with torch.no_grad():
-        real = networks.real(x_t, t, y)
+        real = networks.real_score(1.0)(x_t, t, y)
         assert torch.equal(networks.fake(x_t, t, y).eps, real.eps)
-        assert torch.equal(networks.posterior(x_t, t, y), real.x0)
+        assert torch.equal(next(iter(networks.posteriors.values()))(x_t, t, y), real.x0)
         assert torch.equal(networks.student(x_t, networks.schedule.timestep(t), networks.text(y)), real.eps)
 
 
@@ -90,7 +89,7 @@ def test_the_posterior_is_the_fake_adapter_and_its_own_together(tmp_path, teache
     x_t, t, y = sample(networks)
     with torch.no_grad():
         expected = networks.teacher.score_of(networks.text, networks.teacher.denoiser(plain))(x_t, t, y).x0
-        torch.testing.assert_close(networks.posterior(x_t, t, y), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(next(iter(networks.posteriors.values()))(x_t, t, y), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", [nano_canny, nano_diff_instruct, nano_text_reward])
@@ -263,8 +262,9 @@ def test_the_exported_unet_is_the_averaged_adapter_merged(tmp_path, teacher):
 
 def test_a_controlnet_can_start_as_another_models(tmp_path, teacher):
     theirs = load_model(str(teacher.parent / "controlled")).controlnet
-    run = shared(tmp_path, teacher, ranks={"controlnet_start": str(teacher.parent / "controlled")})
-    ours = networks_of(run).student.controlnet
+    run = shared(tmp_path, teacher)
+    branch = replace(run.method.controlnet, start=str(teacher.parent / "controlled"))
+    ours = networks_of(replace(run, method=replace(run.method, controlnet=branch))).student.controlnet
     assert ours
     assert theirs
     assert all(p.requires_grad for p in ours.parameters())
@@ -280,9 +280,10 @@ def test_a_new_controlnet_is_the_encoder_of_an_adapted_unet(tmp_path, teacher):
 
 
 def test_a_frozen_unet_with_a_rank_is_refused(tmp_path, teacher):
-    run = shared(tmp_path, teacher, ranks={"start": str(teacher.parent / "student"), "train_unet": False, **LORA})
-    with pytest.raises(UsageError, match="a frozen UNet has no LoRA to train; leave out --student-rank 2"):
-        JDM.task(run.method, run)
+    run = shared(tmp_path, teacher)
+    frozen = replace(run.method.student, start=str(teacher.parent / "student"), optimiser=None)
+    with pytest.raises(UsageError, match="a frozen backbone has no LoRA to train; leave out --student.rank 2"):
+        networks_of(replace(run, method=replace(run.method, student=frozen)))
 
 
 def tiny_autoencoder(folder, channels=8, blocks=3):

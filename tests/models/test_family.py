@@ -121,7 +121,9 @@ def test_v_without_terminal_signal_samples_as_in_diffusers(model):
 def test_v_without_terminal_signal_trains_and_exports(model, tmp_path):
     teacher = save_pipeline(without_signal(model), tmp_path / "teacher")
     run = tiny.run(nano_canny(), tmp_path / "run", teacher)
-    trainer = Trainer(replace(run, method=replace(run.method, t_init=999, fake_range=(0.999, 1.0))))
+    method = replace(run.method, student=replace(run.method.student, levels=(999,)),
+                     fake=replace(run.method.fake, low=0.999, high=1.0))
+    trainer = Trainer(replace(run, method=method))
     trainer.step(0)
     student = load_model(str(trainer.export()))
     assert (student.levels, student.prediction) == ((999,), "v_prediction")

@@ -141,7 +141,7 @@ def trained(states: str, beta1: float, beta2: float, n: int = 300) -> list[float
     sizes = torch.logspace(-3, 0, 256)
     truth, weight = torch.randn(32, 256) / sizes, nn.Parameter(torch.zeros(32, 256))
     optimiser = Optimiser(lr=0.05, betas=(beta1, beta2), states=states)
-    optimizer = Phase("phase", [([weight], optimiser)], lambda state, repeat: (torch.zeros(()), {})).optimizer()
+    optimizer = adamw(Phase("phase", [([weight], optimiser)], lambda state, repeat: (torch.zeros(()), {})))
     losses = []
     for _ in range(n):
         x = torch.randn(64, 256) * sizes

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_record_kept(teacher, 
     with pytest.raises(UsageError, match="holds a run with another seed"):
         train(replace(run, seed=1))
     with pytest.raises(UsageError, match="belongs to another recipe"):
-        train(replace(run, method=replace(run.method, rank=4)))
+        train(tiny.ranked(run, student=4))
     assert recorded(tmp_path / "run.json") == run
 
 
@@ -318,6 +318,6 @@ def test_a_log_that_cannot_be_written_is_a_failed_run(teacher, tmp_path, monkeyp
     def full(self, step, values):
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
-    monkeypatch.setattr(module._Log, "write", full)
+    monkeypatch.setattr(module.Log, "write", full)
     with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device.*the start"):
         train(canny(tmp_path, teacher))

@@ -61,7 +61,7 @@ def flags_of(value: Any, prefix: str = "") -> list[str]:
 
 
 def _whole(argument: str, known: Iterable[str]) -> str:
-    """A flag in full: `--condition_weight 2` means `--method.condition-weight 2` if no other flag ends like that."""
+    """A flag in full: `--condition.weight 2` means `--method.condition.weight 2` if no other flag ends like that."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")

@@ -141,7 +141,7 @@ class SingleFile:
         own = {part: config for part, name in CONFIGS.items() if (config := self.beside_json(name)) is not None}
         if "unet" in own:
             if missing := [part for part in ("vae", "text_encoder", "scheduler") if part not in own]:
-                raise UsageError(f"{self.beside} has the UNet's configuration and lacks {CONFIGS[missing[0]]}")
+                raise UsageError(f"{self.beside} has the UNet's configuration but lacks {CONFIGS[missing[0]]}")
             card = self.beside_json(CARD) or folder_json(str(self.path.parent), CARD)  # where an export puts it
             found = own if card is None else {**own, "card": card}
         else:

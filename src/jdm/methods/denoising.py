@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jdm.data.latents import encoded
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
@@ -19,7 +19,7 @@ from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.text import TextEncoder
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel
-from jdm.space import Space, from_bytes
+from jdm.space import from_bytes
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Denoising:
     clip: float = 1.0
 
     def needs(self, run: Run) -> Needs:
-        return Needs()
+        return Needs(latents=True, autoencoder=self.vae)
 
     def product(self, loaded: Loaded) -> Product:
         run, pictures = loaded.run, loaded.pictures
-        vae = placed(nano.load_vae(self.vae), run.device)
+        vae: Any = loaded.space.vae
         tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
         unet, encoder = placed(nano.unet(), run.device), placed(nano.text_encoder(tokenizer), run.device)
 
@@ -66,8 +66,7 @@ class Denoising:
 
     def task(self, loaded: Loaded) -> Task:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
-        space = Space(placed(nano.load_vae(self.vae), run.device))
-        latents, product = encoded(space, pictures), self.product(loaded)
+        space, latents, product = loaded.space, loaded.latents(), self.product(loaded)
         tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:

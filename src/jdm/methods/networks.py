@@ -141,6 +141,7 @@ class Networks:
             self._add_controlnet(self.student, self._controlnet(branch.start, self.student.backbone))
         self._fake: ScoreModel[Denoiser] | None = None
         if fake:
+            _ = loaded.decoder  # one that does not fit is found out first
             if fake.controlnet:
                 self._add_controlnet(net, self._controlnet("", self.teacher.backbone))
             self._fake = self.teacher.score_of(self.text, net)

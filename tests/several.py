@@ -1,7 +1,11 @@
-"""python several.py OUT TEACHER all, or ACTION...: what several processes compute, and what one does.
+"""Compares what several processes compute with what one does.
 
-An action is KIND:SHARD[:NAME...], for one process or under torchrun. `trained` is in float64: the order of a sum
-is all that can differ then.
+python several.py OUT TEACHER ACTION...             each action in this process, or in those of torchrun
+python several.py OUT TEACHER forked:N ACTION...    the same in N processes, forked after the imports
+python several.py OUT TEACHER all                   ALL
+
+An action is KIND:SHARD[:NAME...]. `gradients` and `trained` compute in float64, where the order of a sum changes
+nothing that a bound of 1e-9 sees.
 """
 
 import os
@@ -9,6 +13,8 @@ import shutil
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,26 +33,29 @@ from jdm.models.stable_diffusion import UNetDenoiser
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
-from tiny import nano_canny
+from tiny import nano_canny, nano_diff_instruct
 
-STEPS, SAVED = 10, 8
+STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third step
 # In turn, what one process, then two, then four, and then one again compute: one folder for each name.
+# A process's first optimiser step on a new mesh costs seconds (DTensor plans it), so actions of one mesh stay together.
 ALL = [
     (1, ["gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
-    (2, ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "trained:1:replicated",
-         "judged:2:judged", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
-    (4, ["gradients:2:full", "trained:4:sharded-over-four", "trained:2:two-to-four"]),
+    (2, ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
+         "trained:1:replicated", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
+    (4, ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
 ]
+IN_DOUBLE = ("gradients", "trained")
 RANKS = {"full": 0, "lora": 2}
 
 
 def run_of(out: Path, teacher: Path, shard: int, ranks: str = "full", **changes) -> Run:
-    run = tiny.run(nano_canny(), out, teacher, steps=STEPS, shard=shard, **changes)
+    """JDM on the tiny teacher, whose networks move from the first step on; it saves nothing by itself."""
+    run = tiny.run(nano_canny(), out, teacher, steps=100, shard=shard, **changes)
     method: JDM = at_once(run.method)
     rank = RANKS[ranks]
     method = replace(method, student=replace(method.student, rank=rank), fake=replace(method.fake, rank=rank))
-    return replace(run, method=method, save_every=STEPS)
+    return replace(run, method=method, save_every=100)
 
 
 def at_once(settings: Any) -> Any:
@@ -101,8 +110,9 @@ def gradients(out: Path, teacher: Path, shard: int, ranks: str, accumulate: int 
 
 
 def trained(out: Path, teacher: Path, shard: int, name: str, *copies: str) -> None:
-    """To the end, from the last checkpoint of the folder `name` if there is one; what was saved is copied to others."""
-    trainer = Trainer(run_of(out / name, teacher, shard))
+    """Up to STEPS. A fresh run saves at SAVED where folders to copy it to are named; a resumed one at its end."""
+    resumed = (out / name).exists()
+    trainer = Trainer(replace(run_of(out / name, teacher, shard), save_every=STEPS if resumed else 100))
     for step in range(trainer.start, STEPS):
         trainer.step(step)
         if step + 1 == SAVED and copies:
@@ -113,10 +123,9 @@ def trained(out: Path, teacher: Path, shard: int, name: str, *copies: str) -> No
 
 
 def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
-    """Two steps in float32 with their probes, exported; and the averages that should be in the folder."""
-    trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=2, save_every=1, probe_every=1))
-    for step in range(2):
-        trainer.step(step)
+    """A step in float32 with its probe, exported; and the averages that should be in the folder."""
+    trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=1, probe_every=1))
+    trainer.step(0)
     trainer.export()
     keep(out, name, {f"{n}.{k}": v for n, average in trainer.averages.items() for k, v in average.items()})
 
@@ -124,7 +133,7 @@ def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
 def judged(out: Path, teacher: Path, shard: int, name: str) -> None:
     """Ended by its judge. By the first process alone step 1 was the best, by their mean step 2."""
     seen = [(-1.0, -4.0), (-2.0, -2.0), (-9.0, -9.0), (0.0, 0.0)]
-    run = replace(run_of(out / name, teacher, shard), save_every=100, probe_every=1, best="judge", patience=1)
+    run = replace(run_of(out / name, teacher, shard), probe_every=1, best="judge", patience=1)
     step = Trainer.step
 
     def watched(trainer: Trainer, number: int) -> dict:
@@ -138,19 +147,24 @@ def judged(out: Path, teacher: Path, shard: int, name: str) -> None:
     Trainer.step = step
 
 
+def endless_run(out: Path, teacher: Path, shard: int) -> Run:
+    """The cheapest run that has several networks to shard."""
+    return replace(tiny.run(nano_diff_instruct(), out, teacher, steps=100_000, shard=shard), save_every=2)
+
+
 def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
     """A run that something else will end."""
-    run = replace(run_of(out / name, teacher, shard), steps=100_000, save_every=2, log_every=1)
     print(f"pid {os.environ.get('RANK', '0')} {os.getpid()}\n", end="", flush=True)  # torchrun's stdout is unbuffered
     try:
-        jdm.training.loop.train(run)
+        jdm.training.loop.train(endless_run(out / name, teacher, shard))
     except RunError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(_failed(error))  # as the command does, without waiting for the group
 
 
-def in_double() -> None:
-    """Every network computes in float64: its weights, and what comes in."""
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Every network of a run computes in float64: its weights, and what comes in."""
     settle, forward = jdm.training.loop.settle, UNetDenoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
@@ -163,6 +177,11 @@ def in_double() -> None:
 
     torch.set_default_dtype(torch.float64)
     jdm.training.loop.settle, UNetDenoiser.forward = doubled, cast
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        jdm.training.loop.settle, UNetDenoiser.forward = settle, forward
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:
@@ -198,17 +217,21 @@ def forked(n: int, out: Path, teacher: Path, actions: list[str]) -> int:
 
 
 def computed(out: Path, teacher: Path, actions: list[str]) -> None:
+    """The actions in this process: first those in float32, then those in float64."""
     torch.set_num_threads(1)
     jdm.evaluation.evaluate.PROBE_SAMPLES = 8
-    main(out, teacher, [a for a in actions if not a.startswith("trained")])
-    if double := [a for a in actions if a.startswith("trained")]:
-        in_double()
-        main(out, teacher, double)
+    main(out, teacher, [a for a in actions if not a.startswith(IN_DOUBLE)])
+    if double := [a for a in actions if a.startswith(IN_DOUBLE)]:
+        with in_double():
+            main(out, teacher, double)
     distributed.leave()
 
 
 if __name__ == "__main__":
     folder, model, *wanted = sys.argv[1:]
+    place = Path(folder), Path(model)
     if wanted == ["all"]:
-        sys.exit(max(forked(n, Path(folder), Path(model), actions) for n, actions in ALL))
-    computed(Path(folder), Path(model), wanted)
+        sys.exit(max(forked(n, *place, actions) for n, actions in ALL))
+    if wanted[0].startswith("forked:"):
+        sys.exit(forked(int(wanted[0].removeprefix("forked:")), *place, wanted[1:]))
+    computed(*place, wanted)

@@ -275,8 +275,8 @@ def test_a_missing_caption(complaint, teacher, tmp_path, untrained_judge):
 
 
 def test_nan_exits_with_3_and_names_phase(complaint, teacher, tmp_path, untrained_judge):
-    code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"), "--method.fake.optimiser.lr", "1e38",
-                           "--method.fake.optimiser.warmup", "1")
+    code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"),
+                           "--method.fake.optimiser.lr", "1e38", "--method.fake.optimiser.warmup", "1")
     assert code == 3
     assert "phase " in line
     assert "not finite at step" in line

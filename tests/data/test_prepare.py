@@ -19,10 +19,10 @@ from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
 from jdm.data.cache import Cache
+from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
-from jdm.methods.denoising import encoded
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.prepare import prepare

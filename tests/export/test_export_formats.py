@@ -110,8 +110,9 @@ def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teache
     out = export(run, tmp_path / "mine", metrics=tmp_path / "out.json")
     text = (out / "README.md").read_text()
     for said in ("| base model | teacher |", "| method | jdm |", "| levels | 625 (sigma / alpha = 2.5017) |",
-                 "| method.condition.weight | 1 |", "| method.student.optimiser.lr |", "| steps | 2 |", "| fd | 12.3457 |",
-                 "| model | mine |", "Inherit from the base model (teacher)", "license_name: inherit-from-base-model"):
+                 "| method.condition.weight | 1 |", "| method.student.optimiser.lr |", "| steps | 2 |",
+                 "| fd | 12.3457 |", "| model | mine |", "Inherit from the base model (teacher)",
+                 "license_name: inherit-from-base-model"):
         assert said in text, said
     for place in (tmp_path, teacher.parent, run.parent):
         assert str(place) not in text

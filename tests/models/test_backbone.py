@@ -282,7 +282,7 @@ def test_a_new_controlnet_is_the_encoder_of_an_adapted_unet(tmp_path, teacher):
 def test_a_frozen_unet_with_a_rank_is_refused(tmp_path, teacher):
     run = shared(tmp_path, teacher)
     frozen = replace(run.method.student, start=str(teacher.parent / "student"), optimiser=None)
-    with pytest.raises(UsageError, match="a frozen backbone has no LoRA to train; leave out --student.rank 2"):
+    with pytest.raises(UsageError, match=r"a frozen backbone has no LoRA to train; leave out --student\.rank 2"):
         networks_of(replace(run, method=replace(run.method, student=frozen)))
 
 

@@ -1,4 +1,4 @@
-"""What a run needs, loaded: models, control, reward, pictures; each is read when it is first asked for."""
+"""The inputs of a run, loaded: models, control, reward, pictures; each is read when it is first asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is made of: Optimiser, Phase, Task, Data, Run. The loop is in training/loop.py."""
+"""The parts of a training run: Optimiser, Phase, Task, Data, Run. The loop is in training/loop.py."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Phase:
 
 @dataclass
 class Product:
-    """What a run is for: the networks that are averaged and exported, and how they become a folder.
+    """The result of a run: the networks that are averaged and exported, and how they become a folder.
 
     Attributes:
         modules: networks by name; averages are kept of each.
@@ -82,7 +82,7 @@ class Product:
 
 @dataclass
 class Task:
-    """What a method asks of the loop.
+    """Everything a method asks of the loop.
 
     Attributes:
         begin: step -> the state its phases share (batch, noise, the generator's sample).
@@ -102,7 +102,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run reads, apart from how it is wired: `estimate`, `prepare` and `export` ask for this alone.
+    """The inputs of a run, apart from how it is wired: `estimate`, `prepare` and `export` ask for this alone.
 
     Attributes:
         models: role -> model's name, the teacher's first; a role is what the method asks for it by.
@@ -130,7 +130,7 @@ class Method(Protocol):
     """
 
     def needs(self, run: Run) -> Needs:
-        """What a run with this method reads."""
+        """The inputs of a run with this method."""
         ...
 
     def product(self, loaded: Any) -> Product:

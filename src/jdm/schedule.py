@@ -58,7 +58,7 @@ class NoiseSchedule:
         return _expand(self._sigma.to(t.device)[self._row(t)], like)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What a network is conditioned on: the level's index in 0..N-1; t = 0 has none and maps to 0."""
+        """The number a network is conditioned on: the level's index in 0..N-1; t = 0 has none and maps to 0."""
         return (self._row(t) - 1).clamp(min=0)
 
     def t(self, index: Tensor | int) -> Tensor:
@@ -116,7 +116,7 @@ class FlowSchedule(NoiseSchedule):
         return _expand(self._s(t).float(), like)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What a network is conditioned on: 1000 s in float32; 0 is clean."""
+        """The number a network is conditioned on: 1000 s in float32; 0 is clean."""
         return (1000 * self._s(t)).float()
 
     def log_snr(self, t: Tensor) -> Tensor:

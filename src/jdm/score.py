@@ -22,7 +22,7 @@ Text = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a score model says of x_t = alpha x0 + sigma eps, in every reading; all float32, or float64 where x_t is.
+    """A score model's estimate of x_t = alpha x0 + sigma eps, in every reading; all float32, or float64 where x_t is.
 
     The network's own output is kept, and each reading is taken from it by the formula that stays finite: at alpha = 0
     and sigma = 0 from v_prediction and flow, where epsilon has no x0 at alpha = 0 and sample no eps at sigma = 0.

@@ -141,7 +141,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 class View(Protocol):
-    """What a term sees of a step: the student's sample, its noisy version at the term's levels, estimates of it.
+    """A term's view of a step: the student's sample, its noisy version at the term's levels, estimates of it.
 
     Attributes:
         x: the student's sample, detached. x_t: the same at level t, with alpha and sigma that broadcast over it.

@@ -20,7 +20,7 @@ def imported(source: str) -> ModuleType:
     """Import a module by its file, `my_controls.py`, or by its name, `package.module`.
 
     Raises:
-        UsageError: there is no such file or module, or it raises when it is run.
+        UsageError: the file or module does not exist, or it raises when it is run.
     """
     if not source.endswith(".py"):
         try:

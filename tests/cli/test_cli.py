@@ -200,7 +200,7 @@ def test_a_usage_error_names_its_remedy(arguments, said, complaint, tmp_path, mo
 
 def test_a_folder_without_a_model(complaint, tmp_path):
     assert complaint("sample", tmp_path, "--prompt", "x") == (
-        2, f"jdm: {tmp_path} is no model: model_index.json is missing; a diffusers folder has one at its top")
+        2, f"jdm: {tmp_path} is not a model: model_index.json is missing; a diffusers folder has one at its top")
     code, line = complaint("sample", tmp_path / "nowhere", "--prompt", "x")
     assert code == 2
     assert "no such folder" in line

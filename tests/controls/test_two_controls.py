@@ -73,7 +73,7 @@ def test_a_controlnet_of_another_shape_or_none_is_refused(one_step, teacher, stu
         message = rf"{student} does not fit this model: its ControlNet has {key} .*, the model's UNet "
         with pytest.raises(UsageError, match=message + re.escape(str(other))):
             load_controlnet(str(student), beside)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"is no ControlNet \(26 weights of the ControlNetModel are missing"):
+    with pytest.raises(UsageError, match=r"is not a ControlNet \(26 weights of the ControlNetModel are missing"):
         load_controlnet(str(student / "unet"), one_step)
     with pytest.raises(UsageError, match="3 strengths for 1 controls"):
         Sampler(one_step, strengths=[1, 1, 1])

@@ -116,7 +116,7 @@ def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teache
         assert said in text, said
     for place in (tmp_path, teacher.parent, run.parent):
         assert str(place) not in text
-    assert "base_model:" not in text, "a folder of this disk is no model of a hub"
+    assert "base_model:" not in text, "a folder of this disk is not a hub model"
     text = (export(run, tmp_path / "lora", format="lora", rank=4) / "README.md").read_text()
     assert re.search(r"Rank 4 of .*? is 0\.\d{4}; at other ranks", text, re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""What commands print besides their result: tables, and remarks on standard error."""
+"""Prints tables, and remarks on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will cost, before any weight is loaded: memory by part, FLOPs by pass, seconds and GPU-hours.
+"""Estimates the cost of a run before any weight is loaded: memory by part, FLOPs by pass, seconds and GPU-hours.
 
 The method's own code runs one training step, on networks whose tensors have shapes and no contents, and is measured
 while it does: what it holds, copies or recomputes is counted because it does so, not because this page says so.
@@ -61,7 +61,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step of a run costs.
+    """The cost of one step of a run.
 
     Attributes:
         memory: bytes by part, at the moment of the peak; their sum is what the run holds.
@@ -89,11 +89,11 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Of one step."""
+        """FLOPs of one step."""
         return sum(p.forward + p.backward for p in self.passes)
 
     def seconds(self, gpu: GPU) -> float:
-        """Of one step, at UTILISATION of each kind's peak."""
+        """Seconds of one step, at UTILISATION of each kind's peak."""
         return sum(done / gpu.rate(kind) for kind, done in self.kinds.items()) / UTILISATION
 
     def fits(self, gpu: GPU) -> bool:
@@ -271,7 +271,7 @@ class Rehearsal:
 
 
 class Shapes(Loaded):
-    """What a run needs, with the right shapes and without contents: nothing is read but configurations.
+    """Everything a run needs, with the right shapes and no contents: only configurations are read.
 
     Attributes:
         models: by what they are in the estimate: "teacher", "guide", "2. model NAME".
@@ -362,7 +362,7 @@ def overwriting() -> Iterator[None]:
 
 
 def state_bytes(phase: Phase) -> float:
-    """Of a phase's optimiser states: what its optimiser keeps after a step on each shape, so that any will do."""
+    """Bytes of a phase's optimiser states, measured by one step on each shape, so that any optimiser will do."""
     total = 0.0
     for parameters, optimiser in phase.groups:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -125,7 +125,7 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
 
 
 def sampler_of(model: Family, steps: int | None = None, guidance: float | None = None) -> Sampler:
-    """A student's own steps, 50 of other models, and the guidance of the model's card, or 2, where not given."""
+    """Fills in what was not given: a student's own steps, 50 for other models; the guidance of the card, or 2."""
     own = float((model.card or {}).get("guidance", 2.0))
     return Sampler(model, steps, own if guidance is None else guidance)
 

@@ -28,7 +28,7 @@ class Sampler:
         guidance: w of uncond + w (cond - uncond), for a multi-step model; a student has its own inside.
         also: further ControlNets of the same backbone, such as those of a shared generator; their control images
             follow the model's own along the channels.
-        strengths: factor on each ControlNet's residuals, the model's own first; 1 where not given.
+        strengths: factor on each ControlNet's residuals, the model's own first; by default 1.
         generator: run in place of the model's own, such as a student's in training.
 
     Raises:

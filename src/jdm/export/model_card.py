@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def partner(self) -> str:
-        """What a ControlNet by itself belongs to."""
+        """Says which model a ControlNet by itself belongs to."""
         if self.levels and self.method.get("train_unet", True):
             return "student"
         return public(self.method.get("start") or self.base or "base")

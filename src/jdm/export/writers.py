@@ -64,7 +64,7 @@ class Source:
             raise UsageError(f"{self.name} is one network, not a whole model; export it with --format diffusers")
         model = load_model(str(self.folder))
         if not isinstance(model, StableDiffusion):
-            raise UsageError(f"{self.name} is no model in Stable Diffusion's format; export it with --format diffusers")
+            raise UsageError(f"{self.name} is not in Stable Diffusion's format; export it with --format diffusers")
         return model
 
     def controlnet(self) -> ControlNetModel:

@@ -32,7 +32,7 @@ from jdm.terms import AnyPosterior, Term, ascend, condition_alignment, cosine, s
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a paper declares.
+    """The declaration of a paper.
 
     Attributes:
         name: of the method, for the model's card.
@@ -294,7 +294,7 @@ class View:
 
 
 def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Tensor) -> Estimate:
-    """What the fake score says of x_t, told what it is trained with: the prompt, the control, or neither."""
+    """The fake score's estimate of x_t, given what it is trained with: the prompt, the control, or neither."""
     y = step.y if fake.prompt else [""] * len(x_t)
     return networks.fake(x_t, t, y, step.shown if networks.fake_sees_control else None)
 

@@ -248,7 +248,7 @@ class Networks:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What trains. The posterior's LoRA on a full fake score is part of that network."""
+        """The modules that train. The posterior's LoRA on a full fake score is part of that network."""
         trains = self.settings.optimiser is not None
         found = {"unet": self.adapters.get("student", self.student.backbone if trains else None),
                  "controlnet": self.student.controlnet}

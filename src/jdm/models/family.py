@@ -1,4 +1,4 @@
-"""What a family of models answers. A family is one file; it reads a folder and makes scores and generators of it."""
+"""The protocol of a family of models. A family is one file: it reads a folder and makes scores and generators of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def shard_units(self) -> list[nn.Module]:
-        """What FSDP2 shards, each as a unit: the blocks of every network, and after its blocks the network."""
+        """The modules FSDP2 shards, each as a unit: a network's blocks, then the network itself."""
         raise NotImplementedError
 
 
@@ -108,7 +108,7 @@ class Family(Protocol):
         ...
 
     def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
-        """[n, C, h, w] of x for pictures of a size in pixels; UsageError where that is no size for this model."""
+        """[n, C, h, w] of x for pictures of a size in pixels; UsageError where the model cannot draw that size."""
         ...
 
     @property
@@ -128,7 +128,7 @@ class Family(Protocol):
 
     @property
     def prediction(self) -> Prediction:
-        """What the backbone's output is."""
+        """Which quantity the backbone predicts."""
         ...
 
     def score_of(self, text: TextEncoder, net: Denoiser, guidance: float = 1.0) -> ScoreModel[Denoiser]:
@@ -162,7 +162,7 @@ class Family(Protocol):
 
     @property
     def size(self) -> Size:
-        """Of the pictures the model draws where none is asked for, in pixels."""
+        """Side of the pictures the model draws by default, in pixels."""
         ...
 
     def at(self, size: Size) -> Self:

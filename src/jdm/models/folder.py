@@ -61,7 +61,7 @@ def model_index(path: str) -> dict:
                          "(owner/name), or a shipped one, such as nano-sd or nano-canny")
     index = folder_json(path, "model_index.json")
     if index is None:
-        raise UsageError(f"{path} is no model: model_index.json is missing; a diffusers folder has one at its top")
+        raise UsageError(f"{path} is not a model: model_index.json is missing; a diffusers folder has one at its top")
     return index
 
 
@@ -87,12 +87,12 @@ def lone_controlnet(folder: Path) -> ControlNetModel:
     """A ControlNet from a folder of its own, in float32, frozen.
 
     Raises:
-        UsageError: it is no ControlNet's.
+        UsageError: the folder does not hold a ControlNet.
     """
     try:
         return whole_network(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder} is no ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
+        raise UsageError(f"{folder} is not a ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
 
 
 def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -> Module:

@@ -50,7 +50,7 @@ def step_scheduler(config: dict, levels: Sequence[int]) -> dict:
     if levels[-1] == 0:
         raise UsageError("level 0 cannot be one of several: LCMScheduler returns what it is given there; end at a "
                          "noisier level")
-    # LCM's skip connection, c_skip = 0.25 / ((timestep_scaling t)^2 + 0.25), is no part of the generator.
+    # LCM's skip connection, c_skip = 0.25 / ((timestep_scaling t)^2 + 0.25), is not part of the generator.
     return {"_class_name": "LCMScheduler", **found, "timestep_scaling": 1e6,
             "original_inference_steps": len(levels) if evenly_spaced(levels) else n}
 

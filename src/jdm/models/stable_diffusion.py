@@ -81,12 +81,12 @@ class StableDiffusion:
         """From a diffusers folder or hub id; `controlnet` adds one from its own folder.
 
         Raises:
-            UsageError: the folder is no Stable-Diffusion-format model.
+            UsageError: the folder does not hold a model in Stable Diffusion's format.
         """
         index = model_index(path)
         missing = [p for p in cls.PARTS if p not in index]
         if missing:
-            raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}")
+            raise UsageError(f"{path} is not a {cls.NAME} model: it lacks {', '.join(missing)}")
         has_own = index.get("controlnet", [None])[0] is not None
         try:
             control = (whole_network(ControlNetModel, controlnet) if controlnet else
@@ -129,7 +129,7 @@ class StableDiffusion:
 
     @property
     def _text_width(self) -> int:
-        """Of the hidden states that the UNet reads."""
+        """Width of the hidden states that the UNet reads."""
         return self.text_encoder.config.hidden_size
 
     @classmethod
@@ -184,7 +184,7 @@ class StableDiffusion:
 
     @property
     def size(self) -> Size:
-        """Of the pictures the model was trained on, in pixels."""
+        """Side of the pictures the model was trained on, in pixels."""
         return sized([side * self.downscale for side in height_width(self.unet.config["sample_size"])])
 
     def at(self, size: Size) -> Self:

@@ -99,14 +99,14 @@ def recorded(file: Path) -> Run:
     """The run that a run.json describes, to be repeated exactly.
 
     Raises:
-        UsageError: it is no such record, or its method is not one of this package's.
+        UsageError: the file is not such a record, or its method is not one of this package's.
     """
     from jdm.run import from_description
 
     try:
         description = json.loads(file.read_text(encoding="utf-8"))["run"]
     except FileNotFoundError:
-        raise UsageError(f"{file}: there is no such file; a run leaves its record in run.json") from None
+        raise UsageError(f"{file} does not exist; a run leaves its record in run.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is not the record of a run ({type(error).__name__}: {error})") from None
     try:

@@ -24,7 +24,7 @@ LOW = Levels(0.02, 0.3, "condition")  # the levels at which the posterior's one 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a recipe takes from the scale it runs at: the teacher, its rates, and the models it starts from.
+    """The part of a recipe that its scale decides: the teacher, its rates, and the models it starts from.
 
     Attributes:
         name: prefix of the recipes' names.

@@ -113,7 +113,7 @@ def _fits(cell: Cell, pattern: str) -> bool:
 
 
 def identity(cell: Cell, setup: Setup) -> dict[str, Any]:
-    """What decides a cell's numbers, but for the weights that its training will give; as JSON."""
+    """Everything that decides a cell's numbers, except the weights its training will give; as JSON."""
     guidance: Any = cell.row.guidance
     if guidance == VALIDATION:
         guidance = {"among": AMONG, "n": TUNED_ON, "split": setup.validation}
@@ -217,7 +217,7 @@ def failed(cell: Cell, setup: Setup) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a table's reader."""
+    """Says what went wrong, for a table's reader."""
     if isinstance(error, UsageError | RunError):
         return " ".join(str(error).split())
     return f"failed unexpectedly ({in_short(error)})"

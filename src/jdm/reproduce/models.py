@@ -43,7 +43,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a recipe trains.
+    """The model that a recipe trains.
 
     Attributes:
         recipe: without the scale's prefix.
@@ -182,7 +182,7 @@ def differing(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def essence(run: Run, model: Model) -> dict[str, Any]:
-    """What of a run decides its result, by dotted name, as JSON; not the models it starts from."""
+    """The settings of a run that decide its result, by dotted name, as JSON; not the models it starts from."""
     apart = {*APART, "model", *(f"method.{path}" for path in model.needs)}
     run = replace(run, data=replace(run.data, prepared=""))
     return {name: json.loads(json.dumps(value)) for name, value in differing(run) if name not in apart}
@@ -291,7 +291,7 @@ def seconds_per_step(out: Path) -> float | None:
 
 
 def course(model: Model) -> tuple[dict[str, float], ...]:
-    """What the run measured on validation pictures as it trained; its reward is the mean since the probe before."""
+    """The run's measurements on validation pictures as it trained; its reward is the mean since the probe before."""
     found: list[dict[str, float]] = []
     rewards: list[float] = []
     for row in _logged(model.run.out) if model.run else ():

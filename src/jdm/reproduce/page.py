@@ -125,7 +125,7 @@ def _guidance(record: Record) -> str:
 
 
 def _training(page: Page) -> str:
-    """What it cost to train each cell's model: every stage but the teacher, shared ones again in each line."""
+    """The cost of training each cell's model: every stage but the teacher, shared ones again in each line."""
     body = [[_title(line), column, stage.name, f"{stage.steps} x {stage.batch}", f"{stage.samples:,}",
              NONE if stage.seconds is None else f"{stage.seconds / 60:.1f}"]
             for line, column, record in page.records() if record.seed == 0 for stage in record.training]
@@ -135,7 +135,7 @@ def _training(page: Page) -> str:
 
 
 def _course(page: Page) -> str:
-    """What runs that climb a reward measured as they trained: where the judge turns and the reward does not."""
+    """Measurements of runs that climb a reward, as they trained: where the judge turns and the reward does not."""
     body = [[_title(line), int(at["step"]), *(f"{at[k]:.{DIGITS.get(k, 2)}f}" if k in at else NONE for k in COURSE)]
             for line, _, record in page.records() if record.seed == 0 for at in record.course if "reward" in at]
     return _section("The course of a reward", "On validation pictures, as it trained; the reward is of training "
@@ -164,7 +164,7 @@ def _missing(page: Page) -> str:
 
 
 def _terms(page: Page) -> str:
-    """What the measurements are, of those that the page has."""
+    """Explains the measurements that the page has."""
     measured = [record.measured for *_, record in page.records()]
     if not measured:
         return ""

@@ -55,7 +55,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Record:
-    """What a cell's file holds: one model, measured.
+    """The contents of a cell's file: one model, measured.
 
     Attributes:
         measured: as `evaluate` returns it.
@@ -210,7 +210,7 @@ def save(file: Path, value: Any, **more: Any) -> None:
 
 
 def load(kind: type[T], file: Path) -> T | None:
-    """What `save` wrote, with the file's name in it; None where there is no such file."""
+    """Reads what `save` wrote, with the file's name in it; None where the file does not exist."""
     try:
         return decoded(kind, {**json.loads(file.read_text(encoding="utf-8")), "file": file.name})
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a table is made with: a recipes' scale, controls, pictures, what ships already, and the budget."""
+"""Setups of tables: a recipes' scale, controls, pictures, what ships already, and the budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NANO_SECONDS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What every cell of a table is made with; all that differs between scales is data here.
+    """The settings every cell of a table shares; all that differs between scales is data here.
 
     Attributes:
         teacher: the model that is distilled; distances are taken to its uncontrolled samples.
@@ -45,7 +45,7 @@ class Setup:
         scores, extractors: as `evaluate`'s `scored` and `also`.
         measures: of a table, by its name, where they are not its own.
         out: folder of models and cells.
-        n: pictures per cell. steps: of every training; the recipes' own where not given.
+        n: pictures per cell. steps: of every training; by default the recipes' own.
         quick: measurements as in `jdm evaluate --quick`.
         prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
             pictures where empty.

@@ -47,7 +47,7 @@ def reproduce(table: Table, setup: Setup, seeds: int = 1, patterns: str | None =
     """Fill a table's cells and write FOLDER/<date>-<name>.md and .json, after each cell and at the end.
 
     Args:
-        patterns: of the cells to fill, as `--cells`; the default ones where not given.
+        patterns: of the cells to fill, as `--cells`; by default the table's default ones.
         run: False writes the page from what is there.
         command: the call without `--cells`, for the page.
         say: told what is being done, a line at a time.
@@ -161,7 +161,7 @@ def commit() -> str:
 
 
 def listed(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None) -> str:
-    """What `--dry-run` prints: each cell, whether it is there, and what is left of it at about which cost."""
+    """Prints for `--dry-run` each cell, whether it is there, and what is left of it at about which cost."""
     rows: list[Sequence[str]] = [("cell", "seed", "state", "left to do", "about")]
     seen: set[str] = set()
     total, unknown = 0.0, False

@@ -208,7 +208,7 @@ TABLES = {table.name: table for table in (TABLE_1, TABLE_2, TABLE_3, FIG_1, FIG_
 
 
 def specs(table: Table) -> list[Spec]:
-    """Of every model that the table's cells are measured on or made from."""
+    """Returns every model that the table's cells are measured on or made from."""
     found = [spec for row in table.rows for spec in (row.spec, *row.on.values())]
     for spec in found:  # grows as it goes
         found += [need for _, need in spec.needs] if isinstance(spec, Trained) else \

@@ -79,7 +79,7 @@ class Pair:
     found: dict[str, Difference]
 
     def ratio(self, key: str, default: float) -> float:
-        """Of a measurement; the default where there is none."""
+        """A row's value of a measurement, or the default where it has none."""
         own = self.found.get(key)
         return default if own is None or own.ratio is None else own.ratio
 

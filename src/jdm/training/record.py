@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: run.json, from which it can be repeated, and the log of its numbers."""
+"""The files beside a run's checkpoints: run.json, from which it can be repeated, and the log of its numbers."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def family(request, tmp_path_factory):
         return request.param, teacher, train(run), run
 
 
-def test_a_folder_is_read_as_the_family_its_index_names(family):
+def test_a_folder_loads_as_its_indexs_family(family):
     kind, teacher, student, _ = family
     wanted = StableDiffusionXL if kind == "sdxl" else StableDiffusion
     assert type(load_model(str(teacher))) is wanted
@@ -134,7 +134,7 @@ def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
     assert reproduced(family[2], tmp_path, (32, 32)) < 1e-4
 
 
-def test_a_student_of_pictures_that_are_not_square_says_so_to_stock_diffusers(family, tmp_path):
+def test_a_wide_student_runs_in_stock_diffusers(family, tmp_path):
     kind, teacher, _, run = family
     wide = replace(run, out=tmp_path / "run", data=replace(run.data, size=(28, 44)))  # latents of odd sides
     folder = train(wide)
@@ -159,7 +159,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, tmp_path):
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
-def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
+def test_guided_steps_equal_the_stock_pipelines(family):
     kind, teacher, *_ = family
     model = load_model(str(teacher))
     pipe = model.pipeline(DDIMScheduler.from_config(model.scheduler))
@@ -174,7 +174,7 @@ def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
 
 
 @torch.no_grad()
-def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(tmp_path):
+def test_sdxls_text_and_sizes_are_the_stock_pipelines(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -197,7 +197,7 @@ def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(t
 
 
 @pytest.mark.parametrize("name", ["nano-controlnet", "nano-posterior", "nano-text-guided", "nano-no-warm-up"])
-def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path, monkeypatch):
+def test_every_sdxl_pass_knows_the_picture_size(name, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -218,7 +218,7 @@ def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
-def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(tmp_path, monkeypatch):
+def test_evaluation_tells_sdxl_the_size_it_draws(tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
@@ -237,7 +237,7 @@ def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
-def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+def test_a_missing_weight_is_refused_not_made_up(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -256,7 +256,7 @@ def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_ra
         assert all(torch.equal(v, whole[part].state_dict()[k]) for k, v in network.state_dict().items())
 
 
-def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):
+def test_sdxl_without_its_second_encoder_is_refused(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         folder = save_pipeline(made("sdxl"), tmp_path / "broken")

@@ -90,7 +90,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 20), (28, 28), (61, 90), (90, 41)])
-def test_pictures_reach_clip_as_its_own_processor_makes_them(shape):
+def test_clip_sees_what_its_processor_makes(shape):
     picture = smooth(*shape)
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     expected = torch.from_numpy(np.array(processor(picture, return_tensors="np")["pixel_values"]))
@@ -100,7 +100,7 @@ def test_pictures_reach_clip_as_its_own_processor_makes_them(shape):
     assert (made - expected).abs().max() < 1.25 / 255 / 0.26
 
 
-def test_real_photographs_reach_clip_as_its_own_processor_makes_them():
+def test_clip_sees_photographs_as_its_processor_does():
     data = pytest.importorskip("skimage.data")
     for picture in (data.astronaut(), data.chelsea(), data.coffee()):
         expected = torch.from_numpy(np.array(CLIPImageProcessorPil()(picture, return_tensors="np")["pixel_values"]))
@@ -110,7 +110,7 @@ def test_real_photographs_reach_clip_as_its_own_processor_makes_them():
         assert difference.max() < 1.5
 
 
-def test_a_whole_picture_is_fitted_by_its_longer_side_between_black_bars():
+def test_a_whole_picture_is_fitted_between_black_bars():
     images = torch.ones(1, 3, 40, 20)
     made = clip_pixels(images, SIDE, whole=True)
     black, white = clip_pixels(torch.zeros(1, 3, 5, 5), SIDE), clip_pixels(torch.ones(1, 3, 5, 5), SIDE)
@@ -121,7 +121,7 @@ def test_a_whole_picture_is_fitted_by_its_longer_side_between_black_bars():
     assert clip_pixels(torch.ones(1, 3, 33, 90), SIDE, whole=True).shape == (1, 3, SIDE, SIDE)
 
 
-def test_the_gradient_goes_through_the_resize_and_stops_beyond_0_and_1():
+def test_gradients_pass_the_resize_but_not_the_clamp():
     images = (0.2 + 0.6 * pictures(9, 12)[:1]).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: clip_pixels(x, 6, torch.float64), images)
     beyond = torch.full((1, 3, 8, 8), 1.5, requires_grad=True)
@@ -144,7 +144,7 @@ def test_pick_score_is_the_logit_that_transformers_gives(clip):
     assert not any(p.requires_grad for p in reward.parameters())
 
 
-def test_half_precision_networks_give_float32_scores_near_the_full_ones(clip):
+def test_half_precision_scores_are_near_full_ones(clip):
     full, half = PickScore(str(clip)), PickScore(str(clip), dtype=torch.bfloat16)
     images = pictures()
     assert half(images, PROMPTS).dtype == torch.float32
@@ -215,7 +215,7 @@ def open_clip() -> OpenClip:
     return stirred(OpenClip(clip_config()).double())  # type: ignore[return-value]
 
 
-def test_hpsv2_reads_open_clip_weights_and_gives_the_cosine_of_a_network_of_those_names(open_clip, clip, tmp_path):
+def test_hpsv2_reads_open_clip_weights(open_clip, clip, tmp_path):
     torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
     images = pictures(40, 22).double()
     ids = TOKENS(PROMPTS, padding="max_length", max_length=nano.TOKENS, return_tensors="pt").input_ids
@@ -229,7 +229,7 @@ def test_hpsv2_reads_open_clip_weights_and_gives_the_cosine_of_a_network_of_thos
     assert gradient_is_right(reward)
 
 
-def test_every_weight_of_an_open_clip_vit_h_14_has_its_place_and_shape():
+def test_every_open_clip_weight_has_its_place():
     with torch.device("meta"):
         published, network = OpenClip(vit_h_14()).state_dict(), CLIPModel(vit_h_14())
     found = {key: value.shape for key, value in from_open_clip(published).items()}
@@ -248,7 +248,7 @@ def test_hpsv2_takes_a_transformers_folder_too(clip):
 # Aesthetic
 
 
-def test_the_aesthetic_score_is_its_head_on_the_unit_embedding(clip, tmp_path):
+def test_the_aesthetic_score_reads_the_unit_embedding(clip, tmp_path):
     head = stirred(score_head(WIDTH))
     torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "any.pth")
     reward = Aesthetic(str(tmp_path / "any.pth"), str(clip), dtype=torch.float64)
@@ -285,7 +285,7 @@ def refused(make, message: str) -> None:
     ("image-reward", "image-reward needs ImageReward.pt of THUDM/ImageReward.*hf download"),
     ("pick-score:./nowhere", "pick-score needs ./nowhere.*pick-score:FOLDER"),
 ])
-def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(spec, message):
+def test_missing_weights_name_their_download_command(spec, message):
     refused(lambda: load_reward(spec), message)
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import folder_of
-from test_families import made
 
 import tiny
+from families import made
 from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
@@ -30,6 +29,8 @@ from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import essence
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
+from photos import folder_of
+from tiny import cached
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 RECIPES, SLOW = all_recipes(), pytest.mark.slow
@@ -37,10 +38,6 @@ RECIPES, SLOW = all_recipes(), pytest.mark.slow
 
 def small(name: str, out: Path, teacher: Path, **changes) -> Run:
     return tiny.run(RECIPES[name](), out, teacher, steps=2, save_every=2, **changes)
-
-
-def cached(run: Run, folder: Path, out: Path | None = None) -> Run:
-    return replace(run, out=out or run.out, data=replace(run.data, prepared=str(folder)))
 
 
 def pictures_of(run: Run, loaded: Pictures) -> Pictures:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_prepare import cached
 
 import tiny
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.prepare import prepare
 from jdm.training.loop import Trainer
-from tiny import nano_diff_instruct
+from tiny import cached, nano_diff_instruct
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
-from test_single_file_import import refused
 
 from jdm.cost import known_configs
 from jdm.errors import UsageError
@@ -15,6 +14,7 @@ from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
 from jdm.models import published
+from refusals import refused
 
 
 def header(kind, said, more):

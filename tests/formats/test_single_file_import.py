@@ -7,13 +7,12 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import made
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import tiny
+from families import made
 from jdm.cli import parser as cli
 from jdm.cost import known_configs
-from jdm.errors import UsageError
 from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
@@ -23,6 +22,7 @@ from jdm.models import published
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes
+from refusals import refused
 
 PROMPTS = ["an ankle boot", "a coat!", ""]
 FAMILIES = ["sd15", "sd21-v", "sdxl"]
@@ -186,12 +186,6 @@ def test_the_tokenizer_may_lie_beside_the_file(tiny_sizes, whole, tmp_path, monk
     refused(file, rf"knows {len(vocabulary) + 1} words, the text encoder of .* {len(vocabulary)}")
     (tmp_path / "a" / "tokenizer").mkdir(parents=True)  # the file's own folder goes first
     refused(file, "a/tokenizer holds no tokenizer")
-
-
-def refused(name, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        load_model(str(name))
-    assert "\n" not in str(caught.value)
 
 
 def changed(file, out, change):

@@ -6,10 +6,10 @@ import types
 from pathlib import Path
 
 import pytest
-import test_rewards_networks
 import torch
 from transformers import CLIPModel
 
+import scoring
 from jdm.cli.parser import main
 from jdm.errors import UsageError
 from jdm.evaluation.evaluate import evaluate_prompts, extractors
@@ -23,7 +23,6 @@ from jdm.rewards import checked_reward, load_reward
 from jdm.rewards.networks import clip_pixels
 from jdm.space import from_bytes, unit
 
-clip = test_rewards_networks.clip  # a tiny CLIP's folder
 PROMPTS = ["a photo of a coat", "an ankle boot", "a bag", "a photo of a dress"]
 BRIGHT = """def brightness(images, prompts):
     return images.mean((1, 2, 3)) + 0.01 * images.new_tensor([float(len(p)) for p in prompts])
@@ -51,9 +50,9 @@ def test_clip_score_is_the_cosine_of_transformers(clip):
     reward = load_reward(f"clip:{clip}")
     images = unit(from_bytes(pictures(2)))
     network = CLIPModel.from_pretrained(clip)
-    tokens = test_rewards_networks.TOKENS(PROMPTS[:2], padding=True, return_tensors="pt")
+    tokens = scoring.TOKENS(PROMPTS[:2], padding=True, return_tensors="pt")
     with torch.no_grad():
-        out = network(**tokens, pixel_values=clip_pixels(images, test_rewards_networks.SIDE))
+        out = network(**tokens, pixel_values=clip_pixels(images, scoring.SIDE))
     cosine = out.logits_per_image.diagonal() / network.logit_scale.exp()
     assert torch.allclose(reward(images, PROMPTS[:2]), cosine, atol=1e-6)
     assert checked_reward(reward, 32, PROMPTS) is reward

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rewards_networks import PROMPTS, SIDE, WIDTH, gradient_is_right, pictures, stirred
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
@@ -12,6 +11,7 @@ from jdm.errors import UsageError
 from jdm.rewards import checked_reward
 from jdm.rewards.image_reward import MEAN, STD, ImageReward
 from jdm.rewards.networks import clip_pixels, score_head
+from scoring import PROMPTS, SIDE, WIDTH, gradient_is_right, pictures, stirred
 
 BLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                "image_size": SIDE, "patch_size": 7, "layer_norm_eps": 1e-6}

@@ -36,6 +36,22 @@ def controlled(teacher):
     return teacher.with_name("controlled")
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """Folder of a tiny transformers CLIP with its tokenizer."""
+    import torch
+    from transformers import CLIPModel
+
+    import scoring
+
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        scoring.stirred(CLIPModel(scoring.clip_config())).save_pretrained(folder)
+    scoring.TOKENS.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def untrained_judge(monkeypatch):
     """The measurements of a run use an untrained classifier: quick, and independent of what ships."""

@@ -35,7 +35,7 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
                 yield parts[0], parts[1] if parts[0] == "jdm" and len(parts) > 1 else ""
 
 
-def test_every_file_is_in_a_room_of_the_page():
+def test_every_file_is_in_a_room():
     assert len(ROOMS) == 14
     assert {room_of(file) for file in FILES} == set(RANK)
 
@@ -69,3 +69,9 @@ def test_the_chain_of_a_step_is_five_files():
     counted = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert len(counted.splitlines()) == 6  # five files and the total
     assert int(counted.split()[-2]) <= int(lines.replace(",", ""))
+
+
+def test_no_test_name_exceeds_eight_words():
+    names = {node.name for file in (ROOT / "tests").rglob("test_*.py") for node in ast.walk(ast.parse(file.read_text()))
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    assert {name for name in names if len(name.split("_")) > 9} == set()  # "test" is the ninth

@@ -31,7 +31,7 @@ def test_at_t_zero_the_posterior_is_the_identity():
     torch.testing.assert_close(DATA.consistency(x, torch.zeros(5)), x)
 
 
-def test_what_the_network_says_at_t_zero_is_ignored():
+def test_the_score_at_t_zero_is_ignored():
     def score(x_t, t, y=None):
         return Estimate.of(0.25 * x_t / t[:, None], "sample", x_t, t, SCHEDULE)
 
@@ -41,7 +41,7 @@ def test_what_the_network_says_at_t_zero_is_ignored():
     torch.testing.assert_close(Posterior(score, SCHEDULE)(x, t)[1], 0.5 * x[1])
 
 
-def test_the_identity_at_t_zero_holds_row_by_row():
+def test_t_zero_is_the_identity_row_by_row():
     x = torch.randn(2, 3, dtype=torch.float64)
     mixed = Posterior(DATA.score, SCHEDULE)(x, tensor([0.0, 0.5]))
     assert torch.equal(mixed[0], x[0])
@@ -76,7 +76,7 @@ def test_the_plug_ins_bias_is_the_missing_width(t, f, record_property):
 
 
 @pytest.mark.parametrize("t", [0.001, *PROBED])
-def test_on_a_mixture_the_plug_in_is_too_strong(t, record_property):
+def test_on_a_mixture_the_plug_in_overshoots(t, record_property):
     random = torch.Generator().manual_seed(4)
     c = torch.multinomial(MIXTURE.weights, 512, replacement=True, generator=random)
     x = MIXTURE.means[c] + MIXTURE.variances[c, None].sqrt() * torch.randn(512, 2, generator=random)

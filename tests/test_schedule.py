@@ -150,7 +150,7 @@ def test_a_flow_meets_a_tables_ratio_exactly(ours):
     torch.testing.assert_close(ratio, (ours.alphas_cumprod / (1 - ours.alphas_cumprod)).sqrt(), atol=1e-6, rtol=1e-5)
 
 
-def test_a_table_meets_a_flows_ratio_to_half_a_level():
+def test_a_table_matches_flows_to_half_a_level():
     t = FLOW.t(torch.arange(100, 800))
     found, wanted = SCHEDULE.log_snr(matched(SCHEDULE, FLOW, t)), FLOW.log_snr(t)
     levels = SCHEDULE.log_snr(SCHEDULE.t(ALL))

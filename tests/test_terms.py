@@ -38,7 +38,7 @@ def rows(n: int = 64, d: int = 3, k: int = 2):
     return x, SCHEDULE.noised(x, t, eps), t, c
 
 
-def test_distribution_matching_is_the_difference_of_the_two_scores():
+def test_distribution_matching_is_the_scores_difference():
     _, x_t, t, _ = rows()
     real, fake = WORLD.data.score(x_t, t), OTHER.data.score(x_t, t)
 
@@ -54,7 +54,7 @@ def test_distribution_matching_is_the_difference_of_the_two_scores():
     torch.testing.assert_close(ours, in_x0, atol=1e-4, rtol=1e-4)
 
 
-def test_distribution_matching_vanishes_where_the_student_is_the_data():
+def test_distribution_matching_vanishes_at_the_data():
     _, x_t, t, _ = rows()
     for student in (WORLD.ignorant(), WORLD.ideal()):
         gap = distribution_matching(WORLD.data.score(x_t, t), WORLD.marginal(student).score(x_t, t))
@@ -62,7 +62,7 @@ def test_distribution_matching_vanishes_where_the_student_is_the_data():
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5])
-def test_guided_matching_is_plain_matching_plus_w_minus_1_times_the_augmentation(w):
+def test_guided_matching_adds_the_weighted_augmentation(w):
     _, x_t, t, _ = rows()
     third = LinearGaussianWorld.example(SCHEDULE, seed=5)
     cond, uncond, fake = (world.data.score(x_t, t) for world in (WORLD, OTHER, third))
@@ -72,7 +72,7 @@ def test_guided_matching_is_plain_matching_plus_w_minus_1_times_the_augmentation
         distribution_matching(cond, fake) + (w - 1) * cfg_augmentation(cond, uncond), atol=1e-8, rtol=1e-8)
 
 
-def test_cfg_augmentation_is_the_gradient_of_the_log_probability_of_the_prompt():
+def test_cfg_augmentation_is_the_prompts_likelihood_gradient():
     _, x_t, t, _ = rows(d=2)
     y = torch.arange(len(t)) % 3
     alpha, sigma = (v.double()[:, None] for v in (SCHEDULE.alpha(t), SCHEDULE.sigma(t)))
@@ -85,7 +85,7 @@ def test_cfg_augmentation_is_the_gradient_of_the_log_probability_of_the_prompt()
     assert not ours.requires_grad
 
 
-def test_clean_alignment_is_the_gradient_of_log_p_c_given_x():
+def test_clean_alignment_is_the_likelihoods_gradient():
     x, _, _, c = rows()
     exact = torch.linalg.solve(WORLD.R, (c - x @ WORLD.A.T).T).T @ WORLD.A
     torch.testing.assert_close(clean_alignment(lambda v: WORLD.log_prob(c, v), x), exact, atol=1e-4, rtol=1e-4)
@@ -98,7 +98,7 @@ def test_clean_alignment_is_the_gradient_of_log_p_c_given_x():
     assert not x.requires_grad
 
 
-def test_picture_by_picture_gives_the_values_and_gradients_of_all_at_once():
+def test_picture_by_picture_equals_all_at_once():
     x, x_t, t, c = rows()
     together = 0
 
@@ -124,7 +124,7 @@ def test_picture_by_picture_gives_the_values_and_gradients_of_all_at_once():
 
 
 @pytest.mark.parametrize("through", ["posterior_mean", "consistency"])
-def test_condition_alignment_equals_the_closed_form_of_its_plug_in(through):
+def test_condition_alignment_equals_its_plug_ins_closed_form(through):
     _, x_t, t, c = rows()
     data = WORLD.data
     gain = {"posterior_mean": data.posterior_gain, "consistency": data.consistency_gain}[through](t)
@@ -133,7 +133,7 @@ def test_condition_alignment_equals_the_closed_form_of_its_plug_in(through):
     assert not ours.requires_grad
 
 
-def test_with_draws_condition_alignment_weighs_each_draws_gradient_by_its_likelihood():
+def test_draws_are_weighed_by_their_likelihood():
     _, x_t, t, c = rows()
     draws = [torch.randn(*x_t.shape, generator=torch.Generator().manual_seed(k)).double() for k in range(3)]
     ours = condition_alignment(lambda x: WORLD.log_prob(c, x), WORLD.data.consistency, x_t, t, schedule=SCHEDULE,
@@ -153,13 +153,13 @@ def test_draws_without_a_schedule_are_refused():
         condition_alignment(lambda x: WORLD.log_prob(c, x), WORLD.data.consistency, x_t, t, draws=[x_t])
 
 
-def test_condition_alignment_with_the_exact_log_prob_is_the_gradient_of_log_p_c_given_x_t():
+def test_alignment_is_exact_with_the_exact_log_prob():
     _, x_t, t, c = rows()
     ours = condition_alignment(lambda v: WORLD.log_prob_t(c, v, t), lambda v, t, y: v, x_t, t)
     torch.testing.assert_close(ours, WORLD.condition_gradient(c, x_t, t), atol=1e-4, rtol=1e-4)
 
 
-def test_condition_alignment_on_a_mixture_equals_the_closed_form_of_its_plug_in():
+def test_on_a_mixture_alignment_is_the_plug_in():
     _, x_t, t, _ = rows(d=2)
     c = torch.arange(len(t)) % 3
     ours = condition_alignment(lambda x: MIXTURE.log_prob(c, x, torch.zeros_like(t)),
@@ -183,7 +183,7 @@ def test_condition_alignment_works_under_no_grad():
     assert ours.abs().sum() > 0
 
 
-def test_condition_alignment_refuses_a_summed_or_a_constant_log_prob():
+def test_a_summed_or_constant_log_prob_is_refused():
     _, x_t, t, c = rows()
 
     def identity(v, t, y):

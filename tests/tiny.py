@@ -74,6 +74,11 @@ def run(recipe: Run, out: Path, teacher: Path, steps: int = 2, **changes) -> Run
     return replace(whole, **changes)
 
 
+def cached(run: Run, folder: Path, out: Path | None = None) -> Run:
+    """The run on what `jdm prepare` left in the folder."""
+    return replace(run, out=out or run.out, data=replace(run.data, prepared=str(folder)))
+
+
 def _small(settings: Any, teacher: Path, path: str = "") -> Any:
     """A method's settings with stand-ins for models and networks, and posteriors of rank 2."""
     found: dict[str, Any] = {}

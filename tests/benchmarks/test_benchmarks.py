@@ -26,7 +26,7 @@ def test_an_iteration_is_timed_beside_its_bare_passes(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_at_sd15s_shapes_is_timed_against_the_chips_own_rate(tmp_path):
+def test_sd15_step_is_timed_against_the_chips_rate(tmp_path):
     out = tmp_path / "step.json"
     done = subprocess.run([sys.executable, BENCHMARKS / "sd15_step.py", "--device", "cpu", "--tiny", "--batch", "2",
                            "--rounds", "2", "--warmup", "1", "--only", "plain", "ours", "--json", out],

@@ -81,14 +81,15 @@ def test_h_clamps_overshoot_and_rounds_to_8_bits():
     assert torch.equal(Canny().h(images * 3 - 1), Canny().h((images * 3 - 1).clamp(0, 1)))
 
 
-def test_h_keeps_the_type_of_its_pictures_and_carries_no_gradient():
+def test_h_keeps_dtype_and_carries_no_gradient():
     images = garments(2).double().requires_grad_()
     c = Canny().h(images)
     assert c.dtype == torch.float64
     assert not c.requires_grad
 
 
-def test_every_hard_edge_has_a_magnitude_above_low_and_every_isolated_peak_above_high_is_a_hard_edge():
+def test_hard_edges_respect_both_thresholds():
+    """Every hard edge is above low; every isolated peak above high is a hard edge."""
     images = photographs(96)
     grey = np.stack([cv2.cvtColor(np.ascontiguousarray(p), cv2.COLOR_RGB2GRAY)
                      for p in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()])
@@ -106,7 +107,7 @@ def test_every_hard_edge_has_a_magnitude_above_low_and_every_isolated_peak_above
 
 
 @pytest.mark.parametrize("likelihood", ["reference", "blurred"])
-def test_the_gradient_of_each_likelihood_passes_gradcheck_in_float64(likelihood):
+def test_each_likelihood_passes_gradcheck(likelihood):
     generator = torch.Generator().manual_seed(1)
     reference = torch.rand(2, 3, 7, 6, generator=generator, dtype=torch.float64)
     images = torch.rand(2, 3, 7, 6, generator=generator, dtype=torch.float64).requires_grad_()
@@ -115,7 +116,7 @@ def test_the_gradient_of_each_likelihood_passes_gradcheck_in_float64(likelihood)
     assert torch.autograd.gradcheck(lambda x: canny.log_prob(x, c, reference), images)
 
 
-def test_log_prob_is_one_value_per_picture_and_0_only_at_the_reference():
+def test_log_prob_is_zero_only_at_the_reference():
     images = photographs(32)
     canny = Canny()
     c = canny.h(images)
@@ -128,7 +129,7 @@ def test_log_prob_is_one_value_per_picture_and_0_only_at_the_reference():
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_the_true_picture_is_likelier_than_another_a_blank_and_a_noisy_one(with_reference):
+def test_the_true_picture_is_the_likeliest(with_reference):
     images = photographs(48)
     canny = Canny()
     c = canny.h(images)
@@ -139,7 +140,7 @@ def test_the_true_picture_is_likelier_than_another_a_blank_and_a_noisy_one(with_
         assert (true > canny.log_prob(other, c, reference) + 0.1).all()
 
 
-def test_auto_is_reference_with_a_reference_and_blurred_without():
+def test_auto_uses_the_reference_where_one_is_given():
     images, other = photographs(32), photographs(32).flip(0)
     c = Canny().h(images)
     assert torch.equal(Canny().log_prob(other, c, images),
@@ -154,7 +155,7 @@ def test_bfloat16_pictures_are_read_in_float32():
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_where_an_edge_is_missing_the_gradient_draws_it(with_reference):
+def test_the_gradient_draws_a_missing_edge(with_reference):
     target, flat = step(), nearly_flat()
     canny = Canny()
     c = canny.h(target)
@@ -188,7 +189,7 @@ def test_a_spurious_edge_is_pushed_down(with_reference):
     assert canny.h(ascended(canny, c, reference, spurious, steps=100)).sum() == 0
 
 
-def test_a_shift_of_one_pixel_costs_the_blurred_likelihood_little_and_a_miss_much():
+def test_the_blurred_likelihood_forgives_a_small_shift():
     images = photographs(48)
     canny = Canny(likelihood="blurred")
     c = canny.h(images)
@@ -203,7 +204,7 @@ def test_a_shift_of_one_pixel_costs_the_blurred_likelihood_little_and_a_miss_muc
 
 # Measured: .36 to .10 with the reference and to .06 with c alone, where blank is .22 and chance .34.
 @pytest.mark.parametrize(("with_reference", "bound"), [(True, 0.4), (False, 0.25)])
-def test_ascent_on_log_prob_brings_the_hard_edges_of_a_noisy_picture_to_c(with_reference, bound):
+def test_ascent_on_log_prob_recovers_edges_from_noise(with_reference, bound):
     images = photographs(48)
     canny = Canny()
     c = canny.h(images)
@@ -243,7 +244,7 @@ def test_known_names_files_and_modules_load():
     assert type(load_control(f"{EXAMPLE}:Posterize")).__name__ == "Posterize"
 
 
-def test_two_files_of_one_name_load_side_by_side_and_may_hold_dataclasses(tmp_path):
+def test_two_files_of_one_name_both_load(tmp_path):
     text = ("from __future__ import annotations\nfrom dataclasses import dataclass\n"
             "from jdm.controls import Control\n"
             "@dataclass(frozen=True)\nclass Mine(Control):\n    k: int = {}\n")
@@ -276,7 +277,7 @@ class Other: pass
     ("{folder}/syntax.py:Good", "syntax.py could not be run .SyntaxError: "),
     ("no.such.package:Good", "could not be imported .ModuleNotFoundError.*my_controls.py:Posterize"),
 ])
-def test_what_cannot_be_loaded_is_refused_in_one_line(spec, message, tmp_path):
+def test_an_unloadable_control_is_refused_in_one_line(spec, message, tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     (tmp_path / "raises.py").write_text("1 / 0")
     (tmp_path / "syntax.py").write_text("def")
@@ -326,13 +327,13 @@ def grey_with(**methods) -> Control:
     (grey_with(log_prob=lambda s, x, c, r=None: torch.tensor(x.numpy())), "log_prob failed on two random"),
     (grey_with(log_prob=lambda s, x, c, r=None: torch.ones(2, requires_grad=True)), "cannot be different"),
 ])
-def test_a_bad_control_is_refused_with_its_class_what_was_got_and_a_remedy(control, message):
+def test_a_bad_control_is_refused_with_a_remedy(control, message):
     with pytest.raises(UsageError, match=message) as caught:
         checked(control, 16)
     assert "\n" not in str(caught.value)
     assert type(control).__name__ in str(caught.value)
 
 
-def test_a_control_of_one_channel_is_shown_as_three_equal_ones():
+def test_a_single_channel_is_shown_as_three():
     c = Canny().h(garments(2))
     assert torch.equal(Canny().image(c), c.repeat(1, 3, 1, 1))

@@ -105,7 +105,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 20), (45, 67), (60, 31)])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_the_preprocessing_is_the_librarys_on_8_bit_pictures(name, shape, tmp_path):
+def test_preprocessing_is_the_librarys_on_8_bit_pictures(name, shape, tmp_path):
     processor = processor_of(PROCESSORS[name], tmp_path)
     picture = smooth(*shape)
     expected = processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"]
@@ -128,7 +128,7 @@ def test_resizing_is_pils_without_its_rounding(kernel, number, size):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_depth_is_the_librarys_prediction_normalised_and_at_the_pictures_size(name, models):
+def test_depth_is_the_librarys_normalised_prediction(name, models):
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     picture = smooth(48, 64)
@@ -146,7 +146,7 @@ def test_depth_is_the_librarys_prediction_normalised_and_at_the_pictures_size(na
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_depth_passes_the_check_is_frozen_and_its_gradient_reaches_every_pixel(name, models):
+def test_depth_is_frozen_and_differentiable_at_every_pixel(name, models):
     control = Depth(models[name])
     assert checked(control, 32) is control
     network, _ = control.loaded
@@ -162,7 +162,7 @@ def test_depth_passes_the_check_is_frozen_and_its_gradient_reaches_every_pixel(n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_of_depths_log_prob_passes_gradcheck_in_float64(name, models):
+def test_depths_log_prob_passes_gradcheck(name, models):
     control = Depth(models[name])
     pictures = images(1, 12, 10, seed=1).double().requires_grad_()
     c = control.h(images(1, 12, 10).double())
@@ -179,7 +179,8 @@ def test_padding_is_taken_off_again(tmp_path):
     assert torch.allclose(preprocessing.undone(padded * std + mean, pictures), 255 * pictures, atol=1e-4)
 
 
-def test_each_map_is_stretched_on_its_own_and_a_flat_one_is_0_without_a_gradient():
+def test_each_depth_map_is_normalised_on_its_own():
+    """A flat map becomes 0, without a gradient."""
     depth = torch.stack([torch.linspace(3, 5, 16).view(1, 4, 4), torch.full((1, 4, 4), 2000.0),
                          torch.linspace(-1e-3, 1e-3, 16).view(1, 4, 4), torch.zeros(1, 4, 4)])
     depth[1, 0, 0, 0] += 5e-4  # what float32 leaves of a constant
@@ -197,7 +198,7 @@ def test_each_map_is_stretched_on_its_own_and_a_flat_one_is_0_without_a_gradient
         torch.testing.assert_close(gradient[k].flatten(), exact, atol=1e-4 / span, rtol=1e-4)
 
 
-def test_depth_by_name_loads_nothing_before_the_first_measurement(monkeypatch):
+def test_depth_loads_nothing_before_the_first_measurement(monkeypatch):
     import transformers
 
     def offline(*what, **how):
@@ -212,7 +213,7 @@ def test_depth_by_name_loads_nothing_before_the_first_measurement(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_without_a_depth_head_and_another_preprocessing_are_refused(models, tmp_path):
+def test_unsupported_depth_models_are_refused(models, tmp_path):
     from transformers import DPTConfig, DPTModel, GLPNConfig, GLPNForDepthEstimation
 
     folder = saved(DPTModel(DPTConfig.from_pretrained(models["midas"])), PROCESSORS["midas"], tmp_path / "features")

@@ -47,7 +47,7 @@ def weights(tmp_path) -> Path:
 # The network
 
 
-def test_parameter_names_and_shapes_are_those_of_the_published_weights():
+def test_parameters_are_those_of_the_published_weights():
     with torch.device("meta"):
         state = HEDNetwork().state_dict()
     assert WIDTHS == (64, 128, 256, 512, 512)
@@ -65,7 +65,7 @@ def test_parameter_names_and_shapes_are_those_of_the_published_weights():
     assert sum(value.numel() for value in state.values()) == 14_714_688 + 1_477 + 3
 
 
-def test_each_side_output_is_of_its_own_scale_and_their_mean_is_the_logit():
+def test_the_logit_is_the_mean_of_side_outputs():
     made = HEDNetwork((1, 1, 1, 1, 1))
     slopes = [0.01, 0.02, 0.03, 0.04, 0.05]
     for parameter in made.parameters():
@@ -85,7 +85,7 @@ def test_each_side_output_is_of_its_own_scale_and_their_mean_is_the_logit():
     assert torch.allclose(made(pictures), torch.stack(sides).mean(0), atol=1e-4)
 
 
-def test_c_is_the_sigmoid_of_the_network_on_pictures_in_0_to_255_and_does_not_depend_on_the_batch(weights):
+def test_c_is_the_networks_sigmoid_whatever_the_batch(weights):
     control = Small(str(weights))
     pictures = images(20, 20, 33)
     c = control.h(pictures)
@@ -96,7 +96,7 @@ def test_c_is_the_sigmoid_of_the_network_on_pictures_in_0_to_255_and_does_not_de
     assert control.h(pictures.bfloat16()).dtype == torch.float32
 
 
-def test_the_network_is_frozen_and_the_gradient_reaches_the_picture(weights):
+def test_the_frozen_network_passes_gradients_to_the_picture(weights):
     control = Small(str(weights))
     assert checked(control, 32) is control
     c = control.h(images())
@@ -110,7 +110,7 @@ def test_the_network_is_frozen_and_the_gradient_reaches_the_picture(weights):
     assert not c.requires_grad
 
 
-def test_the_gradient_of_heds_log_prob_passes_gradcheck_in_float64(weights):
+def test_heds_log_prob_passes_gradcheck(weights):
     control = Small(str(weights))
     c = control.h(images(1, 16, 16).double())
     assert c.dtype == torch.float64
@@ -128,7 +128,7 @@ def test_hed_refuses_pictures_that_four_halvings_leave_empty(weights):
 
 
 @pytest.mark.parametrize("name", ["small.safetensors", "small.pth", "ControlNetHED.pth", "ControlNetHED.safetensors"])
-def test_weights_load_from_either_format_by_file_and_by_folder(name, tmp_path):
+def test_weights_load_from_both_formats_and_a_folder(name, tmp_path):
     state, file = network().state_dict(), tmp_path / name
     save_file(state, file) if file.suffix == ".safetensors" else torch.save(state, file)
     places = [str(file)] + ([str(tmp_path)] if name.startswith("ControlNetHED") else [])
@@ -145,14 +145,14 @@ def test_half_precision_weights_are_used_in_float32(tmp_path):
     assert torch.equal(control.network.norm, network().norm)
 
 
-def test_a_subclass_in_a_file_of_ones_own_names_its_weights(weights, tmp_path):
+def test_a_users_subclass_names_its_weights(weights, tmp_path):
     text = f"from jdm.controls import HED\nclass Mine(HED):\n    weights = {str(weights)!r}\n    widths = {NARROW}\n"
     (tmp_path / "mine.py").write_text(text)
     control = load_control(f"{tmp_path / 'mine.py'}:Mine")
     assert checked(control, 32) is control
 
 
-def test_hed_by_name_asks_for_its_weights_at_the_first_measurement_and_not_before(monkeypatch, weights):
+def test_hed_fetches_weights_at_the_first_measurement(monkeypatch, weights):
     import huggingface_hub
 
     asked = []
@@ -170,7 +170,7 @@ def test_hed_by_name_asks_for_its_weights_at_the_first_measurement_and_not_befor
     assert asked == [("lllyasviel/Annotators", "ControlNetHED.pth")]
 
 
-def test_without_weights_hed_says_in_one_line_where_they_are_to_be_had(monkeypatch):
+def test_unreachable_weights_say_where_to_get_them(monkeypatch):
     import huggingface_hub
 
     def offline(*what):
@@ -193,7 +193,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("how", ["saved", "pickled"])
-def test_a_pickle_that_would_run_code_is_refused_before_it_does(how, tmp_path):
+def test_a_malicious_pickle_is_refused_before_it_runs(how, tmp_path):
     file, mark = tmp_path / "bad.pth", tmp_path / "mark"
     state = {**network().state_dict(), "norm": Malicious(mark)}
     torch.save(state, file) if how == "saved" else file.write_bytes(pickle.dumps(Malicious(mark)))
@@ -217,14 +217,14 @@ def without_norm(state: dict) -> dict:
     (lambda state: {**state, "norm": torch.zeros(3)}, r"norm must be \[1, 3, 1, 1\], got \[3\]"),
     (lambda state: {**state, "head.bias": torch.zeros(3)}, r"head.bias must be nothing, got \[3\]"),
 ])
-def test_a_file_of_something_else_is_refused_in_one_line(change, message, tmp_path):
+def test_a_file_without_heds_weights_is_refused(change, message, tmp_path):
     torch.save(change(network().state_dict()), tmp_path / "other.pth")
     with pytest.raises(UsageError, match=rf"other.pth.*{message}.*; fetch ControlNetHED.pth") as caught:
         Small(str(tmp_path / "other.pth")).h(images())
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_missing_and_unnamed_files_are_refused_in_one_line(tmp_path):
+def test_damaged_or_missing_weights_are_refused(tmp_path):
     for name in ("noise.pth", "noise.safetensors"):
         (tmp_path / name).write_bytes(b"\x00\x01 no weights\n" * 20)
         with pytest.raises(UsageError, match=rf"{name} cannot be read as weights"):

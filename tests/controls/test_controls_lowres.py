@@ -21,7 +21,7 @@ def pictures(n: int = 4, side: int = 32) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
-def test_c_is_nearest_exact_down_and_up_again_as_torch_pil_and_opencv_do_it(factor):
+def test_c_is_nearest_exact_down_and_up_again(factor):
     images = pictures(2, 24)
     c = LowRes(factor).h(images)
     small = interpolate(images, scale_factor=1 / factor, mode="nearest-exact")
@@ -32,7 +32,7 @@ def test_c_is_nearest_exact_down_and_up_again_as_torch_pil_and_opencv_do_it(fact
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_on_padded_pictures_nearest_reads_padding_and_nearest_exact_does_not(factor):
+def test_nearest_exact_does_not_read_the_padding(factor):
     images = pictures()
     small = interpolate(images, scale_factor=1 / factor, mode="nearest")
     assert not small[..., 0, :].any()
@@ -40,7 +40,7 @@ def test_on_padded_pictures_nearest_reads_padding_and_nearest_exact_does_not(fac
     assert not torch.equal(LowRes(factor).h(images), interpolate(small, images.shape[-2:], mode="nearest"))
 
 
-def test_c_has_the_pictures_size_and_type_and_one_value_per_block():
+def test_c_has_one_value_per_block():
     c = LowRes().h(torch.rand(2, 3, 8, 12).double())
     assert c.shape == (2, 3, 8, 12)
     assert c.dtype == torch.float64
@@ -50,7 +50,7 @@ def test_c_has_the_pictures_size_and_type_and_one_value_per_block():
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_the_gradient_of_log_prob_passes_gradcheck_in_float64(with_reference):
+def test_log_prob_passes_gradcheck(with_reference):
     generator = torch.Generator().manual_seed(1)
     images, reference = torch.rand(2, 2, 3, 8, 4, generator=generator, dtype=torch.float64)
     c = LowRes().h(reference)
@@ -59,7 +59,7 @@ def test_the_gradient_of_log_prob_passes_gradcheck_in_float64(with_reference):
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_log_prob_is_the_gaussian_of_block_means_and_its_gradient_reaches_every_pixel(with_reference):
+def test_log_prob_is_the_gaussian_of_block_means(with_reference):
     reference, images = pictures(), pictures().roll(1, 0).requires_grad_()
     control = LowRes(4, temperature=0.2)
     value = control.log_prob(images, control.h(reference), reference if with_reference else None)
@@ -71,7 +71,8 @@ def test_log_prob_is_the_gaussian_of_block_means_and_its_gradient_reaches_every_
     assert (gradient != 0).all()
 
 
-def test_with_a_reference_the_true_picture_is_a_maximum_and_with_c_alone_texture_costs():
+def test_without_a_reference_texture_costs_log_prob():
+    """With a reference, the true picture is the maximum."""
     images = pictures()
     c = LowRes().h(images)
     assert not LowRes().log_prob(images, c, images).any()
@@ -83,7 +84,7 @@ def test_with_a_reference_the_true_picture_is_a_maximum_and_with_c_alone_texture
             assert (true > LowRes().log_prob(other, c, reference)).all()
 
 
-def test_ascent_on_log_prob_brings_a_blank_to_c():
+def test_ascent_brings_a_blank_to_c():
     images = pictures()
     c = LowRes().h(images)
     x = torch.zeros_like(images).requires_grad_()
@@ -101,7 +102,7 @@ def test_bfloat16_pictures_are_compared_in_float32():
     assert value.dtype == torch.float32
 
 
-def test_both_factors_are_known_by_name_and_pass_the_check():
+def test_both_factors_load_by_name():
     assert load_control("lowres") == LowRes(4)
     assert load_control("lowres8") == LowRes8() == LowRes8(8)
     for name in ("lowres", "lowres8"):
@@ -112,7 +113,7 @@ def test_both_factors_are_known_by_name_and_pass_the_check():
 
 
 @pytest.mark.parametrize("shape", [(33, 32), (32, 30)])
-def test_sides_that_are_no_multiple_of_the_factor_are_refused(shape):
+def test_sides_must_be_multiples_of_the_factor(shape):
     images = torch.rand(1, 3, *shape)
     message = f"lowres needs sides that are multiples of 4, got {shape[0]} x {shape[1]}; crop or pad"
     with pytest.raises(UsageError, match=message):

@@ -45,7 +45,7 @@ def ascended(control: Control, c: Tensor, start: Tensor, steps: int = 80) -> Ten
 
 
 @pytest.mark.parametrize("control", BOTH, ids=lambda c: c.name)
-def test_the_gradient_of_log_prob_passes_gradcheck_in_float64(control):
+def test_log_prob_passes_gradcheck(control):
     generator = torch.Generator().manual_seed(1)
     images, other = 0.2 * torch.rand(2, 1, 3, 6, 5, generator=generator, dtype=torch.float64)
     c = control.h(other)
@@ -54,7 +54,7 @@ def test_the_gradient_of_log_prob_passes_gradcheck_in_float64(control):
 
 
 @pytest.mark.parametrize("control", BOTH, ids=lambda c: c.name)
-def test_c_is_one_channel_in_float32_and_passes_the_check_at_any_size(control):
+def test_c_is_one_float32_channel_at_any_size(control):
     assert load_control(control.name) == control
     for size in (32, 17):
         assert checked(control, size) is control
@@ -65,14 +65,14 @@ def test_c_is_one_channel_in_float32_and_passes_the_check_at_any_size(control):
 
 
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"hed", "depth"}))
-def test_every_known_control_without_a_downloaded_network_passes_the_check(name):
+def test_every_control_without_downloads_passes_the_check(name):
     control = load_control(name)
     assert control.name == name
     assert checked(control, 32) is control
 
 
 @pytest.mark.parametrize("control", BOTH, ids=lambda c: c.name)
-def test_the_true_picture_is_likelier_than_another_and_a_blank(control, garments):
+def test_the_true_picture_is_the_likeliest(control, garments):
     c = control.h(garments)
     true = control.log_prob(garments, c)
     assert true.shape == (100,)
@@ -83,7 +83,7 @@ def test_the_true_picture_is_likelier_than_another_and_a_blank(control, garments
 
 # Measured: soft-edge .12 of the start, silhouette .01.
 @pytest.mark.parametrize("control", BOTH, ids=lambda c: c.name)
-def test_ascent_on_log_prob_brings_another_picture_to_c(control, garments):
+def test_ascent_brings_another_picture_to_c(control, garments):
     images = garments[:16]
     c, start = control.h(images), images.roll(1, 0)
     found = ascended(control, c, start)
@@ -103,7 +103,7 @@ def test_maps_of_real_pictures_are_well_spread(control, garments):
 
 
 @pytest.mark.parametrize("height", [0.2, 1.0])
-def test_a_step_has_the_magnitude_of_its_height_beside_it_and_0_far_away(height):
+def test_a_step_has_its_heights_magnitude_beside_it(height):
     control = SoftEdge(floor=1e-4)
     c = control.h(step(height))
     expected = height / (height + control.contrast)
@@ -112,7 +112,7 @@ def test_a_step_has_the_magnitude_of_its_height_beside_it_and_0_far_away(height)
     assert c[..., [0, 1, 2, 3, 12, 13, 14, 15]].max() < 1e-6
 
 
-def test_soft_edges_ignore_brightness_turn_with_the_picture_and_are_symmetric():
+def test_soft_edges_ignore_brightness_and_turn_with_pictures():
     control, images = SoftEdge(), torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     c = control.h(images)
     assert torch.allclose(control.h(images + 0.3), c, atol=1e-5)
@@ -121,7 +121,7 @@ def test_soft_edges_ignore_brightness_turn_with_the_picture_and_are_symmetric():
     assert not control.h(torch.full((1, 3, 8, 8), 0.7)).gt(1e-6).any()
 
 
-def test_a_missing_and_a_spurious_edge_both_have_gradients():
+def test_missing_and_spurious_edges_have_gradients():
     control = SoftEdge()
     flat = 0.5 + 0.02 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for images, c in ((flat, control.h(step())), (step(), control.h(torch.zeros(1, 3, 16, 16)))):
@@ -147,7 +147,7 @@ def test_soft_edge_refuses_settings_without_meaning(bad, message):
 # Silhouettes
 
 
-def test_a_silhouette_is_half_at_the_threshold_0_on_black_and_1_on_grey():
+def test_a_silhouette_is_half_at_the_threshold():
     control = Silhouette()
     flat = torch.ones(1, 3, 8, 8)
     assert torch.allclose(control.h(control.threshold * flat), torch.tensor(0.5), atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_silhouette_is_half_at_the_threshold_0_on_black_and_1_on_grey():
     assert control.h(blue).min() > 0.999  # luma would see .10 of it
 
 
-def test_the_likelihood_is_minus_kl_and_its_gradient_by_the_logit_is_c_minus_s():
+def test_the_silhouettes_log_prob_is_minus_kl():
     control = Silhouette()
     c = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = (0.2 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))).double().requires_grad_()
@@ -170,7 +170,7 @@ def test_the_likelihood_is_minus_kl_and_its_gradient_by_the_logit_is_c_minus_s()
     assert torch.allclose(got, slope)
 
 
-def test_a_white_picture_that_should_be_black_keeps_its_gradient_and_a_hard_mask_is_taken():
+def test_a_saturated_silhouette_keeps_its_gradient():
     control, mask = Silhouette(), torch.zeros(1, 1, 8, 8)
     x = torch.ones(1, 3, 8, 8).requires_grad_()
     value = control.log_prob(x, mask)
@@ -202,7 +202,7 @@ def test_a_filter_keeps_constants_and_moments():
     assert torch.equal(filtered(image, centre, centre), image)
 
 
-def test_a_network_sees_a_few_pictures_at_a_time_unless_a_gradient_is_asked():
+def test_without_gradients_networks_see_few_pictures_at_once():
     images, sizes = torch.rand(2 * PICTURES_AT_ONCE + 1, 3, 2, 2), []
 
     def network(part: Tensor) -> Tensor:
@@ -235,7 +235,8 @@ class MyHED(HED):
 """
 
 
-def test_a_subclass_changes_a_setting_or_is_told_why_it_does_not(tmp_path):
+def test_a_subclass_changes_settings_or_is_refused(tmp_path):
+    """A class attribute that changes nothing is refused with the line to write."""
     file = tmp_path / "own.py"
     file.write_text(OWN)
     assert load_control(f"{file}:Fields").contrast == load_control(f"{file}:Made").contrast == 0.5

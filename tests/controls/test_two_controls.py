@@ -41,14 +41,14 @@ def test_a_second_controlnet_of_strength_zero_changes_nothing(one_step, student)
     assert not torch.allclose(Sampler(one_step, also=[net]).x(z, y, beside), alone, atol=1e-3)
 
 
-def test_one_control_given_twice_at_half_strength_is_that_control(one_step, student):
+def test_two_half_strength_copies_equal_one_control(one_step, student):
     net, _ = load_controlnet(str(student / "controlnet"), one_step)
     z, y, shown = asked(one_step)
     halves = Sampler(one_step, also=[net], strengths=[0.5, 0.5]).x(z, y, torch.cat([shown, shown], dim=1))
     torch.testing.assert_close(halves, Sampler(one_step).x(z, y, shown), atol=1e-5, rtol=0)
 
 
-def test_two_controls_are_those_of_the_stock_multi_controlnet(one_step, student):
+def test_two_controls_match_stock_multi_controlnet(one_step, student):
     from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
     net, _ = load_controlnet(str(student), one_step)
@@ -63,7 +63,7 @@ def test_two_controls_are_those_of_the_stock_multi_controlnet(one_step, student)
     torch.testing.assert_close(ours(z, index, text, torch.cat([shown, 1 - shown], dim=1)), stock, atol=1e-5, rtol=0)
 
 
-def test_a_controlnet_of_another_shape_or_none_is_refused(one_step, teacher, student):
+def test_an_unfitting_or_missing_controlnet_is_refused(one_step, teacher, student):
     with pytest.raises(UsageError, match="has no ControlNet"):
         load_controlnet(str(teacher), one_step)
     with pytest.raises(UsageError, match=r"does not fit this model: its ControlNet has block_out_channels"):

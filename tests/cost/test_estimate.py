@@ -75,12 +75,12 @@ def measured(request, tmp_path_factory):
     return estimate(run), trainer, counter.get_total_flops(), sum(saved.values())
 
 
-def test_the_flops_of_a_step_are_those_of_a_real_one(measured):
+def test_estimated_flops_are_those_of_a_real_step(measured):
     found, _, flops, _ = measured
     assert found.flops == pytest.approx(flops, rel=0.01)
 
 
-def test_weights_gradients_and_states_take_the_bytes_they_take_in_a_trainer(measured):
+def test_estimated_bytes_are_those_of_a_trainer(measured):
     found, trainer, _, _ = measured
     trained = sum(p.nbytes for m in trainer.task.modules.values() for p in m.parameters())
     averages = sum(p.nbytes for average in trainer.averages.values() for p in average.values())
@@ -92,7 +92,7 @@ def test_weights_gradients_and_states_take_the_bytes_they_take_in_a_trainer(meas
         assert found.gradients[phase.name] == pytest.approx(sum(p.nbytes for p in phase.parameters), rel=0.01)
 
 
-def test_what_the_generator_phase_holds_for_backward_is_what_autograd_saves_there(measured):
+def test_saved_activations_are_those_autograd_keeps(measured):
     found, _, _, saved = measured
     # 15%: the estimate counts what is alive, which has a step's inputs in it; autograd's hooks see what it saves.
     assert found.saved["generator"] == pytest.approx(saved, rel=0.15)
@@ -119,7 +119,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys):
     assert "fake score's training" in capsys.readouterr().out
 
 
-def test_a_flag_or_gpu_that_is_not_there_is_refused(capsys):
+def test_unknown_flags_and_gpus_are_refused(capsys):
     assert main(["estimate", "nano-canny", "--gpu", "h10"]) == 2
     assert "did you mean h100?" in capsys.readouterr().err
     assert main(["estimate", "nano-canny", "--bach", "2"]) == 2
@@ -129,7 +129,7 @@ def test_a_flag_or_gpu_that_is_not_there_is_refused(capsys):
 # Prompts remembered on the device
 
 
-def test_remembered_prompts_are_bounded_in_bytes_and_the_oldest_are_forgotten(teacher):
+def test_the_oldest_prompts_are_forgotten_beyond_the_bound(teacher):
     model: StableDiffusion = load_model(str(teacher))
     bounded = TextEncoder(model.text_encoder, model.tokenizer, capacity=3 * ROW, one_by_one=True)
     free = model.text(one_by_one=True)

@@ -29,7 +29,8 @@ class Counted:
 
 
 @pytest.mark.parametrize("turns", [1, 2])
-def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahead(turns):
+def test_each_batch_is_read_once_and_ahead(turns):
+    """All phases of a step share its batch; the next step's is read in the meantime."""
     reader = Counted()
     batches = Batches(replace(PICTURES, images=reader, slow=True), 8, seed=3)
     for step in (5, 6):
@@ -45,7 +46,7 @@ def test_every_part_of_a_batch_is_read_once_for_all_phases_and_the_next_one_ahea
     assert sorted(itertools.chain(*reader.read)) == sorted(wanted)
 
 
-def test_the_next_step_is_read_before_it_is_asked_for():
+def test_the_next_step_is_read_ahead():
     reader = Counted()
     batches = Batches(replace(PICTURES, images=reader, slow=True), 8, seed=3)
     batches(0)
@@ -53,7 +54,7 @@ def test_the_next_step_is_read_before_it_is_asked_for():
     assert reader.read == [rows_at(40, 8, 3, step).tolist() for step in (0, 1)]
 
 
-def test_a_picture_that_cannot_be_read_stops_its_own_step():
+def test_an_unreadable_picture_stops_its_own_step():
     wrong = int(rows_at(40, 8, 3, 1)[4])
     batches = Batches(replace(PICTURES, images=Counted(wrong), slow=True), 8, seed=3)
     batches(0)

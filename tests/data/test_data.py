@@ -10,16 +10,7 @@ from PIL import Image
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import UsageError
-
-
-def folder_of(place, count: int = 3, captions: bool = True):
-    """`count` pictures of 40 x 24, the i-th of grey value 5 i."""
-    place.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        Image.fromarray(np.full((24, 40, 3), 5 * i, np.uint8)).save(place / f"{i}.png")
-        if captions:
-            (place / f"{i}.txt").write_text(f"caption {i}\n")
-    return place
+from photos import folder_of
 
 
 def captions_of(pictures) -> list[str]:
@@ -29,7 +20,7 @@ def captions_of(pictures) -> list[str]:
 # Packaged
 
 
-def test_the_packaged_test_split_is_whole_and_padded_to_its_size():
+def test_the_packaged_test_split_is_whole_and_padded():
     pictures = load_pictures("fashion-mnist", "test", 32)
     assert len(pictures) == 10_000
     images = pictures.batch(torch.tensor([0, 9999]))
@@ -71,7 +62,7 @@ def test_an_unreadable_or_empty_split_is_refused(split):
         load_pictures("fashion-mnist", split, 32)
 
 
-def test_a_missing_training_set_says_where_to_get_it(monkeypatch, tmp_path):
+def test_a_missing_training_set_names_its_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr("jdm.data.sources.TRAINING_SET_PLACES", (tmp_path,))
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     with pytest.raises(UsageError, match="dataset-fashion-mnist, set FASHION_MNIST"):
@@ -106,13 +97,14 @@ def test_a_folder_with_a_table(kind, tmp_path):
     assert captions_of(load_pictures(str(tmp_path), "train", 16)) == [r["text"] for r in rows]
 
 
-def test_a_flat_folder_keeps_every_twentieth_picture_for_validation_and_test(tmp_path):
+def test_a_flat_folder_holds_out_every_twentieth_picture(tmp_path):
+    """One in 20 is for validation, and one in 20 for the test."""
     folder_of(tmp_path, count=41)
     sizes = {split: len(load_pictures(str(tmp_path), split, 16)) for split in ("train", "validation", "test")}
     assert sizes == {"train": 36, "validation": 3, "test": 2}
 
 
-def test_a_missing_caption_names_the_picture_and_the_file_it_belongs_into(tmp_path):
+def test_a_missing_caption_names_its_picture_and_file(tmp_path):
     folder_of(tmp_path)
     (tmp_path / "1.txt").unlink()
     with pytest.raises(UsageError, match=r"1\.png has no caption; put it into 1\.txt"):
@@ -134,7 +126,7 @@ def test_two_tables_are_one_too_many(tmp_path):
         load_pictures(str(tmp_path), "train", 16)
 
 
-def test_a_folder_without_pictures_and_a_name_of_nothing_are_refused(tmp_path):
+def test_empty_folders_and_unknown_names_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no pictures"):
         load_pictures(str(tmp_path), "train", 16)
     with pytest.raises(UsageError, match="neither fashion-mnist, a folder, nor a dataset"):
@@ -158,7 +150,7 @@ def hub_dataset(monkeypatch, features: dict, rows: int = 30):
     return asked
 
 
-def test_a_hub_dataset_with_class_labels_gets_captions_of_the_classes(monkeypatch):
+def test_class_labels_of_a_hub_dataset_become_captions(monkeypatch):
     import datasets
 
     kind = datasets.ClassLabel(names=["Apple", "Bag"])
@@ -181,7 +173,7 @@ def test_a_hub_dataset_with_texts_keeps_them(monkeypatch):
     assert pictures.labels is None
 
 
-def test_a_hub_dataset_without_a_text_or_label_is_refused_with_its_columns(monkeypatch):
+def test_a_hub_dataset_without_captions_is_refused(monkeypatch):
     import datasets
 
     hub_dataset(monkeypatch, {"price": (datasets.Value("int32"), lambda i: i)})
@@ -192,7 +184,7 @@ def test_a_hub_dataset_without_a_text_or_label_is_refused_with_its_columns(monke
 # Orders and noise
 
 
-def test_an_epoch_visits_every_row_once_whatever_the_batch():
+def test_an_epoch_visits_every_row_once():
     for batch in (1, 3, 10):
         steps = -(-30 // batch)
         rows = torch.cat([rows_at(30, batch, seed=4, step=s) for s in range(steps)])[:30]
@@ -200,7 +192,7 @@ def test_an_epoch_visits_every_row_once_whatever_the_batch():
         assert torch.equal(rows, torch.cat([rows_at(30, 5, seed=4, step=s) for s in range(6)]))
 
 
-def test_the_rows_of_a_step_depend_on_seed_and_step_alone():
+def test_rows_depend_on_seed_and_step_alone():
     later = rows_at(50, 8, seed=1, step=100)
     rows_at(50, 8, seed=2, step=3)
     assert torch.equal(later, rows_at(50, 8, seed=1, step=100))
@@ -208,7 +200,7 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone():
     assert rows_at(3, 8, seed=0, step=0).bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
-def test_noise_is_the_same_for_any_order_of_asking():
+def test_noise_does_not_depend_on_call_order():
     first, second = Noise(3, 7), Noise(3, 7)
     a, b = first.normal("eps", (2, 3)), first.uniform("t", 4)
     torch.randn(5)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import folder_of
-from test_families import made
 
 import tiny
+from families import made
 from jdm import prepare as writing
 from jdm.cli.parser import main
 from jdm.data import cache as prepared
@@ -30,6 +29,8 @@ from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import essence
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
+from photos import folder_of
+from tiny import cached
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 RECIPES, SLOW = all_recipes(), pytest.mark.slow
@@ -37,10 +38,6 @@ RECIPES, SLOW = all_recipes(), pytest.mark.slow
 
 def small(name: str, out: Path, teacher: Path, **changes) -> Run:
     return tiny.run(RECIPES[name](), out, teacher, steps=2, save_every=2, **changes)
-
-
-def cached(run: Run, folder: Path, out: Path | None = None) -> Run:
-    return replace(run, out=out or run.out, data=replace(run.data, prepared=str(folder)))
 
 
 def pictures_of(run: Run, loaded: Pictures) -> Pictures:
@@ -83,8 +80,8 @@ def ready(photos, teacher, tmp_path):
 
 @pytest.mark.parametrize("name", ["nano-canny", "nano-controlnet", *(pytest.param(name, marks=SLOW) for name in (
     "nano-dsm", "nano-posterior", "nano-teacher", "nano-nct", "nano-diff-instruct", "nano-controlled-teacher"))])
-def test_a_run_with_its_cache_has_the_losses_of_one_without_and_computes_nothing_again(name, teacher, tmp_path,
-                                                                                       monkeypatch):
+def test_a_prepared_run_has_the_same_losses(name, teacher, tmp_path, monkeypatch):
+    """Neither its latents nor its text states are computed again."""
     run = small(name, tmp_path / "plain", teacher)
     wanted = losses(run)
     assert wanted[0] != wanted[1]
@@ -95,7 +92,7 @@ def test_a_run_with_its_cache_has_the_losses_of_one_without_and_computes_nothing
     assert losses(cached(run, tmp_path / "cache", tmp_path / "quick")) == wanted
 
 
-def test_pictures_that_are_not_square_are_prepared_too_and_known_again(photos, teacher, tmp_path):
+def test_pictures_that_are_not_square_are_prepared(photos, teacher, tmp_path):
     run = small("nano-controlnet", tmp_path / "run", teacher,
                 data=Data(source=str(photos), size=(28, 44), split="train", validation="train[:2]"))
     wanted = losses(run)
@@ -106,7 +103,7 @@ def test_pictures_that_are_not_square_are_prepared_too_and_known_again(photos, t
 
 
 @SLOW
-def test_a_guide_with_a_text_encoder_of_its_own_finds_its_own_states(teacher, tmp_path):
+def test_a_guide_finds_its_own_text_states(teacher, tmp_path):
     model = load_model(str(teacher))
     with torch.no_grad():
         model.text_encoder.get_input_embeddings().weight.mul_(1.5)
@@ -131,7 +128,7 @@ def test_only_what_a_method_asks_for_is_made(teacher, tmp_path):
                      "nano-vae": ["pictures"]}
 
 
-def test_pictures_latents_and_states_are_those_that_loading_and_encoding_give(ready, teacher, monkeypatch):
+def test_prepared_parts_equal_loading_and_encoding(ready, teacher, monkeypatch):
     run, folder = ready
     loaded = load_pictures(run.data.source, "train", 32)
     read, rows = pictures_of(cached(run, folder), loaded), torch.tensor([25, 0, 3])
@@ -149,7 +146,7 @@ def test_pictures_latents_and_states_are_those_that_loading_and_encoding_give(re
     assert len(encoder.stored) == 27
 
 
-def test_sdxl_keeps_its_states_its_pooled_ones_and_its_zeros(photos, tmp_path):
+def test_sdxls_pooled_and_zero_states_are_kept(photos, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -171,7 +168,7 @@ def test_sdxl_keeps_its_states_its_pooled_ones_and_its_zeros(photos, tmp_path):
     assert losses(fast) == wanted
 
 
-def test_a_run_goes_on_with_or_without_its_cache_and_is_the_same_run(ready):
+def test_a_run_resumes_with_or_without_its_cache(ready):
     run, folder = ready
     wanted = losses(run)
     run = replace(run, out=run.out.with_name("parted"), save_every=1)
@@ -212,7 +209,7 @@ def test_two_captions_that_change_places_are_noticed(ready, photos):
     changed(*ready, message="another prompt than this run's; ")
 
 
-def test_an_edited_picture_is_noticed_whatever_its_size_and_time_say(ready, photos):
+def test_edits_of_equal_size_and_time_are_noticed(ready, photos):
     file = photos / "12.png"
     before = file.stat()
     pixels = np.array(Image.open(file))
@@ -223,7 +220,7 @@ def test_an_edited_picture_is_noticed_whatever_its_size_and_time_say(ready, phot
     changed(*ready, message=r"another picture .*\(12\.png\)")
 
 
-def test_pictures_that_were_copied_or_touched_are_the_same(ready, photos, tmp_path):
+def test_copied_or_touched_pictures_are_the_same(ready, photos, tmp_path):
     run, folder = ready
     for file in photos.iterdir():
         os.utime(file, (1, 1))
@@ -232,7 +229,7 @@ def test_pictures_that_were_copied_or_touched_are_the_same(ready, photos, tmp_pa
         Trainer(cached(replace(run, data=replace(run.data, source=str(source)), out=tmp_path / source.name), folder))
 
 
-def test_one_picture_more_another_size_and_another_split_are_noticed(ready, photos):
+def test_another_count_size_or_split_is_noticed(ready, photos):
     run, folder = ready
     for field, value, name in (("size", 64, r"size .*\(32 x 32, not 64 x 64\)"), ("split", "train[:5]", "split")):
         changed(replace(run, data=replace(run.data, **{field: value})), folder, f"another {name}")
@@ -257,7 +254,7 @@ def test_another_text_encoder_tokenizer_or_autoencoder_is_noticed(part, message,
     changed(replace(run, model=str(other)), folder, f"another {message} than")
 
 
-def test_a_cache_without_the_latents_that_a_method_needs_is_refused(ready, tmp_path):
+def test_a_cache_lacking_needed_latents_is_refused(ready, tmp_path):
     run, _ = ready
     prepare(small("nano-vae", run.out, Path(run.model), data=run.data), tmp_path / "without")
     with pytest.raises(UsageError, match="holds no latents, which this run's method needs; run jdm prepare"):
@@ -279,7 +276,7 @@ def test_a_damaged_part_is_named(ready):
 # Making it
 
 
-def test_a_stopped_preparation_is_no_cache_and_the_next_call_goes_on(ready, tmp_path, monkeypatch):
+def test_a_stopped_preparation_is_no_cache_but_resumes(ready, tmp_path, monkeypatch):
     run, whole = ready
     folder = tmp_path / "stopped"
 
@@ -300,7 +297,7 @@ def test_a_stopped_preparation_is_no_cache_and_the_next_call_goes_on(ready, tmp_
 
 
 @pytest.mark.parametrize("full", ["part", "list", "manifest", "beforehand"])
-def test_a_full_disk_gives_one_line_and_leaves_what_was_there(full, ready, photos, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_there(full, ready, photos, tmp_path, monkeypatch):
     run, folder = ready
     other = replace(run, data=replace(run.data, split="train[:9]"))
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -325,7 +322,7 @@ def test_a_full_disk_gives_one_line_and_leaves_what_was_there(full, ready, photo
     Trainer(cached(run, folder))
 
 
-def test_preparing_again_makes_anew_what_changed_and_drops_what_it_replaces(ready, photos):
+def test_preparing_again_replaces_only_what_changed(ready, photos):
     run, folder = ready
     before = {p.name for p in folder.iterdir()}
     (photos / "7.txt").write_text("caption seven")
@@ -336,7 +333,7 @@ def test_preparing_again_makes_anew_what_changed_and_drops_what_it_replaces(read
     Trainer(cached(run, folder))
 
 
-def test_another_split_of_the_same_source_and_length_is_not_taken_for_the_first(teacher, tmp_path):
+def test_splits_of_equal_length_are_told_apart(teacher, tmp_path):
     first, second = (small("nano-vae", tmp_path / "run", teacher, data=replace(tiny.DATA, split=split))
                      for split in ("test[:8]", "test[8:16]"))
     prepare(first, tmp_path / "cache")
@@ -346,7 +343,7 @@ def test_another_split_of_the_same_source_and_length_is_not_taken_for_the_first(
     assert torch.equal(read.batch(torch.arange(8)), loaded.batch(torch.arange(8)))
 
 
-def test_a_file_that_is_not_of_a_preparation_is_left_alone(ready, photos, tmp_path):
+def test_files_of_other_programs_are_left_alone(ready, photos, tmp_path):
     run, folder = ready
     (folder / "text-notes.txt").write_text("mine")
     prepare(replace(run, data=replace(run.data, split="train[:9]")), folder)
@@ -358,7 +355,7 @@ def test_a_file_that_is_not_of_a_preparation_is_left_alone(ready, photos, tmp_pa
     assert (tmp_path / "web" / "manifest.json").read_text() == '{"name": "a web page"}'
 
 
-def test_a_second_process_and_a_second_rank_are_refused(ready, monkeypatch):
+def test_a_second_process_or_rank_is_refused(ready, monkeypatch):
     run, folder = ready
     with writing._alone(folder), pytest.raises(UsageError, match="another process is preparing"):
         prepare(run, folder)
@@ -367,13 +364,13 @@ def test_a_second_process_and_a_second_rank_are_refused(ready, monkeypatch):
         prepare(run, folder)
 
 
-def test_pictures_in_memory_are_told_apart_by_their_pixels(teacher):
+def test_pictures_in_memory_differ_by_their_pixels(teacher):
     loaded = replace(load_pictures("fashion-mnist", "test[:8]", 32), files=None)
     other = replace(loaded, images=lambda rows: loaded.images(rows) ^ (rows == 3).to(torch.uint8).view(-1, 1, 1, 1))
     assert prepared.signs(loaded) == prepared.signs(loaded) != prepared.signs(other)
 
 
-def test_the_command_prints_its_parts_and_the_command_that_uses_them(teacher, tmp_path, capsys):
+def test_the_command_prints_parts_and_the_next_command(teacher, tmp_path, capsys):
     flags = ["--model", str(teacher), "--data.split", "test[:8]", "--data.validation", "test[8:16]", "--steps", "1",
              "--batch", "2", "--probe-every", "0"]
     folder = str(tmp_path / "cache")

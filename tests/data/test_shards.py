@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_prepare import cached
 
 import tiny
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.prepare import prepare
 from jdm.training.loop import Trainer
-from tiny import nano_diff_instruct
+from tiny import cached, nano_diff_instruct
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +83,7 @@ def test_every_picture_has_its_caption_and_its_pixels(filled, pattern):
         assert torch.equal(got, torch.from_numpy(picture(i)).permute(2, 0, 1))
 
 
-def test_the_table_of_places_is_kept_until_a_shard_changes(filled, monkeypatch):
+def test_the_index_is_kept_until_a_shard_changes(filled, monkeypatch):
     where, write = filled
     load_pictures(f"{where}/*.tar", "train", 32)
     opened = []
@@ -127,7 +126,7 @@ def test_what_cannot_be_read_is_named(place):
         load_pictures("s4://x/*.tar", "train", 32)
 
 
-def test_a_run_on_shards_is_prepared_from_a_disk_alone(filled, tmp_path):
+def test_only_shards_on_disk_can_be_prepared(filled, tmp_path):
     where, _ = filled
     torch.manual_seed(0)
     run = tiny.run(nano_diff_instruct(), tmp_path / "run", tiny.family(tmp_path / "family"))

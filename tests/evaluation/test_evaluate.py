@@ -58,7 +58,7 @@ def sampler() -> Sampler:
     return Sampler(tiny.model(), steps=2, guidance=2.0)
 
 
-def test_a_question_s_prompt_and_control_come_from_one_picture():
+def test_prompt_and_control_come_from_one_picture():
     questions = Questions.of(PICTURES, Canny(), 12, seed=0)
     for i in range(12):
         grey = PICTURES.batch(torch.tensor([i]))[0, 0].numpy()
@@ -72,17 +72,17 @@ def test_picture_i_is_the_same_in_any_batch():
     assert (one.int() - many.int()).abs().max() <= 1
 
 
-def test_pictures_have_the_height_and_width_of_the_ones_asked_about():
+def test_answers_have_the_size_of_the_pictures():
     wide = Questions.of(load_pictures("fashion-mnist", "test[:4]", (32, 40)), None, 4, seed=0)
     assert answers(sampler(), wide, None).shape == (4, 3, 32, 40)
 
 
-def test_guidance_counts_two_evaluations_a_step_and_one_step_counts_one():
+def test_guidance_counts_two_evaluations_a_step():
     model = tiny.model()
     assert [Sampler(model, s, w).nfe for s, w in ((50, 2.0), (50, 1.0), (1, 2.0))] == [100, 50, 1]
 
 
-def test_a_floor_between_stored_sizes_is_linear_in_one_over_n():
+def test_floors_are_interpolated_linearly_in_1_over_n():
     statistics = Statistics(torch.zeros(2), torch.eye(2), 9, "x", {"floors": json.dumps({"100": 3.0, "200": 2.0})})
     reference = Reference(statistics)
     assert reference.floor(100) == 3.0
@@ -92,7 +92,7 @@ def test_a_floor_between_stored_sizes_is_linear_in_one_over_n():
     assert reference.floor(150) == pytest.approx(1.0 + 200 / 150)  # 3 = a + b/100, 2 = a + b/200: a = 1, b = 200
 
 
-def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path, monkeypatch):
+def test_a_reference_is_measured_once_then_read(classifier, tmp_path, monkeypatch):
     torch.manual_seed(0)
     folder = tmp_path / "teacher"
     save_pipeline(tiny.model(), folder)
@@ -109,7 +109,7 @@ def test_a_reference_is_measured_once_and_read_back_after(classifier, tmp_path, 
     assert made.floor(30) > 0
 
 
-def test_a_reference_is_of_one_size_and_the_shipped_one_of_nano_sds(classifier, tmp_path, monkeypatch):
+def test_a_reference_belongs_to_one_picture_size(classifier, tmp_path, monkeypatch):
     torch.manual_seed(0)
     folder, extractor = str(save_pipeline(tiny.model(), tmp_path / "teacher")), ClassifierFeatures(classifier)
     wide = load_pictures("fashion-mnist", "test[:40]", (32, 40))
@@ -167,7 +167,7 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     assert groups == [16, evaluation.DIVERSITY_GROUPS]
 
 
-def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, classifier, monkeypatch):
+def test_an_evaluation_runs_on_the_device_asked_for(student, classifier, monkeypatch):
     device, on = "cpu:0", {}  # a name that nothing has by default
 
     class StopError(Exception):
@@ -202,14 +202,14 @@ def test_all_that_an_evaluation_runs_is_on_the_device_it_is_asked_for(student, c
     assert on == {key: {device} for key in ("model", "extractors", "questions", "references", "scores")}
 
 
-def test_pictures_are_measured_in_parts_of_equal_pixels_and_as_if_at_once():
+def test_pictures_are_measured_in_parts_of_equal_pixels():
     assert [len(part) for part in in_parts(torch.zeros(301, 1, 32, 32))] == [250, 51]
     assert [len(part) for part in in_parts(torch.zeros(3, 1, 512, 512))] == [1, 1, 1]
     images = unit(from_bytes(PICTURES.batch(torch.arange(20))))
     assert torch.equal(controls_of(Canny(), images), Canny().h(images))
 
 
-def test_a_run_on_the_packaged_pictures_is_judged_as_it_trains(teacher, classifier, tmp_path, monkeypatch):
+def test_a_run_is_judged_as_it_trains(teacher, classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "PROBE_SAMPLES", 8)
     run = tiny.run(nano_diff_instruct(), tmp_path, teacher, steps=1, probe_every=1)
     model = StableDiffusion.load(str(train(run)))
@@ -228,14 +228,14 @@ def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier)
         evaluate(str(tmp_path / "teacher"), "canny", n=4)
 
 
-def test_noise_diversity_of_a_generator_that_ignores_z_is_zero(classifier):
+def test_a_generator_ignoring_z_has_no_diversity(classifier):
     sampler_ = sampler()
     questions = Questions.of(PICTURES, None, 3, seed=0)
     sampler_.x = lambda z, y, control=None: torch.zeros_like(z)  # type: ignore[method-assign]
     assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4).mean < 1e-5
 
 
-def test_generator_draws_n_pictures_that_depend_on_the_seed(student):
+def test_a_generators_pictures_depend_on_the_seed(student):
     draw = generator(str(student), Canny())
     picture = PICTURES.batch(torch.tensor([0]))[0]
     first, same, other = (draw("coat", picture, n=3, seed=s) for s in (0, 0, 1))
@@ -246,7 +246,7 @@ def test_generator_draws_n_pictures_that_depend_on_the_seed(student):
         draw("coat")
 
 
-def test_a_report_is_self_contained_and_escapes_what_it_is_given():
+def test_a_report_is_self_contained_and_escaped():
     text = report.page("A <b>", report.picture(Image.new("RGB", (4, 4)), "p"), report.table(["x"], [["<1>"]]),
                        report.curve("loss", [(0, 1.0), (5, 0.5)]))
     assert not re.search(r'(src|href)="(?!data:)', text)
@@ -267,7 +267,7 @@ def trained_on_a_folder(place, teacher, n):
     return folder, row
 
 
-def test_a_folder_too_small_to_validate_on_trains_without_measurements(tmp_path, teacher, classifier):
+def test_a_tiny_folder_trains_without_measurements(tmp_path, teacher, classifier):
     folder, row = trained_on_a_folder(tmp_path, teacher, 4)
     state = load_file(tmp_path / "out" / "checkpoints" / "step-0000001" / "state.safetensors")
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -276,7 +276,7 @@ def test_a_folder_too_small_to_validate_on_trains_without_measurements(tmp_path,
     assert [k for k in row if "probe" in k] == []
 
 
-def test_a_folder_with_two_pictures_to_validate_on_is_measured_while_it_trains(tmp_path, teacher, classifier):
+def test_two_validation_pictures_are_enough_to_measure(tmp_path, teacher, classifier):
     folder, row = trained_on_a_folder(tmp_path, teacher, 22)
     questions = Questions.of(load_pictures(str(tmp_path), "validation", 32), Canny(), 2, seed=0)
     pictures = answers(Sampler(StableDiffusion.load(str(folder))), questions, Canny())

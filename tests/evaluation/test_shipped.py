@@ -30,13 +30,13 @@ assert 0.05 < float(image.mean()) < 0.95 and float(image.std()) > 0.1
 """
 
 
-def test_every_shipped_file_is_at_most_15_megabytes_and_nano_sd_at_most_20():
+def test_shipped_files_stay_below_their_size_limits():
     files = [f for f in ASSETS.rglob("*") if f.is_file()]
     assert max(f.stat().st_size for f in files) <= 15_000_000
     assert sum(f.stat().st_size for f in (ASSETS / "nano-sd").rglob("*") if f.is_file()) <= 20_000_000
 
 
-def test_no_shipped_config_names_a_place_of_the_machine_that_trained_it():
+def test_no_shipped_config_names_a_training_path():
     for file in ASSETS.rglob("*.json"):
         assert "_name_or_path" not in file.read_text(encoding="utf-8"), file
 
@@ -45,7 +45,7 @@ def test_nano_sd_samples_in_the_stock_pipeline():
     subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, str(ASSETS / "nano-sd")], check=True)
 
 
-def test_the_student_obeys_edges_and_prompts_in_one_step():
+def test_the_student_obeys_edges_and_prompts():
     questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), Canny(), 200, seed=1)
     pictures = answers(Sampler(load_model("nano-canny")), questions, Canny())
     error = (Canny().h(unit(from_bytes(pictures))) - questions.c).abs().mean().item()
@@ -75,7 +75,7 @@ def test_the_multi_step_yardsticks_obey_their_controls(name, bound):
     assert (control.h(unit(from_bytes(pictures))) - questions.c).abs().mean().item() < bound
 
 
-def test_the_student_without_a_control_answers_its_prompts_in_one_step():
+def test_the_uncontrolled_student_answers_its_prompts():
     questions = Questions.of(load_pictures("fashion-mnist", "test[5000:]", 32), None, 200, seed=1)
     pictures = answers(Sampler(load_model("nano-diff-instruct")), questions, None)
     assert questions.labels is not None

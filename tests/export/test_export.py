@@ -39,7 +39,7 @@ save_file(images, out)
 """
 
 
-def test_an_exported_student_runs_in_one_step_of_stock_diffusers_and_is_equal(student, tmp_path):
+def test_an_export_equals_its_student_in_stock_diffusers(student, tmp_path):
     """At full precision to 1e-4; with half-precision files, whose rounding is 5e-4 of each weight, to 2e-2."""
     control = (torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.2).float().expand(-1, 3, -1, -1)
     model = load_model(str(student))
@@ -60,7 +60,7 @@ def test_an_exported_student_runs_in_one_step_of_stock_diffusers_and_is_equal(st
     assert (images["1"] - ours).abs().max() < 2e-2
 
 
-def test_half_precision_halves_the_files_and_keeps_everything_else(student, tmp_path):
+def test_half_precision_changes_the_weights_dtype_alone(student, tmp_path):
     half = export(student, tmp_path / "half", torch.float16)
     assert all(t.dtype == torch.float16 for f in half.rglob("*.safetensors") for t in load_file(f).values()
                if t.is_floating_point())
@@ -84,7 +84,7 @@ def test_many_steps_equal_those_of_the_stock_pipeline(guidance, teacher):
     assert (stock - ours).abs().max() < 1e-4
 
 
-def test_a_run_can_be_exported_before_it_ends_without_being_touched(teacher, tmp_path, untrained_judge):
+def test_an_unfinished_run_exports_without_being_touched(teacher, tmp_path, untrained_judge):
     run = tiny.run(all_recipes()["nano-canny"](), tmp_path / "run", teacher)
     whole = train(run)
     kept = tmp_path / "kept"

@@ -68,7 +68,7 @@ def drawn(folder, seed=0):
         return torch.tensor(list(picture.getdata()), dtype=torch.float32)
 
 
-def test_the_readmes_snippet_draws_the_same_picture_from_every_layout(run, teacher, tmp_path):
+def test_every_layouts_snippet_draws_the_same_picture(run, teacher, tmp_path):
     """A LoRA of full rank lacks only what changed in biases and normalisations; 8-bit pictures."""
     pictures = {}
     for layout in FORMATS:
@@ -94,7 +94,7 @@ def test_the_readmes_snippet_draws_the_same_picture_from_every_layout(run, teach
     assert (pictures["lora"] - pictures["diffusers"]).abs().max() > 1, "the biases moved"
 
 
-def test_a_many_step_controlnet_is_told_with_its_steps_and_its_base(controlled, tmp_path):
+def test_a_many_step_controlnets_readme_names_its_base(controlled, tmp_path):
     out = export(controlled, tmp_path / "hints", format="controlnet")
     text = (out / "README.md").read_text()
     assert "num_inference_steps=50, guidance_scale=2.0" in text
@@ -105,7 +105,7 @@ def test_a_many_step_controlnet_is_told_with_its_steps_and_its_base(controlled, 
     assert 'base = "nano-sd"' in shipped
 
 
-def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teacher, tmp_path):
+def test_the_readme_tells_recipe_and_measurements(run, teacher, tmp_path):
     (tmp_path / "out.json").write_text(json.dumps({"model": str(run), "fd": 12.345678, "control": "canny", "nfe": 1}))
     out = export(run, tmp_path / "mine", metrics=tmp_path / "out.json")
     text = (out / "README.md").read_text()
@@ -121,7 +121,7 @@ def test_the_readme_says_how_the_model_was_made_and_what_it_measures(run, teache
     assert re.search(r"Rank 4 of .*? is 0\.\d{4}; at other ranks", text, re.DOTALL)
 
 
-def test_the_settings_for_comfyui_and_a1111_compute_the_student(run, tmp_path):
+def test_comfyui_and_a1111_settings_compute_the_student(run, tmp_path):
     """Their samplers' arithmetic, from their sources, on the numbers of the README: four decimals of sigma."""
     text = (export(run, tmp_path / "mine", format="single-file") / "README.md").read_text()
     sigma, start = (float(n) for n in re.findall(r"sigma_max (\d+\.\d{4})", text))
@@ -149,7 +149,7 @@ def test_the_settings_for_comfyui_and_a1111_compute_the_student(run, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "lcm"])
-def test_stock_samplers_on_the_full_schedule_compute_the_student(sampler, run, tmp_path):
+def test_stock_samplers_compute_the_student(sampler, run, tmp_path):
     """diffusers' Euler with A1111's multiplier ("leading"), and LCM at timesteps=[625]; from the single files."""
     out = export(run, tmp_path / "mine", format="single-file")
     net = ControlNetModel.from_single_file(str(out / "mine_controlnet.safetensors"), config=str(out / "config"),
@@ -167,7 +167,7 @@ def test_stock_samplers_on_the_full_schedule_compute_the_student(sampler, run, t
     assert (stock.images - ours).abs().max() < 1e-4
 
 
-def test_a_schedule_that_those_programs_do_not_have_is_said_to_be_impossible(run, tmp_path):
+def test_an_inexpressible_schedule_is_named_in_the_readme(run, tmp_path):
     model = load_model(str(run / "model"))
     other = {**model.scheduler, "trained_betas": [0.003] * 626}
     save_pipeline(model, tmp_path / "model", other, model.card)
@@ -177,7 +177,7 @@ def test_a_schedule_that_those_programs_do_not_have_is_said_to_be_impossible(run
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_every_layout_is_written_in_the_precision_asked_for(layout, run, tmp_path):
+def test_every_layout_has_the_precision_asked_for(layout, run, tmp_path):
     out = export(run, tmp_path / "out", torch.bfloat16, layout)
     for file in out.rglob("*.safetensors"):
         for key, tensor in load_file(file).items():
@@ -189,7 +189,7 @@ def test_every_layout_is_written_in_the_precision_asked_for(layout, run, tmp_pat
     assert "| weights on disk | bfloat16 |" in (out / "README.md").read_text()
 
 
-def test_what_cannot_be_exported_so_is_refused_in_one_line_and_nothing_is_written(run, teacher, tmp_path, monkeypatch):
+def test_refused_exports_write_nothing(run, teacher, tmp_path, monkeypatch):
     out = tmp_path / "out"
     (tmp_path / "bad.json").write_text('{"a": {"fd": 1}}')
     (tmp_path / "pickled").mkdir()
@@ -256,7 +256,7 @@ def test_a_finished_folder_is_uploaded(run, tmp_path, monkeypatch, capsys):
     assert {"README.md", "model_index.json", "unet"} <= set(files)
 
 
-def test_a_failed_upload_says_what_to_do_and_keeps_the_folder(run, tmp_path, monkeypatch, capsys):
+def test_a_failed_upload_keeps_the_folder(run, tmp_path, monkeypatch, capsys):
     class RefusedError(Exception):
         response = type("Response", (), {"status_code": 403})()
 

@@ -128,7 +128,7 @@ def test_a_file_read_back_is_the_same_adapter(write, tmp_path):
         assert (output(other) - ours).abs().max() < 1e-5
 
 
-def test_an_sdxl_lora_reaches_every_layer_of_stock_diffusers_in_both_layouts(tmp_path):
+def test_an_sdxl_lora_reaches_every_stock_layer(tmp_path):
     """SDXL's added embedding is where names without dots are ambiguous."""
     net = sdxl_unet()
     lora = lora_file.difference_lora(net, shaken(net), 4).lora
@@ -174,7 +174,7 @@ def test_the_layouts_that_are_about_are_read_alike(tmp_path):
     assert torch.allclose(lora_file.read_lora(tmp_path / "header.safetensors", net).layers[path][1], b / 2)
 
 
-def test_layers_of_different_ranks_become_one_rank_and_the_same_function(tmp_path):
+def test_layers_of_different_ranks_become_one_rank(tmp_path):
     net = unet()
     paths = ["conv_in", "mid_block.attentions.0.proj_in"]
     ranks = dict(zip(paths, (2, 5), strict=True))
@@ -199,7 +199,7 @@ def test_the_difference_at_full_rank_is_exact():
     assert (output(back) - output(tuned)).abs().max() < 1e-5
 
 
-def test_the_difference_at_each_rank_is_the_truncated_svd():
+def test_the_difference_is_the_truncated_svd():
     base = unet()
     tuned = shaken(base)
     for rank in (1, 4):
@@ -217,7 +217,7 @@ def test_the_difference_at_each_rank_is_the_truncated_svd():
     assert list(found.errors.values()) == sorted(found.errors.values(), reverse=True)
 
 
-def test_a_student_trained_as_a_lora_is_found_again():
+def test_a_lora_student_is_recovered_from_its_difference():
     base, net = unet(), unet()
     _, lora = random_lora(net, rank=3)
     found = lora_file.difference_lora(base, merged(base, lora), 3)
@@ -263,7 +263,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         lora_file.read_lora(tmp_path, net)
 
 
-def test_a_difference_of_nothing_or_of_unlike_networks_is_refused():
+def test_empty_or_unlike_differences_are_refused():
     with pytest.raises(UsageError, match="nothing to write"):
         lora_file.difference_lora(unet(), unet(), 4)
     with pytest.raises(UsageError, match="different shapes"):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
-from test_single_file_import import refused
 
 from jdm.cost import known_configs
 from jdm.errors import UsageError
@@ -15,6 +14,7 @@ from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
 from jdm.models import published
+from refusals import refused
 
 
 def header(kind, said, more):
@@ -37,7 +37,7 @@ FURTHER = {  # what published files hold besides
 
 
 @pytest.mark.parametrize("kind", FURTHER)
-def test_a_file_of_real_size_has_a_place_for_every_tensor(kind):
+def test_every_tensor_of_real_files_has_a_place(kind):
     file = header(kind, {"modelspec.prediction_type": "epsilon"}, EXTRAS | FURTHER[kind])
     file.refuse_others()
     assert file.size == kind
@@ -69,7 +69,8 @@ def test_a_file_of_real_size_has_a_place_for_every_tensor(kind):
     ("SD2", {"modelspec.architecture": "stable-diffusion-v2-512"}, (), None, "epsilon"),
     ("SD2", {"modelspec.architecture": "stable-diffusion-v2-512"}, (), "v_prediction", "v_prediction"),
     ("SD2", {}, (), None, None)])
-def test_the_prediction_is_what_is_asked_or_what_the_file_says_or_has_to_be_asked(kind, said, keys, asked, wanted):
+def test_a_prediction_is_asked_for_or_read(kind, said, keys, asked, wanted):
+    """What is asked for comes before what the file says; an SD2 file that says nothing is refused."""
     file = replace(small_header(kind, *keys), asked=asked, said=said)
     if wanted is None:
         with pytest.raises(UsageError, match=r"write x\.safetensors#v_prediction .* or x\.safetensors#epsilon"):
@@ -106,12 +107,12 @@ def small_header(kind, *keys):
     (["bert.pooler.weight"], r"is not a Stable Diffusion checkpoint: it has no .*; its first tensor is bert\.pooler"),
     ([], "it is empty"),
 ])
-def test_a_file_that_is_something_else_is_refused_by_what_it_is(keys, message, tmp_path):
+def test_other_kinds_of_file_are_refused_by_name(keys, message, tmp_path):
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "mine.safetensors")
     refused(tmp_path / "mine.safetensors", message)
 
 
-def test_a_folder_or_a_hub_id_is_no_single_file(tmp_path):
+def test_folders_and_hub_ids_are_no_single_file(tmp_path):
     assert named("owner/name") is None
     (tmp_path / "odd.safetensors").mkdir()
     assert named(str(tmp_path / "odd.safetensors")) is None

@@ -81,7 +81,7 @@ def test_a_unet_comes_back_bit_for_bit(kind):
 
 
 @pytest.mark.parametrize("kind", REAL)
-def test_a_unet_of_real_size_has_the_original_names_and_shapes(kind):
+def test_real_unets_have_the_original_names(kind):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**REAL[kind])
     tensors = single_file.unet_tensors(unet)
@@ -99,7 +99,7 @@ def test_a_controlnet_comes_back_bit_for_bit(kind):
     same(net.state_dict(), stock.convert_controlnet_checkpoint(single_file.controlnet_tensors(net), dict(net.config)))
 
 
-def test_a_controlnet_of_real_size_has_the_original_names():
+def test_real_controlnets_have_the_original_names():
     with torch.device("meta"):
         net = ControlNetModel.from_unet(UNet2DConditionModel(**REAL["SD1.5"]), load_weights_from_unet=False)
     tensors = single_file.controlnet_tensors(net)
@@ -110,7 +110,7 @@ def test_a_controlnet_of_real_size_has_the_original_names():
         assert tuple(tensors[f"control_model.{key}"].shape) == shape
 
 
-def test_an_sdxl_controlnet_comes_back_but_for_what_diffusers_does_not_read():
+def test_an_sdxl_controlnet_survives_the_round_trip():
     """Its converter passes over the embedding of size and crop; the name is the UNet's, which the readers share."""
     net = hint("SDXL")
     tensors = single_file.controlnet_tensors(net)
@@ -127,7 +127,7 @@ def test_an_autoencoder_comes_back_bit_for_bit(attention):
     same(vae.state_dict(), stock.convert_ldm_vae_checkpoint(single_file.vae_tensors(vae), dict(vae.config)))
 
 
-def test_an_autoencoder_of_real_size_has_the_original_names():
+def test_real_autoencoders_have_the_original_names():
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE, block_out_channels=(128, 256, 512, 512))
     tensors = single_file.vae_tensors(vae)
@@ -163,7 +163,7 @@ def test_open_clip_comes_back_bit_for_bit():
     same(bare(text.state_dict()), bare(stock.convert_open_clip_checkpoint(text, tensors)))
 
 
-def test_open_clip_with_a_projection_comes_back_bit_for_bit():
+def test_projected_open_clip_comes_back_bit_for_bit():
     text = text_model(CLIPTextModelWithProjection, hidden_act="gelu", projection_dim=16)
     tensors = single_file.text_tensors(text, single_file.TEXTS[1])
     assert "conditioner.embedders.1.model.positional_embedding" in tensors  # how SDXL is told
@@ -171,7 +171,7 @@ def test_open_clip_with_a_projection_comes_back_bit_for_bit():
     same(bare(text.state_dict()), bare(back))
 
 
-def test_sd2s_text_model_of_real_size_has_the_original_names():
+def test_sd2s_text_model_has_the_original_names():
     with torch.device("meta"):
         text = text_model(hidden_act="gelu", hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
                           num_attention_heads=16, vocab_size=49408, max_position_embeddings=77)
@@ -192,7 +192,7 @@ def test_the_shipped_student_comes_back_bit_for_bit(tmp_path):
     assert single_file.known_size(model.unet.config) is None
 
 
-def test_stock_diffusers_loads_the_two_files_and_draws_the_same(student, tmp_path):
+def test_stock_diffusers_draws_the_same_from_files(student, tmp_path):
     model = load_model(str(student))
     whole = single_file.save(single_file.checkpoint_tensors(model), tmp_path / "whole.safetensors")
     hints = single_file.save(single_file.controlnet_tensors(model.controlnet), tmp_path / "hint.safetensors")

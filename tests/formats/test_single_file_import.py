@@ -7,13 +7,12 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import made
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import tiny
+from families import made
 from jdm.cli import parser as cli
 from jdm.cost import known_configs
-from jdm.errors import UsageError
 from jdm.export.model_card import Subject, model_card, snippet
 from jdm.export.writers import export
 from jdm.formats import original, single_file
@@ -23,6 +22,7 @@ from jdm.models import published
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.recipes import all_recipes
+from refusals import refused
 
 PROMPTS = ["an ankle boot", "a coat!", ""]
 FAMILIES = ["sd15", "sd21-v", "sdxl"]
@@ -113,7 +113,7 @@ def flat(found):
     return [states, *rest] if isinstance(states, torch.Tensor) else [states[0], *states[1].values(), *rest]
 
 
-def test_an_exported_checkpoint_is_read_back_bit_for_bit(family):
+def test_an_exported_checkpoint_reads_back_bit_for_bit(family):
     kind, folder, out = family
     model, theirs = load_model(str(out / "mine.safetensors")), load_model(str(folder))
     assert isinstance(model, StableDiffusionXL) == (kind == "sdxl")
@@ -126,13 +126,14 @@ def test_an_exported_checkpoint_is_read_back_bit_for_bit(family):
         assert torch.equal(ours, wanted)
 
 
-def test_what_was_read_is_saved_as_the_same_folder(family, tmp_path):
+def test_a_checkpoint_saves_as_the_same_folder(family, tmp_path):
     _, folder, out = family
     again = save_pipeline(load_model(str(out / "mine.safetensors")), tmp_path / "again")
     same(load_model(str(again)), load_model(str(folder)))
 
 
-def test_an_exported_student_brings_its_controlnet_and_its_card(student, tmp_path):
+def test_an_exported_student_brings_controlnet_and_card(student, tmp_path):
+    """A missing ControlNet file is named."""
     out = export(student, tmp_path / "mine", format="single-file")
     model, theirs = load_model(str(out / "mine.safetensors")), load_model(str(student))
     same(model, theirs)
@@ -154,7 +155,7 @@ def test_half_precision_becomes_float32(dtype, tiny_sizes, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "kind"), zip(("SD1.5", "SDXL"), ("sd15", "sdxl"), strict=True))
-def test_a_lone_file_is_told_by_its_shapes_and_takes_clips_tokenizer(size, kind, tiny_sizes, tmp_path):
+def test_a_lone_file_is_recognised_by_its_shapes(size, kind, tiny_sizes, tmp_path):
     theirs = model_of(kind)
     file = single_file.save(single_file.checkpoint_tensors(theirs), tmp_path / "lone.safetensors")
     model = load_model(str(file))
@@ -187,12 +188,6 @@ def test_the_tokenizer_may_lie_beside_the_file(tiny_sizes, whole, tmp_path, monk
     refused(file, "a/tokenizer holds no tokenizer")
 
 
-def refused(name, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        load_model(str(name))
-    assert "\n" not in str(caught.value)
-
-
 def changed(file, out, change):
     tensors = load_file(file)
     change(tensors)
@@ -200,7 +195,7 @@ def changed(file, out, change):
     return out
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused_by_what_it_lacks(tiny_sizes, whole, tmp_path):
+def test_an_incomplete_or_odd_checkpoint_is_refused(tiny_sizes, whole, tmp_path):
     unet, vae, text = (f"{prefix}" for prefix in (single_file.UNET, single_file.VAE, single_file.TEXT))
     conv, norm = f"{unet}out.2.weight", f"{unet}middle_block.0.in_layers.0.weight"
 
@@ -247,7 +242,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_what_it_lacks(tiny_sizes, 
     assert list(tmp_path.glob("*.safetensors")) == [out]
 
 
-def test_a_damaged_file_a_pickle_or_no_file_is_one_line(whole, tmp_path, capsys):
+def test_damaged_missing_and_pickled_files_are_refused(whole, tmp_path, capsys):
     short = tmp_path / "short.safetensors"
     short.write_bytes(whole.read_bytes()[:-100])
     refused(short, "cannot be read as a safetensors file .*truncated; fetch it again")
@@ -264,7 +259,7 @@ def test_a_damaged_file_a_pickle_or_no_file_is_one_line(whole, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_configs_that_does_not_fit_is_named(family, tmp_path):
+def test_an_unfitting_config_folder_is_named(family, tmp_path):
     _, _, out = family
     shutil.copytree(out, tmp_path / "mine")
     file, config = tmp_path / "mine" / "mine.safetensors", tmp_path / "mine" / "config"
@@ -297,7 +292,7 @@ def test_other_spellings_of_the_same_tensors_are_read(tiny_sizes, whole, tmp_pat
         same(load_model(str(changed(whole, tmp_path / "b.safetensors", change))), model_of("sd15"))
 
 
-def test_a_run_and_its_estimate_start_from_the_file_as_from_the_folder(family, tmp_path):
+def test_a_file_starts_a_run_like_its_folder(family, tmp_path):
     """The configs are those of the folder of the file's name."""
     _, folder, _ = family
     shutil.copytree(folder, tmp_path / "teacher")
@@ -320,7 +315,7 @@ def test_a_run_and_its_estimate_start_from_the_file_as_from_the_folder(family, t
 
 @pytest.mark.parametrize(("base", "load"), [
     ("models/mine.safetensors#v_prediction", "from_single_file"), ("owner/name", "from_pretrained")])
-def test_the_card_of_what_was_trained_from_a_file_says_how_stock_diffusers_loads_it(base, load):
+def test_the_card_says_how_its_base_loads(base, load):
     for layout in ("controlnet", "lora"):
         of = Subject("mine", layout, "StableDiffusionPipeline", base=base, pixels=512, known_as="SD1.5", rank=4)
         code = snippet(of)

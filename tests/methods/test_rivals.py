@@ -111,7 +111,7 @@ def test_controlled_direction_is_the_joint_kls_gradient(seed):
         torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
-def test_distilling_a_controlled_teacher_ends_at_p_x_given_c():
+def test_a_controlled_teacher_gives_the_ideal_student():
     ideal = WORLD.ideal()
     ours = ascended(WORLD.ignorant(), 300, controlled_loss)
     for name in ("B", "b", "spread"):
@@ -178,7 +178,7 @@ class OwnLevels(Rows):
         return schedule.noised(self.x.detach(), t, self.eps), t, self.eps
 
 
-def test_terms_share_one_x_t_where_their_levels_are_equal():
+def test_terms_at_equal_levels_share_one_x_t():
     student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
     step, wide, own = OwnLevels(student(c, z), t, eps, c), Levels(0.3, 0.9), Levels(0.04, 0.2, "condition")
 
@@ -212,7 +212,7 @@ def moments(student: Student) -> tuple[torch.Tensor, torch.Tensor]:
     return WORLD.marginal(student).mean, WORLD.marginal(student).cov
 
 
-def test_a_condition_on_the_clean_sample_ignores_noise_levels():
+def test_the_clean_condition_ignores_noise_levels():
     (t, c, z, eps), student = WORLD.drawn(LEVELS), WORLD.ignorant()  # real and fake agree: only the condition is left
     early, late = (direction(jdm(TERMS["sample"]), student, Rows(student(c, z), torch.full_like(t, level), eps, c))
                    for level in (0.1, 0.9))
@@ -221,7 +221,7 @@ def test_a_condition_on_the_clean_sample_ignores_noise_levels():
 
 
 @pytest.mark.parametrize(("progress", "ratio"), [(0.0, 0.5), (0.49, 0.5), (0.5, 2.0), (0.99, 2.0)])
-def test_a_bound_has_an_early_and_a_late_value(progress, ratio):
+def test_a_bound_has_early_and_late_values(progress, ratio):
     student, (t, c, z, eps) = student_of(1), WORLD.drawn(LEVELS)
     step = Rows(student(c, z), t, eps, c, progress=progress)
     fidelity, both = (direction(jdm(Condition(**PLAIN, bound=Bound(0.5, 2.0), weight=weight)), student, step)
@@ -249,7 +249,7 @@ def test_a_frozen_posterior_answers_with_its_own_network(teacher, tmp_path):
     assert not networks.adapters
 
 
-def test_a_fake_scores_controlnet_has_a_rate_of_its_own(teacher, tmp_path):
+def test_the_fakes_controlnet_has_its_own_rate(teacher, tmp_path):
     def groups(name):
         run = tiny.run(RECIPES[name](), tmp_path, teacher)
         (phase,) = [p for p in run.method.task(Loaded(run)).phases if p.name == "fake"]
@@ -305,7 +305,7 @@ def test_a_frozen_posterior_of_other_latents_is_refused(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["teacher", "student"])
-def test_a_controlled_teacher_must_be_multi_step_and_controlled(model, teacher, tmp_path):
+def test_an_unfit_controlled_teacher_is_refused(model, teacher, tmp_path):
     run = tiny.run(RECIPES["nano-controlled-teacher"](), tmp_path, teacher)
     method = replace(run.method, teacher=str(teacher.with_name(model)))
     with pytest.raises(UsageError, match="is not a multi-step model with a ControlNet"):

@@ -25,7 +25,8 @@ RECIPES = all_recipes()
 
 
 @pytest.mark.parametrize("s", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_diffused_noise_stays_standard_normal_and_forgets_z_as_the_root_of_1_minus_s_squared(s):
+def test_diffused_noise_stays_normal_and_forgets_z(s):
+    """Of z a part sqrt(1 - s^2) is left."""
     z, eps = cubature(6).split(3, 1)
     z_s = diffused(z, eps, torch.full((12,), s, dtype=torch.float64))
     one = torch.eye(3).double()
@@ -34,14 +35,14 @@ def test_diffused_noise_stays_standard_normal_and_forgets_z_as_the_root_of_1_min
     torch.testing.assert_close(z_s.T @ z / 12, (1 - s**2) ** 0.5 * one)
 
 
-def test_the_dual_step_rises_above_xi_falls_below_it_and_never_goes_negative():
+def test_the_dual_step_follows_xi_and_stays_nonnegative():
     multiplier = Multiplier(0.1)
     for bound, expected in ((0.35, 0.25), (0.05, 0.25), (0.0, 0.225), (-2.0, 0.0), (0.05, 0.0), (0.25, 0.1)):
         multiplier.ascend(0.5, torch.tensor(bound - 0.05))
         assert float(multiplier.value) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_multiplier_of_a_stopped_run_goes_on_bit_for_bit(untrained_judge, teacher, tmp_path):
+def test_a_resumed_multiplier_is_bit_exact(untrained_judge, teacher, tmp_path):
     def last(out):
         place = checkpoint.last(out)
         assert place is not None
@@ -87,7 +88,7 @@ def loss_of(method: NCT, generator, batch: Noises, multiplier: float = 2.0):
     return method.loss(SimpleNamespace(generator=generator), Multiplier(multiplier), batch)  # type: ignore[arg-type]
 
 
-def test_at_level_zero_the_generator_sees_z_itself_and_at_the_last_one_only_fresh_noise():
+def test_the_first_level_is_z_the_last_noise():
     generator = Recorded()
     batch = noises(0.0)
     loss_of(NCT(levels=4), generator, batch)
@@ -113,7 +114,7 @@ def test_a_run_without_either_loss_is_refused(tmp_path):
         NCT(consistency=False, boundary=False).needs(run)
 
 
-def test_the_loss_weighs_the_boundary_with_the_multiplier_of_before_the_dual_step():
+def test_the_loss_uses_the_multiplier_before_its_step():
     multiplier = Multiplier(2.0)
     value, logs = NCT(consistency=False, dual_rate=10.0).loss(
         SimpleNamespace(generator=Recorded()), multiplier, noises(0.4))  # type: ignore[arg-type]
@@ -123,7 +124,7 @@ def test_the_loss_weighs_the_boundary_with_the_multiplier_of_before_the_dual_ste
     value.backward()  # the dual step leaves the backward what it needs
 
 
-def test_only_the_noisier_level_of_the_consistency_loss_carries_a_gradient():
+def test_only_the_noisier_level_carries_a_gradient():
     method, generator, batch = NCT(boundary=False, levels=4), Recorded(), noises(0.6)
     (ours,) = torch.autograd.grad(loss_of(method, generator, batch)[0], generator.weight)
     before, after = (generator.weight * diffused(batch.z, batch.eps, torch.full((8,), s)).tanh() + batch.shown
@@ -134,14 +135,14 @@ def test_only_the_noisier_level_of_the_consistency_loss_carries_a_gradient():
     assert (ours - whole).abs() > 1e-3
 
 
-def test_the_distance_is_a_pseudo_huber_one_of_the_root_mean_square():
+def test_the_distance_is_pseudo_huber():
     a, b = torch.randn(5, 2, 3, 3).double(), torch.randn(5, 2, 3, 3).double()
     square = (a - b).square().mean((1, 2, 3))
     torch.testing.assert_close(NCT(huber=0.03).distance(a, b), ((square + 9e-4).sqrt() - 0.03).mean())
     torch.testing.assert_close(NCT().distance(a, a), 0 * square[0])
 
 
-def test_the_control_is_measured_on_the_frozen_generators_own_sample(teacher, student, tmp_path):
+def test_the_control_measures_the_frozen_generators_sample(teacher, student, tmp_path):
     run = tiny.run(RECIPES["nano-nct"](), tmp_path, teacher)
     networks = run.method._networks(Loaded(run))
     control = networks.control
@@ -154,7 +155,7 @@ def test_the_control_is_measured_on_the_frozen_generators_own_sample(teacher, st
     assert (batch.shown - control.image(control.h(images))).abs().mean() < 1e-3
 
 
-def test_without_its_consistency_loss_an_adapter_of_zero_convolutions_never_moves(untrained_judge, teacher, tmp_path):
+def test_without_consistency_a_zero_adapter_never_moves(untrained_judge, teacher, tmp_path):
     train(tiny.run(RECIPES["nano-nct-no-consistency"](), tmp_path, teacher))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["controlnet/gradient"] for r in rows] == [0, 0]
@@ -214,7 +215,8 @@ def trained(method: NCT, multiplier: Multiplier, steps: int, optimiser=torch.opt
 
 
 @pytest.mark.parametrize("multiplier", [0.01, 0.3, 5.0])
-def test_in_a_linear_world_the_gradient_vanishes_where_the_adapter_obeys_c_and_keeps_the_rest_of_z(multiplier):
+def test_the_gradient_vanishes_at_the_linear_optimum(multiplier):
+    """At the optimum the adapter obeys c and keeps the rest of z."""
     M, N = (v.requires_grad_() for v in optimum(multiplier))
     method = NCT(levels=LEVELS, huber=WIDE)
     value = UNIT * method.loss(adapter(M, N), Multiplier(multiplier), everything())[0]  # type: ignore[arg-type]
@@ -222,7 +224,8 @@ def test_in_a_linear_world_the_gradient_vanishes_where_the_adapter_obeys_c_and_k
     assert max(g.abs().max() for g in torch.autograd.grad(value, (M, N))) < 1e-3 * multiplier
 
 
-def test_in_a_linear_world_training_ends_at_the_bound_and_every_fresh_noise_obeys_c():
+def test_linear_training_obeys_c_at_the_bound():
+    """Every fresh noise obeys c; of z a part is left."""
     xi = 0.04 * float((A @ FREE).square().sum())  # so that (1 - w)^2 = .04
     method, multiplier = NCT(levels=LEVELS, huber=WIDE, xi=xi / UNIT, dual_rate=0.02 * UNIT), Multiplier(1.0)
     M, N = trained(method, multiplier, 1500)
@@ -238,7 +241,7 @@ def test_in_a_linear_world_training_ends_at_the_bound_and_every_fresh_noise_obey
     assert ignored > 0.5
 
 
-def test_in_a_linear_world_consistency_alone_forgets_z_and_answers_c_at_a_wrong_scale():
+def test_consistency_alone_forgets_z_and_misscales_c():
     """Down the gradient from M = A and N = 0, the end is M = 0 and N = A C^T / (K r): A C^+ only where C C^T = K r."""
     M, N = trained(NCT(levels=LEVELS, huber=WIDE, boundary=False), Multiplier(1.0), 600, torch.optim.SGD, 1.0)
     # The Huber constant, as above.

@@ -84,7 +84,7 @@ def test_on_one_schedule_matching_is_the_identity():
     torch.testing.assert_close(matched(OURS, NoiseSchedule.scaled_linear(), t), t)
 
 
-def test_matched_levels_of_two_schedules_agree_in_signal_to_noise_to_half_a_level():
+def test_matched_levels_agree_to_half_a_level():
     t = every(OURS)
     own, wanted = log_snr(THEIRS, every(THEIRS)), log_snr(OURS, t)
     assert own.min() < wanted.min()
@@ -95,7 +95,7 @@ def test_matched_levels_of_two_schedules_agree_in_signal_to_noise_to_half_a_leve
     assert ((found - wanted).abs() <= half + 1e-9).all()
 
 
-def test_a_teacher_that_guides_itself_gives_its_own_guidance():
+def test_a_self_guided_teacher_keeps_its_own_guidance():
     step, model = rows(), gaussian(0, OURS).model()
     x_t, t, _ = step.noised("", OURS, 0, 1)
     ours = guidance_of(model, OURS, x_t, t, list(step.y))
@@ -105,7 +105,7 @@ def test_a_teacher_that_guides_itself_gives_its_own_guidance():
     torch.testing.assert_close(cfg_augmentation(*ours), cfg_augmentation(*own))
 
 
-def test_a_guide_on_another_schedule_in_v_gives_its_score_of_this_schedules_x_t():
+def test_a_guide_on_another_schedule_gives_its_score():
     step, guide = rows(), gaussian(1, THEIRS, velocity=True)
     x_t, t, _ = step.noised("", OURS, 0, 1)
     ours = guidance_of(guide.model(), OURS, x_t, t, list(step.y))
@@ -120,7 +120,7 @@ def test_a_guide_on_another_schedule_in_v_gives_its_score_of_this_schedules_x_t(
         torch.testing.assert_close(estimate.x_t, x_t)
 
 
-def test_a_guide_is_exact_where_its_level_has_this_levels_ratio():
+def test_a_guide_is_exact_where_levels_match():
     """Its schedule holds every second level of ours, and no other."""
     guide = gaussian(1, NoiseSchedule(OURS.alphas_cumprod[1::2]), velocity=True)
     step = rows()
@@ -154,7 +154,7 @@ def told(model: ScoreModel) -> Any:
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5])
-def test_own_guidance_on_the_prompt_is_guided_diff_instruct(w):
+def test_own_prompt_guidance_is_guided_diff_instruct(w):
     """Without a normaliser, which differs: the plain real score's in one, the guided one's in the other."""
     ours, _ = direction(text(w - 1), rows())
     exact, _ = direction(DiffInstruct(fidelity=Fidelity(**PLAIN, guidance=w)), rows(), w)
@@ -203,7 +203,7 @@ def test_a_reward_adds_its_gradient(on, together):
     torch.testing.assert_close(logs["reward"], reward(step.x, step.y).mean())
 
 
-def test_a_bounded_reward_is_at_most_as_long_as_the_rest():
+def test_a_bounded_reward_never_exceeds_the_rest():
     step = rows()
     plain, _ = direction(text(1.0), step)
     ours, _ = direction(text(1.0, reward=Reward(**PLAIN, weight=1e6)), step, reward=lambda images, y: images.sum(1),
@@ -213,7 +213,7 @@ def test_a_bounded_reward_is_at_most_as_long_as_the_rest():
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 2])
-def test_one_pass_serves_every_term_at_the_same_levels(pairs):
+def test_one_pass_serves_terms_at_equal_levels(pairs):
     """Two augmentations and a fidelity term at shared levels ask the teacher once."""
     calls = []
 
@@ -231,7 +231,7 @@ def test_one_pass_serves_every_term_at_the_same_levels(pairs):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_the_fake_score_learns_with_what_it_is_told(prompt, teacher, tmp_path):
+def test_the_fake_learns_with_or_without_prompts(prompt, teacher, tmp_path):
     run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path, teacher)
     method = replace(run.method, fake=replace(run.method.fake, prompt=prompt))
     task = method.task(Loaded(replace(run, method=method)))
@@ -249,7 +249,7 @@ def test_the_fake_score_learns_with_what_it_is_told(prompt, teacher, tmp_path):
 # --- who may guide ---
 
 
-def test_a_guide_computes_as_the_run_says_and_trains_with_it(teacher, tmp_path, untrained_judge):
+def test_a_guide_computes_as_the_run_says(teacher, tmp_path, untrained_judge):
     run = tiny.run(all_recipes()["nano-text-guided"](), tmp_path / "run", teacher, steps=2, precision="bf16")
     trainer = Trainer(run)
     other = trainer.task.frozen[-2]  # before the decoder

@@ -64,7 +64,7 @@ def test_posteriors_agree_with_conditioning_one_joint_gaussian():
     torch.testing.assert_close(x_cov, cov, **close)
 
 
-def test_the_consistency_function_is_the_endpoint_of_the_integrated_ode():
+def test_the_consistency_function_is_the_odes_endpoint():
     data = Gaussian(WORLD.data.mean, WORLD.data.cov, FINE)
     start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     t = torch.cat([tensor([0.0]), levels_of(FINE, 0, 1)])
@@ -80,7 +80,8 @@ def test_the_consistency_function_is_the_endpoint_of_the_integrated_ode():
     torch.testing.assert_close(data.consistency(start, torch.ones(4)), y, atol=1e-3, rtol=1e-3)
 
 
-def test_the_scores_are_gradients_of_log_densities_and_tweedie_gives_the_posterior_mean():
+def test_mixture_scores_are_gradients_of_log_densities():
+    """Tweedie's formula gives the posterior mean."""
     world = MixtureWorld.example(FINE)
     x_t = torch.randn(50, 2, dtype=torch.float64, requires_grad=True)
     t = (torch.arange(50).double() + 1) / 50
@@ -98,7 +99,7 @@ def line_mixture(means, variances) -> MixtureWorld:
     return MixtureWorld(tensor([0.6, 0.4]), tensor(means)[:, None], tensor(variances), FINE)
 
 
-def test_p_c_given_x_t_is_the_integral_of_p_c_given_x_over_the_posterior():
+def test_p_c_given_x_t_integrates_the_posterior():
     world = line_mixture([-0.7, 1.0], [0.2, 0.5])
     x = torch.linspace(-12, 12, 4001).double()[:, None]
     for t in (0.05, 0.4, 0.9):
@@ -114,7 +115,7 @@ def test_p_c_given_x_t_is_the_integral_of_p_c_given_x_over_the_posterior():
 # --- Lemma 3.1 ---
 
 
-def test_with_a_discrete_c_the_bound_lies_above_the_joint_kl_by_h_of_c_given_x_t():
+def test_a_discrete_bounds_gap_is_conditional_entropy():
     data, student = line_mixture([-0.7, 1.0], [0.2, 0.5]), line_mixture([-0.4, 0.6], [0.3, 0.1])
     x_t = torch.linspace(-15, 15, 6001).double()[:, None]
     gaps = []
@@ -135,14 +136,15 @@ def test_with_a_discrete_c_the_bound_lies_above_the_joint_kl_by_h_of_c_given_x_t
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_gap_of_the_bound_is_the_students_h_of_c_given_x_t(seed):
+def test_the_bounds_gap_is_the_students_entropy(seed):
+    """The entropy is H(c | x_t), in nats."""
     student, t = student_of(seed), levels_of(COARSE)
     gap = WORLD.bound(student, t) - WORLD.joint_kl(student, t)
     torch.testing.assert_close(gap, WORLD.control_entropy(student, t), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_bound_is_the_expected_log_likelihood_plus_the_marginal_divergence(seed):
+def test_the_bound_is_likelihood_plus_marginal_divergence(seed):
     student, t = student_of(seed), levels_of(COARSE)
     rows, c, z, eps = WORLD.drawn(t)
     x_t = COARSE.noised(student(c, z), rows, eps)
@@ -151,12 +153,13 @@ def test_the_bound_is_the_expected_log_likelihood_plus_the_marginal_divergence(s
     torch.testing.assert_close(ours, WORLD.bound(student, t), atol=1e-6, rtol=1e-6)
 
 
-def test_the_joint_kl_is_zero_for_the_student_that_samples_p_x_given_c():
+def test_the_ideal_student_has_zero_joint_kl():
     assert WORLD.joint_kl(WORLD.ideal(), levels_of(COARSE)).abs().max() < 1e-8
     assert WORLD.joint_kl(WORLD.ignorant(), levels_of(COARSE)).min() > 0
 
 
-def test_the_bound_prefers_a_student_that_is_too_wide_and_too_sure_of_c(record_property):
+def test_the_bound_prefers_too_wide_overconfident_students(record_property):
+    """Its x is wider than the data, and its x given c narrower than the posterior."""
     t = levels_of(COARSE)
     ideal = WORLD.ideal()
     for weighting in ("constant", "x0"):
@@ -211,7 +214,7 @@ def test_jdms_direction_is_the_gradient_of_the_bound(weighting, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_with_a_fake_score_that_sees_c_the_direction_is_the_gradient_of_the_joint_kl_itself(seed):
+def test_a_fake_seeing_c_gives_joint_kl_gradients(seed):
     student, t = student_of(seed).trainable(), levels_of(COARSE)
     exact = gradient(WORLD.joint_kl(student, t).mean(), student)
     ours = gradient(loss(student, t, sees_c=True), student)
@@ -219,14 +222,14 @@ def test_with_a_fake_score_that_sees_c_the_direction_is_the_gradient_of_the_join
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_diff_instructs_direction_is_the_gradient_of_the_marginal_divergence(seed):
+def test_diff_instruct_descends_the_marginal_divergence(seed):
     student, t = student_of(seed).trainable(), levels_of(COARSE)
     exact = gradient(WORLD.fidelity(student, t).mean(), student)
     ours = gradient(loss(student, t, condition=False), student)
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
-def test_diff_instruct_cannot_tell_a_student_that_obeys_c_from_one_that_ignores_it():
+def test_diff_instruct_cannot_see_obedience_to_c():
     t = levels_of(COARSE)
     mixed = Student(0.5 * WORLD.ideal().B, torch.zeros(3, 3), torch.zeros(3))
     rest = WORLD.data.cov - mixed.B @ WORLD.c_cov @ mixed.B.T
@@ -236,7 +239,7 @@ def test_diff_instruct_cannot_tell_a_student_that_obeys_c_from_one_that_ignores_
         assert gradient(loss(student, t, condition=False), student).abs().max() < 1e-6
 
 
-def test_under_diff_instruct_a_student_blind_to_c_stays_blind_and_under_jdm_it_does_not():
+def test_only_jdm_teaches_a_blind_student_c():
     start = student_of(0)
     blind, t = Student(0 * start.B, start.L, start.b - WORLD.data.mean).trainable(), levels_of(COARSE)
     at_zero_mean = LinearGaussianWorld(0 * WORLD.data.mean, WORLD.data.cov, WORLD.A, WORLD.R, COARSE)
@@ -254,7 +257,7 @@ def assert_same_student(ours: Student, exact: Student, tolerance: float):
 
 @pytest.mark.parametrize(("weighting", "low", "high"),
                          [("constant", 0.02, 0.98), ("x0", 0.02, 0.98), ("constant", 0.3, 0.7)])
-def test_training_through_the_terms_reaches_the_optimum_of_the_bound(weighting, low, high, record_property):
+def test_training_reaches_the_optimum_of_the_bound(weighting, low, high, record_property):
     t = levels_of(COARSE, low, high)
     best = WORLD.optimum(objective_of(weighting, t))
     ours = ascended(WORLD.ignorant(), 300, lambda student: loss(student, t, weighting))
@@ -263,7 +266,7 @@ def test_training_through_the_terms_reaches_the_optimum_of_the_bound(weighting, 
     assert_same_student(ours, best, 1e-4)
 
 
-def test_descending_the_exact_joint_kl_ends_at_the_true_posterior_and_descending_the_bound_does_not():
+def test_only_the_exact_kl_recovers_the_posterior():
     t, ideal = levels_of(COARSE), WORLD.ideal()
     ours = {"exact": ascended(WORLD.ignorant(), 300, lambda student: loss(student, t, sees_c=True)),
             "bound": ascended(WORLD.ignorant(), 300, lambda student: loss(student, t))}
@@ -291,14 +294,14 @@ def line_optimum(schedule: NoiseSchedule, t: torch.Tensor, weighting: str) -> tu
 
 
 @pytest.mark.parametrize(("alpha_squared", "std"), [(0.9, 1.09), (0.5, 1.47), (0.05, 3.05)])
-def test_at_one_noise_level_the_bound_overshoots_the_data_and_forgets_z(alpha_squared, std):
+def test_at_one_level_the_bound_overshoots_forgetting_z(alpha_squared, std):
     x, given_c = line_optimum(NoiseSchedule(tensor([alpha_squared])), tensor([1.0]), "constant")
     assert round(x, 2) == std
     assert given_c < 1e-6
 
 
 @pytest.mark.parametrize(("weighting", "std"), [("constant", 1.13), ("x0", 1.87)])
-def test_over_a_range_of_levels_the_overshoot_depends_on_lambda(weighting, std, record_property):
+def test_over_levels_the_overshoot_depends_on_lambda(weighting, std, record_property):
     """Uniform over the 961 levels of Stable Diffusion 1.5 with t in [.02, .98]."""
     x, given_c = line_optimum(FINE, levels_of(FINE), weighting)
     record_property("std", x)

@@ -58,7 +58,7 @@ def test_commuting_covariances_give_the_closed_form():
 
 
 @pytest.mark.parametrize("dimensions", [2, 7, 32])
-def test_the_distance_equals_the_one_by_scipys_matrix_root(dimensions):
+def test_the_distance_is_that_of_scipys_matrix_root(dimensions):
     a, b = random_statistics(dimensions, 0), random_statistics(dimensions, 5)
     root = np.real(scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()))
     expected = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace() - 2 * np.trace(root)
@@ -122,7 +122,7 @@ def test_distances_that_mean_nothing_are_refused(tmp_path):
 # Spread
 
 
-def test_the_bootstrap_finds_the_standard_error_of_a_mean():
+def test_bootstrapping_a_mean_finds_its_standard_error():
     values = torch.randn(400, generator=seeded()) * 5 + 2
     mean, std = bootstrap(values, n=400)
     # The deviation of a deviation over 400 draws is 3.5%; four of those.
@@ -140,7 +140,7 @@ def test_bootstrap_intervals_cover_the_truth():
     assert covered >= 50  # 95% of 60 is 57; three standard deviations below
 
 
-def test_the_frechet_bootstrap_gives_the_spread_over_fresh_samples():
+def test_the_frechet_bootstrap_has_fresh_samples_spread():
     reference = Statistics.of(torch.randn(4000, 3, generator=seeded(99)), "a")
     fresh = [torch.randn(200, 3, generator=seeded(seed)) + 1 for seed in range(40)]
     distances = torch.tensor([frechet_distance(reference, Statistics.of(x, "a")) for x in fresh])
@@ -159,7 +159,7 @@ def test_a_bootstrap_of_nothing_is_refused():
 # Consistency
 
 
-def test_consistency_is_the_mean_absolute_error_of_each_sample():
+def test_consistency_is_each_samples_mean_absolute_error():
     c = torch.zeros(2, 1, 2, 2)
     measured = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [0.5, 0.5]]]])
     assert consistency(c, measured).tolist() == [0.25, 0.75]
@@ -167,7 +167,8 @@ def test_consistency_is_the_mean_absolute_error_of_each_sample():
         consistency(c, measured[:, :, :1])
 
 
-def test_chance_on_independent_binary_maps_is_2p_1_minus_p():
+def test_chance_on_independent_maps_has_its_closed_form():
+    """Binary maps of density p differ in 2 p (1 - p) of their pixels."""
     p = 0.2
     c = (torch.rand(64, 1, 32, 32, generator=seeded()) < p).float()
     assert float(chance(c).mean()) == pytest.approx(2 * p * (1 - p), abs=0.006)  # four standard errors
@@ -182,7 +183,7 @@ def test_chance_never_pairs_a_sample_with_itself(n):
         assert torch.equal(chance(c, seed=seed), chance(c, seed=seed))
 
 
-def test_chance_within_a_prompt_pairs_only_pictures_of_that_prompt():
+def test_chance_pairs_only_pictures_of_one_prompt():
     # Maps of one level each: a pair's distance says who was paired.
     levels = {"boot": (0.0, 0.01, 0.03), "bag": (0.5, 0.57), "coat": (0.9,)}
     prompts = [prompt for prompt, own in levels.items() for _ in own]
@@ -234,7 +235,7 @@ def test_one_sample_a_group_has_no_diversity():
 # Classifier
 
 
-def test_a_classifier_is_the_same_after_save_and_load(tmp_path):
+def test_a_saved_classifier_loads_the_same(tmp_path):
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig(name="clothes", widths=(8, 8, 16, 16), dimensions=12))
     pixels = from_bytes(random_images(16))
@@ -274,7 +275,7 @@ def test_the_classifier_keeps_its_shapes_and_size():
             model(wrong)
 
 
-def test_a_few_steps_teach_the_classifier_and_prompt_agreement_sees_it():
+def test_prompt_agreement_sees_what_a_classifier_learned():
     torch.manual_seed(0)
     images = (random_images(64).float() * 0.3).to(torch.uint8)
     labels = torch.arange(64) % 2
@@ -337,7 +338,7 @@ def test_efflite0_separates_textures_with_its_real_weights(efflite0):
     assert efflite0.name == "efflite0-imagenet-192px"
 
 
-def test_efflite0_knows_a_cat_from_a_cup_of_coffee(efflite0):
+def test_efflite0_knows_a_cat_from_coffee(efflite0):
     data = pytest.importorskip("skimage.data")
     pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in (data.chelsea(), data.coffee())]
     side = 300
@@ -369,7 +370,7 @@ def test_efflite0_refuses_what_are_not_pictures(efflite0):
     ([9, 2], 1, 2),
     ([9, 0.375, 0.0625, 0.0625], 1, 0.0625),  # one pause does not decide what a quick call costs
     ([9, 0.125, 0.125, 0.25], 1, 0.125)])
-def test_timing_is_the_median_call_of_half_a_second_or_more_over_the_batch(durations, repeats, expected, monkeypatch):
+def test_timing_is_the_median_call_per_picture(durations, repeats, expected, monkeypatch):
     now, left = [0.0], list(durations)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 

@@ -6,10 +6,10 @@ import types
 from pathlib import Path
 
 import pytest
-import test_rewards_networks
 import torch
 from transformers import CLIPModel
 
+import scoring
 from jdm.cli.parser import main
 from jdm.errors import UsageError
 from jdm.evaluation.evaluate import evaluate_prompts, extractors
@@ -23,7 +23,6 @@ from jdm.rewards import checked_reward, load_reward
 from jdm.rewards.networks import clip_pixels
 from jdm.space import from_bytes, unit
 
-clip = test_rewards_networks.clip  # a tiny CLIP's folder
 PROMPTS = ["a photo of a coat", "an ankle boot", "a bag", "a photo of a dress"]
 BRIGHT = """def brightness(images, prompts):
     return images.mean((1, 2, 3)) + 0.01 * images.new_tensor([float(len(p)) for p in prompts])
@@ -47,13 +46,13 @@ def bright(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 # CLIP
 
 
-def test_clip_score_is_the_cosine_that_transformers_gives_and_a_reward_like_any_other(clip):
+def test_clip_score_is_the_cosine_of_transformers(clip):
     reward = load_reward(f"clip:{clip}")
     images = unit(from_bytes(pictures(2)))
     network = CLIPModel.from_pretrained(clip)
-    tokens = test_rewards_networks.TOKENS(PROMPTS[:2], padding=True, return_tensors="pt")
+    tokens = scoring.TOKENS(PROMPTS[:2], padding=True, return_tensors="pt")
     with torch.no_grad():
-        out = network(**tokens, pixel_values=clip_pixels(images, test_rewards_networks.SIDE))
+        out = network(**tokens, pixel_values=clip_pixels(images, scoring.SIDE))
     cosine = out.logits_per_image.diagonal() / network.logit_scale.exp()
     assert torch.allclose(reward(images, PROMPTS[:2]), cosine, atol=1e-6)
     assert checked_reward(reward, 32, PROMPTS) is reward
@@ -67,7 +66,7 @@ def test_tables_print_a_hundred_clip_scores(clip):
     assert row["clip_network"] == clip.name
 
 
-def test_a_score_named_like_a_measurement_or_another_score_replaces_neither(brightness):
+def test_a_score_never_replaces_one_of_its_name(brightness):
     row = scores([brightness, brightness], pictures(), PROMPTS, taken={"brightness": 0.0, "fd": 0.0})
     one = scores([brightness], pictures(), PROMPTS)
     assert row == {f"brightness_{k}{part}": one[f"brightness{part}"] for k in (2, 3) for part in ("", "_spread")}
@@ -76,7 +75,7 @@ def test_a_score_named_like_a_measurement_or_another_score_replaces_neither(brig
 # Styles
 
 
-def test_a_score_over_styles_is_the_mean_of_their_means(brightness):
+def test_a_score_over_styles_averages_their_means(brightness):
     row = scores([brightness], pictures(), PROMPTS, styles=["photo", "anime", "photo", "photo"])
     values = bright(pictures(), PROMPTS)
     photo, anime = float(values[[0, 2, 3]].mean()), float(values[1])
@@ -111,7 +110,7 @@ def test_what_holds_no_prompts_is_refused(tmp_path, name, text, said):
 # A model
 
 
-def test_a_text_to_image_model_is_scored_on_prompts_of_its_own(teacher, brightness, tmp_path, capsys):
+def test_a_text_model_is_scored_on_its_prompts(teacher, brightness, tmp_path, capsys):
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
     model = load_model(str(teacher))
     made = Sampler(model, 2, 1.5)(starting_noise(model.latent_shape(3, model.size), 7), PROMPTS[:3])
@@ -124,7 +123,7 @@ def test_a_text_to_image_model_is_scored_on_prompts_of_its_own(teacher, brightne
     assert "brightness spread" in capsys.readouterr().out
 
 
-def test_prompts_alone_need_a_score_and_a_model_without_a_control(teacher, student, brightness):
+def test_prompts_alone_need_scores_and_no_control(teacher, student, brightness):
     with pytest.raises(UsageError, match="--scores clip,hpsv2,aesthetic"):
         evaluate_prompts(str(teacher), {"": PROMPTS}, [])
     with pytest.raises(UsageError, match="prompts alone give it no control"):
@@ -134,7 +133,7 @@ def test_prompts_alone_need_a_score_and_a_model_without_a_control(teacher, stude
 # FID
 
 
-def test_fid_says_what_it_needs_where_it_cannot_be_had(tmp_path):
+def test_fid_says_what_it_needs(tmp_path):
     try:
         import torch_fidelity  # noqa: F401
     except (ImportError, RuntimeError):
@@ -172,7 +171,7 @@ def torch_fidelity(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_fids_features_are_torch_fidelitys_in_batches_under_the_name_of_their_weights(torch_fidelity, tmp_path):
+def test_fids_features_are_those_of_torch_fidelity(torch_fidelity, tmp_path):
     file = tmp_path / "inception.pth"
     torch.save({"weight": torch.ones(2)}, file)
     images = pictures(5)
@@ -197,7 +196,8 @@ def test_a_pickle_is_no_file_of_inceptions_weights(torch_fidelity, tmp_path):
         Inception(str(file))
 
 
-def test_distances_read_the_packaged_pictures_classifier_first_then_fid_then_efflite0(torch_fidelity, monkeypatch):
+def test_the_extractors_have_a_fixed_order(torch_fidelity, monkeypatch):
+    """The packaged pictures' own classifier comes first, then FID's network, then EffLite0."""
     def names(*asked, **named):
         return [extractor.name.split("-")[0] for extractor in extractors(*asked, **named)]
 

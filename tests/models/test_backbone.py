@@ -52,7 +52,7 @@ def sample(networks):
 
 
 @pytest.mark.parametrize("ranks", [{}, {"fake": 2}, LORA, {"student": 2}])
-def test_fake_posterior_and_student_begin_as_the_teacher_whether_copied_or_adapted(tmp_path, teacher, ranks):
+def test_every_network_begins_as_the_teacher(tmp_path, teacher, ranks):
     networks = networks_of(shared(tmp_path, teacher, ranks=ranks))
     x_t, t, y = sample(networks)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_fake_posterior_and_student_begin_as_the_teacher_whether_copied_or_adapt
         assert torch.equal(networks.student(x_t, networks.schedule.timestep(t), networks.text(y)), real.eps)
 
 
-def test_each_denoiser_computes_with_its_own_adapters_on_the_one_unet(tmp_path, teacher):
+def test_each_denoiser_has_its_own_adapters(tmp_path, teacher):
     networks = networks_of(shared(tmp_path, teacher))
     nets = networks.running[:4]
     assert len({id(net.backbone) for net in nets}) == 1
@@ -78,7 +78,7 @@ def test_each_denoiser_computes_with_its_own_adapters_on_the_one_unet(tmp_path, 
         assert (a - b).abs().max() > 1e-3
 
 
-def test_the_posterior_is_the_fake_adapter_and_its_own_together(tmp_path, teacher):
+def test_the_posterior_adds_its_adapter_to_the_fakes(tmp_path, teacher):
     networks = networks_of(shared(tmp_path, teacher))
     unet = speaking(networks.teacher.unet)
     plain = with_merged(unet, networks.adapters["fake"])
@@ -94,7 +94,7 @@ def test_the_posterior_is_the_fake_adapter_and_its_own_together(tmp_path, teache
 
 @pytest.mark.parametrize("recipe", [nano_canny, nano_diff_instruct, nano_text_reward])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_phase_moves_its_own_adapter_and_the_backbone_stays(tmp_path, teacher, recipe, precision):
+def test_a_phase_moves_its_own_adapter_alone(tmp_path, teacher, recipe, precision):
     trainer = Trainer(shared(tmp_path, teacher, recipe, steps=8, precision=precision, checkpointing=True))
     modules = trainer.task.modules
     assert isinstance(modules["unet"], Adapter)
@@ -145,7 +145,7 @@ class Kept:
         Kept.alive -= self.value.nbytes
 
 
-def test_checkpointing_holds_one_picture_in_full_at_a_time(tmp_path, teacher):
+def test_checkpointing_holds_one_picture_at_a_time(tmp_path, teacher):
     most = {}
     for checkpointing, batch in ((True, 1), (True, 4), (False, 1), (False, 4)):
         run = replace(shared(tmp_path / f"{checkpointing}{batch}", teacher, checkpointing=checkpointing), batch=batch)
@@ -173,7 +173,7 @@ def _gradients(run):
                          if g is not None] for phase in trainer.task.phases}
 
 
-def test_a_recomputed_forward_sees_the_adapters_of_the_first(teacher):
+def test_recomputation_uses_the_adapters_of_the_forward(teacher):
     """Without `now_on` the recomputation runs on the bare backbone and its gradients are wrong without a word."""
     unet = load_model(str(teacher)).unet
     adapter = Adapter(unet, "fake", 2, TARGETS)
@@ -204,7 +204,7 @@ def test_switching_nests_and_comes_back(teacher):
     assert not {id(p) for p in a.parameters()} & {id(p) for p in b.parameters()}
 
 
-def test_bf16_keeps_what_trains_in_float32_and_answers_closely(tmp_path, teacher):
+def test_bf16_trains_in_float32_and_answers_closely(tmp_path, teacher):
     exact = networks_of(shared(tmp_path, teacher))
     run = shared(tmp_path, teacher, precision="bf16")
     networks = networks_of(run)
@@ -271,7 +271,7 @@ def test_a_controlnet_can_start_as_another_models(tmp_path, teacher):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_a_new_controlnet_is_the_encoder_of_an_adapted_unet(tmp_path, teacher):
+def test_a_new_controlnet_copies_the_bare_unet(tmp_path, teacher):
     networks = networks_of(shared(tmp_path, teacher))
     unet = load_model(str(teacher)).unet
     for part in ("conv_in", "down_blocks", "mid_block"):
@@ -293,7 +293,7 @@ def tiny_autoencoder(folder, channels=8, blocks=3):
     return net
 
 
-def test_a_tiny_decoder_decodes_inside_the_likelihood_and_nowhere_else(tmp_path, teacher):
+def test_a_tiny_decoder_serves_the_likelihood_alone(tmp_path, teacher):
     theirs = tiny_autoencoder(tmp_path / "tiny")
     run = shared(tmp_path / "run", teacher, decoder=str(tmp_path / "tiny"))
     networks = networks_of(run)
@@ -322,7 +322,7 @@ def test_what_is_no_tiny_decoder_is_refused(tmp_path, teacher):
 # Layout
 
 
-def test_a_cpus_networks_see_channels_last_tensors_and_give_contiguous_ones(teacher):
+def test_cpu_networks_run_channels_last_and_return_contiguous(teacher):
     model = load_model(str(teacher.parent / "controlled"))
     net, seen = UNetDenoiser(model.unet, model.controlnet), {}
 

@@ -63,7 +63,7 @@ def passes(real, fake, posterior, step):
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_every_pass_on_a_shared_unet_has_one_graph_and_its_own_adapters(checkpointing):
+def test_every_pass_on_one_unet_has_one_graph(checkpointing):
     nets = backbone()
     plain = copy.deepcopy(nets)  # together, so that they share a copy
     before = list(nets[0].state_dict())
@@ -126,8 +126,8 @@ def names(folder):
 @pytest.mark.slow  # Dynamo traces eight graphs a case
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"checkpointing": True, "precision": "bf16"}])
 @pytest.mark.parametrize("ranks", [{}, LORA, {"fake": 2}])
-def test_every_phase_has_the_gradients_of_eager_and_no_graph_is_made_after_the_first_steps(tmp_path, teacher, ranks,
-                                                                                          changes):
+def test_compiled_phases_have_the_gradients_of_eager(tmp_path, teacher, ranks, changes):
+    """No graph is made after the first steps."""
     trainer = speaking(trainer_of(tmp_path / "compiled", teacher, ranks, compile=True, **changes))
     plain = speaking(trainer_of(tmp_path / "plain", teacher, ranks, **changes))
     exact = "precision" not in changes

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import jdm.evaluation.evaluate
 import tiny
+from families import made
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.reference import references
 from jdm.evaluation.sampling import Sampler, generator
 from jdm.generator import starting_noise
 from jdm.library import load_model
-from jdm.models import nano
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
@@ -32,8 +31,6 @@ from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
-WIDTH = 16
-DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 PROMPTS = ["an ankle boot", "a coat"]
 STOCK = """
 import json, sys
@@ -48,39 +45,6 @@ images = pipe(json.loads(sys.stdin.read()), image=asked["control"], latents=aske
               guidance_scale=1, output_type="pt").images
 save_file({"images": images.float().contiguous()}, out)
 """
-
-
-def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)
-
-
-def unet(**changes) -> UNet2DConditionModel:
-    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
-             "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2, "down_block_types": DOWN,
-             "up_block_types": UP, "cross_attention_dim": nano.TEXT_WIDTH}
-    return UNet2DConditionModel(**(shape | changes))
-
-
-def made(kind: str) -> StableDiffusion:
-    """Random weights in the shapes of a family, with its prediction and schedule."""
-    tokenizer = nano.tokenizer(["a photo of an ankle boot", "a coat"])
-    encoder = nano.text_encoder(tokenizer)
-    if kind == "sd15":
-        return StableDiffusion(unet(), autoencoder(), encoder, tokenizer, nano.SCHEDULER)
-    if kind == "sd21-v":  # linear projections, heads by block, v-prediction
-        net = unet(use_linear_projection=True, attention_head_dim=(2, 4))
-        return StableDiffusion(net, autoencoder(), encoder, tokenizer,
-                               {**nano.SCHEDULER, "prediction_type": "v_prediction"})
-    second = CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=12, max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id))
-    net = unet(down_block_types=DOWN[::-1], up_block_types=UP[::-1], transformer_layers_per_block=(1, 2),
-               cross_attention_dim=nano.TEXT_WIDTH + WIDTH, addition_embed_type="text_time",
-               addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8, use_linear_projection=True)
-    return StableDiffusionXL(net, autoencoder(), encoder, tokenizer, nano.SCHEDULER, None, None, second, tokenizer)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd21-v", "sdxl"])
@@ -103,7 +67,7 @@ def family(request, tmp_path_factory):
         return request.param, teacher, train(run), run
 
 
-def test_a_folder_is_read_as_the_family_its_index_names(family):
+def test_a_folder_loads_as_its_indexs_family(family):
     kind, teacher, student, _ = family
     wanted = StableDiffusionXL if kind == "sdxl" else StableDiffusion
     assert type(load_model(str(teacher))) is wanted
@@ -134,7 +98,7 @@ def test_stock_diffusers_reproduces_the_one_step_student(family, tmp_path):
     assert reproduced(family[2], tmp_path, (32, 32)) < 1e-4
 
 
-def test_a_student_of_pictures_that_are_not_square_says_so_to_stock_diffusers(family, tmp_path):
+def test_a_wide_student_runs_in_stock_diffusers(family, tmp_path):
     kind, teacher, _, run = family
     wide = replace(run, out=tmp_path / "run", data=replace(run.data, size=(28, 44)))  # latents of odd sides
     folder = train(wide)
@@ -159,7 +123,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, tmp_path):
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
-def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
+def test_guided_steps_equal_the_stock_pipelines(family):
     kind, teacher, *_ = family
     model = load_model(str(teacher))
     pipe = model.pipeline(DDIMScheduler.from_config(model.scheduler))
@@ -174,7 +138,7 @@ def test_guided_many_steps_equal_those_of_the_stock_pipeline(family):
 
 
 @torch.no_grad()
-def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(tmp_path):
+def test_sdxls_text_and_sizes_are_the_stock_pipelines(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -197,7 +161,7 @@ def test_sdxls_prompts_sizes_and_pooled_states_are_those_of_the_stock_pipeline(t
 
 
 @pytest.mark.parametrize("name", ["nano-controlnet", "nano-posterior", "nano-text-guided", "nano-no-warm-up"])
-def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path, monkeypatch):
+def test_every_sdxl_pass_knows_the_picture_size(name, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -218,7 +182,7 @@ def test_every_pass_of_sdxl_is_told_the_size_of_the_runs_pictures(name, tmp_path
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
-def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(tmp_path, monkeypatch):
+def test_evaluation_tells_sdxl_the_size_it_draws(tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
@@ -237,7 +201,7 @@ def test_sdxl_is_told_the_size_of_what_it_draws_for_a_reference_and_from_python(
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
 
-def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+def test_a_missing_weight_is_refused_not_made_up(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = made("sdxl")
@@ -256,7 +220,7 @@ def test_a_folder_whose_network_lacks_a_weight_is_refused_and_not_filled_with_ra
         assert all(torch.equal(v, whole[part].state_dict()[k]) for k, v in network.state_dict().items())
 
 
-def test_an_sdxl_folder_without_its_second_encoder_is_refused(tmp_path):
+def test_sdxl_without_its_second_encoder_is_refused(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         folder = save_pipeline(made("sdxl"), tmp_path / "broken")

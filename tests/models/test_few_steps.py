@@ -86,7 +86,7 @@ def test_the_readme_says_how_to_call_it(levels, said, folders, tmp_path):
     assert "No settings of these programs were worked out for that; use diffusers." in other
 
 
-def test_a_lora_of_a_few_step_student_names_its_scheduler(folders, tmp_path):
+def test_a_few_step_lora_names_its_scheduler(folders, tmp_path):
     base = save_pipeline(tiny.model(), tmp_path / "base")
     out = export(folders[EVEN], tmp_path / "lora", format="lora", rank=2, base=str(base))
     assert 'scheduler = LCMScheduler.from_pretrained("scheduler")' in (out / "README.md").read_text()

@@ -74,7 +74,7 @@ def other_weights(file: Path):
 # A table from end to end
 
 
-def test_a_table_is_trained_and_measured_each_model_once(filled):
+def test_a_table_trains_each_model_once(filled):
     assert filled.failures == []
     names = ("nano-canny-canny-seed0", "nano-diff-instruct-seed0", "nano-nct-canny-seed0", "nano-shared-lowres-seed0",
              "nano-no-warm-up-canny-seed0", "nano-controlnet-canny-seed0")
@@ -94,7 +94,7 @@ def test_what_is_there_is_only_read(filled, tmp_path):
     assert kept == {f: f.stat().st_mtime_ns for f in (filled.setup.out / "cells").iterdir()}
 
 
-def test_cells_of_a_known_page_are_taken_and_their_models_are_not_trained(filled, tmp_path):
+def test_known_cells_are_taken_without_training(filled, tmp_path):
     (page,) = filled.page.glob("*.json")
     elsewhere = replace(filled.setup, out=tmp_path / "out", known=(str(page),))
     watch = Watch()
@@ -109,7 +109,8 @@ def test_cells_of_a_known_page_are_taken_and_their_models_are_not_trained(filled
     assert stored(other, replace(elsewhere, n=N - 1)) is None
 
 
-def test_a_figures_row_has_its_numbers_where_a_page_knows_them_and_pictures_where_its_model_is(filled, monkeypatch):
+def test_a_figures_row_shows_what_is_there(filled, monkeypatch):
+    """It has numbers where a page knows them, and pictures where its model is."""
     (page,) = filled.page.glob("*.json")
     monkeypatch.setattr(figures, "sheet", lambda rows: rows)
     elsewhere = replace(filled.setup, out=filled.setup.out / "elsewhere", known=(str(page),))
@@ -122,7 +123,7 @@ def test_a_figures_row_has_its_numbers_where_a_page_knows_them_and_pictures_wher
         assert rows["JDM, its UNet trained on for each control\nleft out"] is None
 
 
-def test_a_figures_rows_are_its_pictures_their_controls_and_each_models_answers_to_them(filled, monkeypatch):
+def test_a_figure_shows_pictures_controls_and_answers(filled, monkeypatch):
     monkeypatch.setattr(figures, "sheet", lambda rows: rows)
     found = selected(cells(TABLE, filled.setup, seeds=2), "canny/nct,canny/controlnet,canny/jdm")
     rows = figures.figure(found, filled.setup, filled.data)
@@ -146,7 +147,7 @@ def test_a_page_that_is_none_is_refused(setup, tmp_path):
         stored(cell, known)
 
 
-def test_every_number_of_the_page_is_in_its_json_and_in_the_cells_files(filled):
+def test_every_printed_number_is_in_the_json(filled):
     data, page = load_page(str(next(filled.page.glob("*.json")))), written(filled.page)
     assert data == filled.data
     paper, details = page.split("## Every measurement")
@@ -169,7 +170,7 @@ def test_every_number_of_the_page_is_in_its_json_and_in_the_cells_files(filled):
     assert f"- {', '.join(left)} not measured: `jdm reproduce x --cells {','.join(left)}`" in page
 
 
-def test_the_first_line_and_the_answers_are_computed_from_the_cells(filled):
+def test_headline_and_answers_are_computed_from_cells(filled):
     page = written(filled.page)
     rows = {line.row: line for line in filled.data.rows}
     measured = {k: r.cells["canny"].values for k, r in rows.items() if r.cells["canny"].values}
@@ -184,7 +185,7 @@ def test_the_first_line_and_the_answers_are_computed_from_the_cells(filled):
     assert measured["jdm"]["diversity_ratio"].mean == pytest.approx(ratio)
 
 
-def test_the_multi_step_controlnet_gets_the_guidance_of_least_distance_on_validation_pictures(filled):
+def test_guidance_is_chosen_on_validation_pictures(filled):
     (record,) = filled.cell("controlnet").records
     distances = record.tuning.distances
     assert list(distances) == ["1.5", "2", "3", "4"]
@@ -202,7 +203,7 @@ def test_guidance_is_tuned_on_the_settings_device(filled, monkeypatch):
     assert moved == ["cpu:0"]
 
 
-def test_the_cost_of_every_stage_is_the_run_s_own(filled):
+def test_every_stages_cost_is_its_runs_own(filled):
     (record,) = filled.cell("nct").records
     assert [(s.name, s.samples) for s in record.training] == [("nano-diff-instruct-seed0", 8),
                                                                       ("nano-nct-canny-seed0", 8)]
@@ -211,7 +212,7 @@ def test_the_cost_of_every_stage_is_the_run_s_own(filled):
     assert record.training[1].seconds == pytest.approx(sum(seconds))  # of two steps the median is the mean
 
 
-def test_a_composed_model_is_the_one_s_unet_with_the_other_s_controlnet(filled):
+def test_a_composed_model_joins_unet_and_controlnet(filled):
     one, many, both = (load_model(str(filled.setup.out / name)) for name in (
         "nano-diff-instruct-seed0/model", "nano-controlnet-canny-seed0/model",
         "nano-diff-instruct-seed0+nano-controlnet-canny-seed0"))
@@ -222,13 +223,13 @@ def test_a_composed_model_is_the_one_s_unet_with_the_other_s_controlnet(filled):
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), origin.parameters(), strict=True))
 
 
-def test_phase_2_trains_on_the_unet_of_phase_1_and_leaves_it(filled):
+def test_phase_2_leaves_the_unet_of_phase_1(filled):
     first, second = (load_model(str(filled.setup.out / name / "model")).backbone for name in (
         "nano-canny-canny-seed0", "nano-shared-lowres-seed0"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_seeds_are_trained_apart_and_their_spread_is_printed(filled, tmp_path):
+def test_seeds_train_apart_and_their_spread_is_printed(filled, tmp_path):
     watch = Watch()
     data, _ = sit(TABLE, filled.setup, tmp_path, "canny/jdm", seeds=2, watch=watch)
     assert watch.taken == {"nano-canny-canny-seed1": [1, 2]}
@@ -244,7 +245,7 @@ def test_seeds_are_trained_apart_and_their_spread_is_printed(filled, tmp_path):
     assert "- canny/nct measured for 1 of 2 seeds: `" in page
 
 
-def test_another_n_is_another_cell_of_the_same_model(filled, tmp_path):
+def test_another_n_is_another_cell(filled, tmp_path):
     watch, before = Watch(), set((filled.setup.out / "cells").iterdir())
     data, _ = sit(TABLE, replace(filled.setup, n=N - 2), tmp_path, "canny/jdm", watch=watch)
     assert cell_of(data, "jdm").records[0].measured["n"] == N - 2
@@ -252,7 +253,7 @@ def test_another_n_is_another_cell_of_the_same_model(filled, tmp_path):
     assert len(set((filled.setup.out / "cells").iterdir()) - before) == 1
 
 
-def test_a_cell_knows_the_weights_it_was_measured_on(filled):
+def test_a_cell_knows_its_models_weights(filled):
     (cell,) = selected(cells(TABLE, filled.setup), "canny/jdm")
     kept = place(cell, filled.setup)
     with other_weights(next((filled.setup.out / "nano-canny-canny-seed0" / "model" / "unet").glob("*.safetensors"))):
@@ -264,7 +265,7 @@ def test_a_cell_knows_the_weights_it_was_measured_on(filled):
 # Going on
 
 
-def test_a_sitting_stopped_while_it_measured_has_its_page_and_trains_nothing_again(filled, tmp_path, monkeypatch):
+def test_a_stopped_measurement_keeps_its_page_and_models(filled, tmp_path, monkeypatch):
     setup, watch, original = replace(filled.setup, n=N - 1), Watch(), evaluation.evaluate
 
     def stopped(model, *asked):
@@ -285,7 +286,7 @@ def test_a_sitting_stopped_while_it_measured_has_its_page_and_trains_nothing_aga
 # Going wrong
 
 
-def test_an_error_nobody_foresaw_is_that_cell_s_alone(filled, tmp_path, monkeypatch):
+def test_an_unforeseen_error_fails_its_cell_alone(filled, tmp_path, monkeypatch):
     original = evaluation.evaluate
 
     def surprised(model, *asked):
@@ -299,7 +300,7 @@ def test_an_error_nobody_foresaw_is_that_cell_s_alone(filled, tmp_path, monkeypa
     assert cell_of(data, "frozen-di").state == "measured"
 
 
-def test_a_model_trained_from_other_weights_than_are_there_now_is_refused(filled, tmp_path):
+def test_a_model_of_other_weights_is_refused(filled, tmp_path):
     folder = filled.setup.out / "nano-diff-instruct-seed0" / "model" / "unet"
     with other_weights(next(folder.glob("*.safetensors"))):
         _, failures = sit(TABLE, filled.setup, tmp_path, "canny/nct")
@@ -307,7 +308,7 @@ def test_a_model_trained_from_other_weights_than_are_there_now_is_refused(filled
     assert "canny/nct failed: " in written(tmp_path)
 
 
-def test_a_model_that_does_not_say_from_which_weights_it_was_trained_is_refused(filled, tmp_path):
+def test_a_model_without_recorded_weights_is_refused(filled, tmp_path):
     note = filled.setup.out / "nano-nct-canny-seed0" / "needs.json"
     said = note.read_text()
     note.unlink()
@@ -321,7 +322,7 @@ def test_a_model_that_does_not_say_from_which_weights_it_was_trained_is_refused(
 # Before anything runs
 
 
-def test_a_dry_run_trains_and_writes_nothing_and_says_what_is_there(setup, filled):
+def test_a_dry_run_lists_and_writes_nothing(setup, filled):
     said = listed(TABLE, setup, patterns="canny/*")
     assert not setup.out.exists()
     assert "train nano-diff-instruct-seed0, 2 x 4; measure 8 pictures" in said

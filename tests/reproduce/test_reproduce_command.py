@@ -18,7 +18,7 @@ def tiny_setup(teacher, tmp_path, monkeypatch):
     return reproducing.tiny_setup(teacher, tmp_path, monkeypatch)
 
 
-def test_the_command_prints_the_table_and_writes_its_page(tiny_setup, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_and_writes_its_table(tiny_setup, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table1", "--cells", "canny/jdm", *flags]) == 0
@@ -36,7 +36,7 @@ def test_the_command_prints_the_table_and_writes_its_page(tiny_setup, tmp_path, 
     assert files[1] == f"{data['date']}-table1-n8-quick.md"  # a trial, which does not replace the table's page
 
 
-def test_without_running_a_page_is_of_what_is_there(tiny_setup, tmp_path, monkeypatch):
+def test_no_run_writes_what_is_there(tiny_setup, tmp_path, monkeypatch):
     monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table1", "--cells", "canny/jdm", "--no-run", *flags]) == 0
@@ -45,7 +45,7 @@ def test_without_running_a_page_is_of_what_is_there(tiny_setup, tmp_path, monkey
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_setup, tmp_path, monkeypatch):
+def test_the_figure_has_a_row_for_each_model(tiny_setup, tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.setitem(setups.SETUPS, "nano", tiny_setup)
@@ -63,7 +63,7 @@ def test_the_figure_of_a_command_has_a_row_for_each_model(tiny_setup, tmp_path, 
     assert f"({file.name})" in next((tmp_path / "page").glob("*.md")).read_text()
 
 
-def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_setup, tmp_path, monkeypatch, capsys):
+def test_text_rows_use_the_weak_teacher_and_judge(tiny_setup, tmp_path, monkeypatch, capsys):
     import tiny
     from jdm.evaluation import evaluate as evaluation
     from jdm.rewards import PromptClassifier
@@ -83,7 +83,7 @@ def test_text_to_image_rows_train_on_the_weak_teacher_and_are_judged(tiny_setup,
     assert "| JDM with better CFG | SD1.5    | no  | 1     | 30.56 " in page
 
 
-def test_a_failed_cell_exits_with_3_and_a_page(tiny_setup, tmp_path, monkeypatch, capsys):
+def test_a_failed_cell_exits_3_with_a_page(tiny_setup, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(setups.SETUPS, "nano", replace(tiny_setup, split="test[:4]"))
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table3", "--cells", "base", *flags]) == 3
@@ -104,7 +104,7 @@ def test_a_failed_cell_exits_with_3_and_a_page(tiny_setup, tmp_path, monkeypatch
     ("table3 --scale sd15", "(`hf download xswu/HPSv2 HPS_v2.1_compressed.pt`, or --scores hpsv2:FOLDER)"),
     ("table1 --model nowhere", "missing are the weights of nowhere"),
 ])
-def test_what_is_not_understood_or_not_there_is_named_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+def test_unknown_words_and_missing_weights_are_named(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *arguments.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -29,7 +29,7 @@ def setup(teacher, tmp_path, monkeypatch):
 # The plan
 
 
-def test_the_cost_of_what_is_left_is_steps_times_seconds(setup):
+def test_remaining_cost_is_steps_times_seconds(setup):
     some = replace(setup, steps=1000)
     (cell,) = selected(cells(TABLE, some), "soft-edge/nct")
     left = to_train(cell.model, some)
@@ -38,7 +38,7 @@ def test_the_cost_of_what_is_left_is_steps_times_seconds(setup):
         "nano-nct-soft-edge-seed0-1000steps": (1000, 1000 * NANO.seconds["nct"])}
 
 
-def test_cells_are_named_by_column_and_row_with_wildcards(setup):
+def test_cells_are_chosen_by_column_row_and_wildcard(setup):
     whole = cells(TABLE, setup)
     assert {c.name for c in selected(whole, "lowres/j*, nct")} == {
         "lowres/jdm", "lowres/jdm-joint", "canny/nct", "soft-edge/nct", "silhouette/nct", "lowres/nct"}
@@ -66,7 +66,7 @@ def test_shipped_models_are_taken_for_the_own_teacher(tmp_path):
     assert settled(Given(), other, "", 0).path == "my-teacher"
 
 
-def test_a_teacher_in_one_file_is_known_by_its_bytes(tmp_path):
+def test_a_teacher_file_is_known_by_its_bytes(tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     a.write_bytes(b"one")
     b.write_bytes(b"one")
@@ -116,7 +116,7 @@ def test_what_was_measured_before_it_shipped_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TerminatedError])
-def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing_twice(error, setup, tmp_path):
+def test_an_interrupted_sitting_resumes_and_trains_nothing_twice(error, setup, tmp_path):
     watch = Watch(("nano-nct-canny-seed0", 1), error)
     with pytest.raises(error):
         sit(TABLE, setup, tmp_path / "page", "canny/nct,canny/jdm", watch=watch)
@@ -129,7 +129,7 @@ def test_an_interrupted_sitting_ends_goes_on_when_asked_again_and_trains_nothing
     assert cell_of(data, "nct").state == "measured"
 
 
-def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path, capsys):
+def test_a_second_process_waits_for_the_first(tmp_path, capsys):
     entered = threading.Event()
 
     def second():
@@ -145,7 +145,7 @@ def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path
     assert "another process trains" in capsys.readouterr().err
 
 
-def test_two_processes_that_need_one_model_train_it_once(setup, monkeypatch):
+def test_two_processes_train_a_shared_model_once(setup, monkeypatch):
     nct = selected(cells(TABLE, setup), "canny/nct")[0].model
     (model,) = (need for need in nct.needs.values() if need.run is not None)
     train, tried, started = models.train, [], threading.Event()

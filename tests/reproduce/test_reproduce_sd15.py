@@ -57,7 +57,7 @@ def sat(table, small, cells, folder):
     return reproduce(TABLES[table], small, patterns=cells, folder=folder / "page", say=lambda line: None)
 
 
-def test_text_to_image_rows_are_scored_on_prompts_by_style(small, tmp_path):
+def test_text_rows_are_scored_by_style(small, tmp_path):
     data, failures = sat("table3", small, "weak,own", tmp_path)
     assert not failures
     measured = data.result("own", "text").records[0].measured
@@ -79,7 +79,7 @@ def test_text_to_image_rows_are_scored_on_prompts_by_style(small, tmp_path):
     assert data.result("weak", "text").records[0].training == ()  # SD1.5 itself
 
 
-def test_controlled_rows_are_measured_on_pictures_and_scored_too(small, tmp_path):
+def test_controlled_rows_are_measured_and_scored(small, tmp_path):
     data, failures = sat("table1", small, "canny/jdm", tmp_path)
     assert not failures
     (record,) = data.result("jdm", "canny").records
@@ -125,7 +125,7 @@ def test_other_prompts_or_scores_make_other_cells(small, tmp_path):
     assert other == {**asked, "prompts": other["prompts"]}
 
 
-def test_a_cell_keeps_what_its_run_measured_as_it_trained(small, tmp_path):
+def test_a_cell_keeps_its_runs_measurements(small, tmp_path):
     recipe = small.recipe
     probed = replace(small, recipe=lambda name: replace(recipe(name), probe_every=1))
     data, failures = sat("table3", probed, "reward-clean", tmp_path)
@@ -138,7 +138,7 @@ def test_a_cell_keeps_what_its_run_measured_as_it_trained(small, tmp_path):
     assert "## The course of a reward" in markdown(data)
 
 
-def test_the_command_says_what_the_tables_are_made_with(monkeypatch):
+def test_flags_choose_what_tables_are_made_with(monkeypatch):
     from jdm.reproduce import sitting
 
     seen = []
@@ -156,7 +156,7 @@ def test_the_command_says_what_the_tables_are_made_with(monkeypatch):
                              "--prompts B --scores 'hpsv2:A, clip' --device cuda:1")
 
 
-def test_weights_that_were_fetched_or_named_are_not_asked_for(monkeypatch, tmp_path):
+def test_fetched_or_named_weights_are_not_missing(monkeypatch, tmp_path):
     missing = ["hpsv2's weights", "clip's weights", "aesthetic's weights"]
 
     def said(setup, fetched):

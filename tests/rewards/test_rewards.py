@@ -60,7 +60,7 @@ number = 3
 """
 
 
-def test_a_function_a_class_and_an_object_of_ones_own_are_rewards(tmp_path):
+def test_functions_classes_and_objects_can_be_rewards(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     images = torch.rand(2, 3, 8, 8, generator=seeded())
     for name, expected in (("brightness", images.mean((1, 2, 3))), ("Contrast", images.flatten(1).std(1)),
@@ -71,7 +71,7 @@ def test_a_function_a_class_and_an_object_of_ones_own_are_rewards(tmp_path):
         assert reward_name(reward) == {"made": "contrast"}.get(name, name.lower())
 
 
-def test_known_names_load_alone_and_with_the_place_of_their_weights(tmp_path):
+def test_known_rewards_load_by_name_and_place(tmp_path):
     assert reward_name(load_reward("nano-reward")) == "nano-reward"
     assert reward_name(load_reward("nano-judge")) == "nano-judge"
     tiny(name="my-clothes").save(tmp_path)
@@ -96,7 +96,7 @@ def test_known_names_load_alone_and_with_the_place_of_their_weights(tmp_path):
     ("{folder}/raises.py:it", r"raises\.py could not be run .ZeroDivisionError: "),
     ("no.such.package:it", r"could not be imported .ModuleNotFoundError"),
 ])
-def test_what_cannot_be_loaded_is_refused_in_one_line(spec, message, tmp_path):
+def test_an_unloadable_reward_is_refused_in_one_line(spec, message, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "raises.py").write_text("1 / 0")
     with pytest.raises(UsageError, match=message) as caught:
@@ -107,7 +107,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(spec, message, tmp_path):
 # checked_reward
 
 
-def test_good_rewards_pass_and_come_back_themselves_under_no_grad_too():
+def test_good_rewards_pass_the_check_under_no_grad():
     for reward in (brightness, PromptClassifier(tiny()), PromptClassifier(tiny("mixer"))):
         with torch.no_grad():
             assert checked_reward(reward, 32, PROMPTS[:1]) is reward
@@ -126,7 +126,7 @@ def test_good_rewards_pass_and_come_back_themselves_under_no_grad_too():
     (lambda x, p: torch.tensor(x.numpy().mean((1, 2, 3))), r"failed on two random pictures .RuntimeError"),
     (lambda x: x.mean((1, 2, 3)), r"failed on two random pictures .TypeError.*and B prompts"),
 ])
-def test_a_bad_reward_is_refused_with_what_was_got_and_a_remedy(reward, message):
+def test_a_bad_reward_is_refused_with_a_remedy(reward, message):
     reward.__name__ = "mine"
     with pytest.raises(UsageError, match=message) as caught:
         checked_reward(reward, 16, PROMPTS)
@@ -161,13 +161,13 @@ def test_every_caption_names_its_class_and_only_that():
 
 
 @pytest.mark.parametrize(("prompt", "near"), [("a phto of a coat", "a photo of a coat"), ("", "")])
-def test_a_prompt_of_no_class_is_named_with_the_nearest_caption(prompt, near):
+def test_an_unknown_prompt_names_the_nearest_caption(prompt, near):
     reward = PromptClassifier(tiny())
     with pytest.raises(UsageError, match=f"no class for the prompt '{prompt}'.*such as '{near}"):
         reward(torch.rand(2, 3, 32, 32), ["a coat", prompt])
 
 
-def test_prompts_and_captions_must_fit_the_pictures_and_the_classes():
+def test_prompts_and_captions_must_fit_in_number():
     with pytest.raises(UsageError, match="one prompt for each of 3 images, got 2"):
         PromptClassifier(tiny())(torch.rand(3, 3, 32, 32), PROMPTS)
     with pytest.raises(UsageError, match="captions of 2 classes, got 10"):
@@ -176,7 +176,7 @@ def test_prompts_and_captions_must_fit_the_pictures_and_the_classes():
 
 
 @pytest.mark.parametrize("trunk", ["convolutions", "mixer"])
-def test_the_reward_is_the_log_probability_of_the_prompts_class(trunk):
+def test_the_reward_is_the_prompts_log_probability(trunk):
     classifier = tiny(trunk)
     images = torch.rand(3, 3, 32, 32, generator=seeded())
     prompts, labels = ["a bag", "one boot", "bag"], [8, 9, 8]
@@ -188,7 +188,7 @@ def test_the_reward_is_the_log_probability_of_the_prompts_class(trunk):
 
 
 @pytest.mark.parametrize(("trunk", "side"), [("convolutions", 8), ("mixer", 32)])
-def test_the_gradient_of_the_reward_passes_gradcheck_in_float64(trunk, side):
+def test_the_reward_passes_gradcheck(trunk, side):
     reward = PromptClassifier(tiny(trunk, classes=2).double(), CAPTIONS)
     images = torch.rand(2, 3, side, side, generator=seeded(), dtype=torch.float64).requires_grad_()
     fast = side > 8  # 6,144 pixels: along random directions
@@ -196,7 +196,7 @@ def test_the_gradient_of_the_reward_passes_gradcheck_in_float64(trunk, side):
     assert not any(p.requires_grad for p in reward.parameters())
 
 
-def test_a_mixer_is_the_same_after_save_and_load_and_refuses_what_it_cannot_take(tmp_path):
+def test_a_mixer_survives_saving_and_refuses_bad_input(tmp_path):
     model = tiny("mixer", name="mixed")
     model.save(tmp_path)
     loaded = Classifier.load(tmp_path)
@@ -222,7 +222,7 @@ def accuracy(classifier: Classifier, expression: str = "test[:1000]") -> float:
     return prompt_agreement(classifier, pictures.batch(rows), labels)
 
 
-def test_the_classifier_of_distances_is_the_one_it_was():
+def test_the_shipped_classifier_is_unchanged():
     assert Classifier.load(ASSETS / "nano-classifier").fingerprint() == "45a9efd8"
 
 
@@ -240,7 +240,8 @@ def test_the_reward_and_the_judge_know_clothes(name):
     assert max(f.stat().st_size for f in files) <= 2_000_000
 
 
-def test_the_judge_is_another_network_trained_on_other_pictures():
+def test_reward_and_judge_share_no_training_pictures():
+    """The two are different networks, too."""
     reward, judge = load_reward("nano-reward"), load_reward("nano-judge")
     assert isinstance(reward, PromptClassifier)
     assert isinstance(judge, PromptClassifier)
@@ -259,7 +260,7 @@ def test_the_judge_is_another_network_trained_on_other_pictures():
     assert sum(map(len, seen.values())) == 55_000
 
 
-def test_pictures_that_fool_the_reward_do_not_fool_the_judge():
+def test_fooling_the_reward_does_not_fool_the_judge():
     reward, judge = load_reward("nano-reward"), load_reward("nano-judge")
     assert isinstance(reward, PromptClassifier)
     assert isinstance(judge, PromptClassifier)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rewards_networks import PROMPTS, SIDE, WIDTH, gradient_is_right, pictures, stirred
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
@@ -12,6 +11,7 @@ from jdm.errors import UsageError
 from jdm.rewards import checked_reward
 from jdm.rewards.image_reward import MEAN, STD, ImageReward
 from jdm.rewards.networks import clip_pixels, score_head
+from scoring import PROMPTS, SIDE, WIDTH, gradient_is_right, pictures, stirred
 
 BLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                "image_size": SIDE, "patch_size": 7, "layer_norm_eps": 1e-6}
@@ -87,7 +87,7 @@ def image_reward(tmp_path_factory, bert) -> tuple[ImageReward, Path]:
     return ImageReward(str(file.parent), str(bert), torch.float64, vision, text), file
 
 
-def test_image_reward_reads_the_published_names_weight_by_weight(image_reward):
+def test_image_reward_reads_the_published_names(image_reward):
     reward, file = image_reward
     published = torch.load(file, weights_only=True)
     for key, value in reward.state_dict().items():
@@ -99,7 +99,7 @@ def test_image_reward_reads_the_published_names_weight_by_weight(image_reward):
     assert torch.allclose(reward.vision(pixels).last_hidden_state, vision(pixels))
 
 
-def test_image_reward_is_the_standardised_score_of_the_first_token_over_the_picture(image_reward):
+def test_image_reward_is_the_standardised_score(image_reward):
     reward, _ = image_reward
     images = pictures().double()
     tokens = reward.tokenizer(PROMPTS, padding=True, return_tensors="pt")  # padding must not move the score
@@ -115,7 +115,7 @@ def test_image_reward_is_the_standardised_score_of_the_first_token_over_the_pict
     assert (reward(images, PROMPTS) - other).abs().min() > 1e-6
 
 
-def test_the_published_image_reward_has_the_sizes_of_blip_large_and_bert_base(tmp_path, monkeypatch):
+def test_image_reward_has_the_published_sizes(tmp_path, monkeypatch):
     import jdm.rewards.image_reward as module
 
     made = []
@@ -134,7 +134,7 @@ def test_the_published_image_reward_has_the_sizes_of_blip_large_and_bert_base(tm
     assert len(made[0].state_dict()) == 24 * 12 + 6 + 12 * 26 + 4 + 10
 
 
-def test_a_file_of_other_weights_is_refused_and_a_good_one_can_be_trained_on(image_reward, bert, tmp_path):
+def test_weights_of_another_network_are_refused(image_reward, bert, tmp_path):
     vision, text = BlipVisionConfig(**BLIP_VISION), BlipTextConfig(**BLIP_TEXT)
     torch.save(score_head(WIDTH).state_dict(), tmp_path / "head.pth")
     with pytest.raises(UsageError, match=r"head.pth lacks head\.0\.bias and"):

@@ -1,7 +1,6 @@
 """The published rewards on tiny networks of their classes: names of weights, pictures as published, gradients."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,61 +22,7 @@ from jdm.rewards.hpsv2 import renamed as from_open_clip
 from jdm.rewards.image_reward import ImageReward
 from jdm.rewards.networks import clip_pixels, score_head
 from jdm.rewards.pick_score import PickScore
-
-SIDE, WIDTH = 28, 16
-PROMPTS = ["a photo of a coat", "an ankle boot"]
-TOKENS = nano.tokenizer(PROMPTS)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def pictures(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(2, 3, *(shape or (40, 40)), generator=seeded(seed))
-
-
-def stirred(network: nn.Module) -> nn.Module:
-    """Every weight moved off its start, where many are 0 or 1 and a mix-up would not show."""
-    generator = seeded(1)
-    for parameter in network.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return network.eval()
-
-
-def clip_config() -> CLIPConfig:
-    """Two layers of each tower, of different widths and heads."""
-    ids = {name: getattr(TOKENS, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {"vocab_size": len(TOKENS), "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "max_position_embeddings": nano.TOKENS, "hidden_act": "gelu", **ids}
-    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "image_size": SIDE, "patch_size": 7, "hidden_act": "gelu", "projection_dim": WIDTH}
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    """A transformers CLIP's folder, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        stirred(CLIPModel(clip_config())).save_pretrained(folder)
-    TOKENS.save_pretrained(folder)
-    return folder
-
-
-def gradient_is_right(reward, shape: tuple[int, int] = (SIDE, SIDE)) -> bool:
-    """Against central differences along random directions, in float64, away from the clamp."""
-    images = (0.2 + 0.6 * pictures(*shape, seed=3)).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
-    for seed in range(3):
-        step = 1e-5 * torch.randn(images.shape, generator=seeded(seed), dtype=torch.float64)
-        with torch.no_grad():
-            difference = (reward(images + step, PROMPTS) - reward(images - step, PROMPTS)).sum() / 2
-        if not torch.allclose(difference, (gradient * step).sum(), rtol=1e-4, atol=1e-12):
-            return False
-    return bool(gradient.flatten(1).abs().sum(1).gt(0).all())
-
+from scoring import PROMPTS, SIDE, TOKENS, WIDTH, clip_config, gradient_is_right, pictures, seeded, stirred
 
 # Pictures
 
@@ -90,7 +35,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 20), (28, 28), (61, 90), (90, 41)])
-def test_pictures_reach_clip_as_its_own_processor_makes_them(shape):
+def test_clip_sees_what_its_processor_makes(shape):
     picture = smooth(*shape)
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     expected = torch.from_numpy(np.array(processor(picture, return_tensors="np")["pixel_values"]))
@@ -100,7 +45,7 @@ def test_pictures_reach_clip_as_its_own_processor_makes_them(shape):
     assert (made - expected).abs().max() < 1.25 / 255 / 0.26
 
 
-def test_real_photographs_reach_clip_as_its_own_processor_makes_them():
+def test_clip_sees_photographs_as_its_processor_does():
     data = pytest.importorskip("skimage.data")
     for picture in (data.astronaut(), data.chelsea(), data.coffee()):
         expected = torch.from_numpy(np.array(CLIPImageProcessorPil()(picture, return_tensors="np")["pixel_values"]))
@@ -110,7 +55,7 @@ def test_real_photographs_reach_clip_as_its_own_processor_makes_them():
         assert difference.max() < 1.5
 
 
-def test_a_whole_picture_is_fitted_by_its_longer_side_between_black_bars():
+def test_a_whole_picture_is_fitted_between_black_bars():
     images = torch.ones(1, 3, 40, 20)
     made = clip_pixels(images, SIDE, whole=True)
     black, white = clip_pixels(torch.zeros(1, 3, 5, 5), SIDE), clip_pixels(torch.ones(1, 3, 5, 5), SIDE)
@@ -121,7 +66,7 @@ def test_a_whole_picture_is_fitted_by_its_longer_side_between_black_bars():
     assert clip_pixels(torch.ones(1, 3, 33, 90), SIDE, whole=True).shape == (1, 3, SIDE, SIDE)
 
 
-def test_the_gradient_goes_through_the_resize_and_stops_beyond_0_and_1():
+def test_gradients_pass_the_resize_but_not_the_clamp():
     images = (0.2 + 0.6 * pictures(9, 12)[:1]).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: clip_pixels(x, 6, torch.float64), images)
     beyond = torch.full((1, 3, 8, 8), 1.5, requires_grad=True)
@@ -144,7 +89,7 @@ def test_pick_score_is_the_logit_that_transformers_gives(clip):
     assert not any(p.requires_grad for p in reward.parameters())
 
 
-def test_half_precision_networks_give_float32_scores_near_the_full_ones(clip):
+def test_half_precision_scores_are_near_full_ones(clip):
     full, half = PickScore(str(clip)), PickScore(str(clip), dtype=torch.bfloat16)
     images = pictures()
     assert half(images, PROMPTS).dtype == torch.float32
@@ -215,7 +160,7 @@ def open_clip() -> OpenClip:
     return stirred(OpenClip(clip_config()).double())  # type: ignore[return-value]
 
 
-def test_hpsv2_reads_open_clip_weights_and_gives_the_cosine_of_a_network_of_those_names(open_clip, clip, tmp_path):
+def test_hpsv2_reads_open_clip_weights(open_clip, clip, tmp_path):
     torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
     images = pictures(40, 22).double()
     ids = TOKENS(PROMPTS, padding="max_length", max_length=nano.TOKENS, return_tensors="pt").input_ids
@@ -229,7 +174,7 @@ def test_hpsv2_reads_open_clip_weights_and_gives_the_cosine_of_a_network_of_thos
     assert gradient_is_right(reward)
 
 
-def test_every_weight_of_an_open_clip_vit_h_14_has_its_place_and_shape():
+def test_every_open_clip_weight_has_its_place():
     with torch.device("meta"):
         published, network = OpenClip(vit_h_14()).state_dict(), CLIPModel(vit_h_14())
     found = {key: value.shape for key, value in from_open_clip(published).items()}
@@ -248,7 +193,7 @@ def test_hpsv2_takes_a_transformers_folder_too(clip):
 # Aesthetic
 
 
-def test_the_aesthetic_score_is_its_head_on_the_unit_embedding(clip, tmp_path):
+def test_the_aesthetic_score_reads_the_unit_embedding(clip, tmp_path):
     head = stirred(score_head(WIDTH))
     torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "any.pth")
     reward = Aesthetic(str(tmp_path / "any.pth"), str(clip), dtype=torch.float64)
@@ -285,7 +230,7 @@ def refused(make, message: str) -> None:
     ("image-reward", "image-reward needs ImageReward.pt of THUDM/ImageReward.*hf download"),
     ("pick-score:./nowhere", "pick-score needs ./nowhere.*pick-score:FOLDER"),
 ])
-def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(spec, message):
+def test_missing_weights_name_their_download_command(spec, message):
     refused(lambda: load_reward(spec), message)
 
 

@@ -48,7 +48,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("best", ["judge", "fd"])  # more of one is better, less of the other
-def test_the_best_averages_are_exported_and_not_the_last(judged, teacher, tmp_path, best):
+def test_the_best_averages_are_exported_not_the_last(judged, teacher, tmp_path, best):
     folder = train(run(tmp_path / "out", teacher, steps=5, best=best))
     assert same(exported(folder), judged[2])
     assert not same(judged[2], judged[5])
@@ -58,7 +58,8 @@ def test_without_best_the_last_averages_are_exported(judged, teacher, tmp_path):
     assert same(exported(train(run(tmp_path / "out", teacher, steps=5))), judged[5])
 
 
-def test_a_run_ends_when_patience_is_out_and_the_same_command_adds_no_step(judged, teacher, tmp_path):
+def test_a_run_ends_when_patience_is_out(judged, teacher, tmp_path):
+    """The same command again adds no step."""
     asked = run(tmp_path / "out", teacher, best="judge", patience=3)
     train(asked)
     assert list(judged) == [1, 2, 3, 4, 5]  # the better one of step 6 is never seen
@@ -69,7 +70,7 @@ def test_a_run_ends_when_patience_is_out_and_the_same_command_adds_no_step(judge
     assert not judged
 
 
-def test_a_resumed_run_knows_which_probe_was_the_best(judged, teacher, tmp_path):
+def test_a_resumed_run_knows_its_best_probe(judged, teacher, tmp_path):
     asked = run(tmp_path / "out", teacher, best="judge", patience=3)
     with pytest.raises(KeyboardInterrupt):
         train(asked, lambda done, _: done < 3 or interrupt())
@@ -81,7 +82,8 @@ def test_a_resumed_run_knows_which_probe_was_the_best(judged, teacher, tmp_path)
     assert same(exported(asked.out / "model"), best)
 
 
-def test_a_resumed_run_forgets_the_best_of_steps_it_takes_another_way(judged, teacher, tmp_path, monkeypatch):
+def test_a_resumed_run_forgets_undone_best_steps(judged, teacher, tmp_path, monkeypatch):
+    """Steps taken again after a checkpoint may have another best."""
     asked = run(tmp_path / "out", teacher, best="judge")
     with pytest.raises(KeyboardInterrupt):
         train(asked, lambda done, _: done < 6 or interrupt())
@@ -94,7 +96,7 @@ def test_a_resumed_run_forgets_the_best_of_steps_it_takes_another_way(judged, te
     assert same(exported(asked.out / "model"), best)
 
 
-def test_a_run_whose_best_is_lost_begins_to_look_for_it_anew(judged, teacher, tmp_path):
+def test_a_lost_best_is_looked_for_anew(judged, teacher, tmp_path):
     asked = run(tmp_path / "out", teacher, steps=5, best="judge")
     with pytest.raises(KeyboardInterrupt):
         train(asked, lambda done, _: done < 2 or interrupt())
@@ -107,7 +109,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_the_command_line_says_which_step_was_the_best(judged, teacher, tmp_path, capsys):
+def test_the_command_says_which_step_was_best(judged, teacher, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text(
         "import json\nfrom pathlib import Path\nfrom jdm.recipes import recorded\nfrom jdm.run import Run\n\n"
         f"def recipe() -> Run:\n    return recorded(Path({str(tmp_path / 'asked.json')!r}))\n")
@@ -134,7 +136,7 @@ def test_what_cannot_be_measured_is_refused_before_training(teacher, tmp_path, c
         Best(replace(asked, best="fd", patience=0, probe_every=1), log, measures=False)
 
 
-def test_a_method_that_measures_nothing_is_refused_before_its_first_step(teacher, tmp_path, monkeypatch):
+def test_a_method_without_measurements_is_refused(teacher, tmp_path, monkeypatch):
     asked = run(tmp_path / "out", teacher, best="fd")
     task = type(asked.method).task
     monkeypatch.setattr(type(asked.method), "task", lambda self, run: replace(task(self, run), probe=None))
@@ -142,7 +144,7 @@ def test_a_method_that_measures_nothing_is_refused_before_its_first_step(teacher
         Trainer(asked)
 
 
-def test_a_probe_that_does_not_measure_it_says_what_it_does(teacher, tmp_path):
+def test_an_unmeasured_best_names_what_is_measured(teacher, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     best = Best(run(tmp_path, teacher, best="judge"), tmp_path / "metrics.jsonl")
     with pytest.raises(UsageError, match="does not measure judge; choose --best from fd"):

@@ -89,7 +89,7 @@ def test_four_shards_train_as_one_process(done, teacher):
 
 
 @pytest.mark.parametrize("name", ["one-to-two", "two-to-four", "two-to-one"])
-def test_a_run_goes_on_at_another_number_of_processes(done, name):
+def test_a_run_resumes_at_another_process_count(done, name):
     assert sorted(p.name for p in checkpoint.all_checkpoints(done / name)) == ["step-0000003", "step-0000005"]
     close(kept(done, name), kept(done, "whole"))
 
@@ -173,7 +173,7 @@ def start(tmp_path, teacher):
                     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_killed_process_ends_the_run_with_a_message(start, tmp_path, teacher):
+def test_a_killed_process_ends_the_run_with_advice(start, tmp_path, teacher):
     process, pids = start(2, torchrun=True)
     os.kill(pids[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=HANGS)
@@ -220,7 +220,7 @@ def assert_goes_on(out: Path, teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("turns", [1, 2, 4])
-def test_shares_have_the_rows_and_noise_of_the_whole(turns):
+def test_shares_have_the_wholes_rows_and_noise(turns):
     whole_rows, whole = rows_at(100, 8, 3, 5), Noise(3, 5)
     rows, z, u = [], [], []
     for turn in range(turns):
@@ -237,7 +237,7 @@ def test_shares_have_the_rows_and_noise_of_the_whole(turns):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"shard": 2}, "--shard 2 does not divide 1 processes"), ({"shard": 0}, "shard and accumulate must be at least 1"),
     ({"accumulate": 3}, "a batch of 4 does not divide into 1 processes times 3 accumulated parts")])
-def test_a_batch_or_sharding_that_does_not_divide_is_refused(tmp_path, teacher, changes, message):
+def test_an_uneven_batch_or_sharding_is_refused(tmp_path, teacher, changes, message):
     with pytest.raises(UsageError, match=message):
         Trainer(tiny.run(nano_canny(), tmp_path, teacher, **changes))
 

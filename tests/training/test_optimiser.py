@@ -62,7 +62,8 @@ def kept(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_it_is_torchs_adamw_to_the_bit_and_keeps_no_first_moment_where_beta1_is_0(beta1, dtype):
+def test_adamw_is_torchs_to_the_bit(beta1, dtype):
+    """Where beta1 is 0, no first moment is kept."""
     mine, reference = parameters(dtype), parameters(dtype)
     a, b = ours(mine, beta1), torchs(reference, beta1)
     steps(a, 0, 20)
@@ -77,7 +78,7 @@ def test_it_is_torchs_adamw_to_the_bit_and_keeps_no_first_moment_where_beta1_is_
     assert sum(kept(b).values()) == 2 * whole
 
 
-def test_the_gradients_of_a_step_are_left_as_they_were():
+def test_a_step_leaves_its_gradients_unchanged():
     moving = parameters()
     optimizer = ours(moving, 0.0)
     gradients = [torch.randn_like(p) for p in moving]
@@ -103,7 +104,7 @@ def test_strides_of_gradients_and_parameters_change_nothing(states):
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_a_state_of_torchs_adamw_loads_and_goes_on(beta1):
+def test_a_state_of_torchs_adamw_loads(beta1):
     mine, reference = parameters(), parameters()
     b = torchs(reference, beta1)
     steps(b, 0, 10)
@@ -119,7 +120,7 @@ def test_a_state_of_torchs_adamw_loads_and_goes_on(beta1):
 
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 0.0)])
 @pytest.mark.parametrize("states", [("float32", "8bit"), ("8bit", "float32")])
-def test_a_run_goes_on_with_other_betas_or_states(betas, states):
+def test_a_run_resumes_with_other_betas_or_states(betas, states):
     moving = parameters()
     before = ours(moving, betas[0], states[0])
     steps(before, 0, 10)
@@ -153,7 +154,7 @@ def trained(states: str, beta1: float, beta2: float, n: int = 300) -> list[float
 
 
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 0.95), (0.9, 0.95), (0.9, 0.999)])
-def test_in_8_bits_a_regression_falls_as_in_32(beta1, beta2):
+def test_in_8_bits_losses_fall_as_in_32(beta1, beta2):
     whole, packed = trained("float32", beta1, beta2), trained("8bit", beta1, beta2)
     assert packed != whole
     assert whole[-1] < 0.7 * whole[0]
@@ -162,7 +163,8 @@ def test_in_8_bits_a_regression_falls_as_in_32(beta1, beta2):
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_8_bits_are_a_byte_a_moment_and_small_parameters_keep_theirs_in_float(beta1):
+def test_8_bit_moments_take_a_byte_each(beta1):
+    """Small parameters keep theirs in float32."""
     moving = parameters()
     optimizer = ours(moving, beta1, "8bit")
     steps(optimizer, 0, 3)
@@ -177,7 +179,7 @@ def test_8_bits_are_a_byte_a_moment_and_small_parameters_keep_theirs_in_float(be
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_a_run_in_8_bits_resumes_to_the_bit_from_a_checkpoint(beta1, dtype, tmp_path):
+def test_an_8_bit_run_resumes_to_the_bit(beta1, dtype, tmp_path):
     alone, stopped, resumed = parameters(dtype), parameters(dtype), parameters(dtype)
     steps(ours(alone, beta1, "8bit"), 0, 20)
     steps(before := ours(stopped, beta1, "8bit"), 0, 11)
@@ -191,7 +193,7 @@ def test_a_run_in_8_bits_resumes_to_the_bit_from_a_checkpoint(beta1, dtype, tmp_
 
 
 @pytest.mark.parametrize(("kind", "decades"), [(torch.uint8, 10), (torch.int8, 5)])
-def test_levels_are_at_most_a_tenth_away_and_right_on_average(kind, decades):
+def test_levels_are_near_and_right_on_average(kind, decades):
     torch.manual_seed(0)
     moment = 10 ** (-decades * torch.rand(20, 3 * BLOCK + 9))
     if kind == torch.int8:
@@ -203,7 +205,8 @@ def test_levels_are_at_most_a_tenth_away_and_right_on_average(kind, decades):
     assert (seen.sign() == moment.sign())[:, inside].all()
 
 
-def test_a_second_moment_never_becomes_zero_and_a_first_may():
+def test_a_second_moment_never_becomes_zero():
+    """A first moment may."""
     moment = torch.tensor([[1.0, 1e-30, 0.0], [0.0, 0.0, 0.0], [1e-37, 1e-20, 1e30]])
     square, mean = (dequantised(*quantised(moment, torch.tensor(3.0), kind)) for kind in (torch.uint8, torch.int8))
     assert torch.equal(square > 0, moment > 0)
@@ -268,5 +271,5 @@ def _check_sharded(states: str) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_parameters_step_as_whole_ones_and_their_states_gather(tmp_path):
+def test_sharded_parameters_step_as_whole_ones(tmp_path):
     torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "meeting"),), nprocs=2)

@@ -51,7 +51,7 @@ STILL = {f"{family}-nct-{name}": part for family in ("nano", "sd15")
 
 
 @pytest.mark.parametrize("name", sorted(entries()))
-def test_every_recipe_moves_what_it_trains_and_leaves_its_averages_as_a_model_and_a_log(name, teacher, tmp_path):
+def test_every_recipe_trains_exports_and_logs(name, teacher, tmp_path):
     run = tiny.run(RECIPES[name](), tmp_path, teacher)
     folder = train(replace(run, method=at_full_rate(run.method)))
     first, last = (load_file(place / "state.safetensors") for place in checkpoint.all_checkpoints(tmp_path))
@@ -106,7 +106,7 @@ def exported(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_the_record_of_a_run_makes_the_same_run_again(teacher, tmp_path):
+def test_a_record_makes_the_same_run_again(teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=1)
     train(run)
     assert recorded(tmp_path / "run.json") == run
@@ -190,7 +190,7 @@ def _check_phases(trainer: Trainer, everything: dict[str, torch.Tensor]) -> None
 # Going on
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_weights_of_one_left_alone(teacher, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(teacher, tmp_path):
     done = subprocess.run([sys.executable, Path(__file__).parents[1] / "killing.py", tmp_path, teacher],
                           capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
@@ -224,7 +224,7 @@ def test_only_the_last_checkpoints_are_kept(teacher, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".draft*"))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_and_the_record_kept(teacher, tmp_path):
+def test_another_recipes_checkpoint_is_refused(teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=1)
     train(run)
     with pytest.raises(UsageError, match="holds a run with another seed"):
@@ -284,7 +284,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("phase", ["fake", "posterior", "generator"])
-def test_a_nan_stops_the_run_with_phase_step_and_checkpoint_named_and_nothing_lost(phase, teacher, tmp_path):
+def test_a_nan_stops_the_run_losing_nothing(phase, teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=2)
     with pytest.raises(RunError, match=rf"phase {phase} .*not finite at step 1.*step-0000001"):
         train(replace(run, method=Poisoned(phase, 1, run.method)))
@@ -293,7 +293,7 @@ def test_a_nan_stops_the_run_with_phase_step_and_checkpoint_named_and_nothing_lo
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step-0000001", "step-0000002"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it_intact(teacher, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(teacher, tmp_path, monkeypatch):
     run, original = canny(tmp_path, teacher, steps=3), checkpoint.save_file
 
     def full(tensors, path):
@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_intact(teacher, tmp_path, m
     assert same(tensors(tmp_path), tensors(again.out))
 
 
-def test_a_log_that_cannot_be_written_is_a_failed_run(teacher, tmp_path, monkeypatch):
+def test_an_unwritable_log_fails_the_run(teacher, tmp_path, monkeypatch):
     from jdm.training import loop as module
 
     def full(self, step, values):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from typing import get_args, get_type_hints
 
 import docstring_parser
 import pytest
@@ -78,8 +79,14 @@ def test_the_page_of_a_recipe_shows_these_texts(capsys, monkeypatch):
         configured("nano-canny", ["--help"])
     page = " ".join(capsys.readouterr().out.split())
     for kind in kinds(all_recipes()["nano-canny"]()):
-        for text in filter(None, field_texts(kind).values()):
-            assert " ".join(text.split()[:4]) in page
+        for name, text in field_texts(kind).items():
+            if text and not optional_group(kind, name):
+                assert " ".join(text.split()[:4]) in page
+
+
+def optional_group(kind: type, name: str) -> bool:
+    """Whether a field holds a dataclass or None: its page shows the dataclass's own text."""
+    return any(dataclasses.is_dataclass(one) for one in get_args(get_type_hints(kind)[name]))
 
 
 # Narrow terminals

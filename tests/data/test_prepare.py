@@ -26,7 +26,7 @@ from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded
-from jdm.reproduce.models import essence
+from jdm.reproduce.models import Model, essence
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
 from photos import folder_of
@@ -175,7 +175,8 @@ def test_a_run_resumes_with_or_without_its_cache(ready):
     Trainer(cached(run, folder)).step(0)
     record = run.out / "run.json"
     assert recorded(record) == cached(run, folder)
-    assert essence(recorded(record), {}) == essence(run, {})
+    of = Model("cached", str(run.out), run, {})
+    assert essence(recorded(record), of) == essence(run, of)
     Trainer(run)
     assert recorded(record) == run
     old = json.loads(record.read_text())
@@ -281,7 +282,7 @@ def test_a_stopped_preparation_is_no_cache_but_resumes(ready, tmp_path, monkeypa
     folder = tmp_path / "stopped"
 
     def stop(part: str, done: int, of: int) -> None:
-        if part == "text" and done == 5:
+        if part == "latents" and done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -289,7 +290,7 @@ def test_a_stopped_preparation_is_no_cache_but_resumes(ready, tmp_path, monkeypa
     assert not list(folder.glob(".*.draft"))
     with pytest.raises(UsageError, match="holds no finished preparation; run jdm prepare"):
         Trainer(cached(run, folder))
-    monkeypatch.setattr("jdm.space.Space.encode", None)  # the latents were whole, and are not made again
+    monkeypatch.setattr("jdm.models.text.TextEncoder.encode", None)  # the text states were whole and are not made again
     prepare(run, folder)
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
     for file in folder.glob("*-*/*.npy"):

@@ -231,7 +231,7 @@ def test_evaluate_refuses_a_model_without_a_control_branch(tmp_path, classifier)
 def test_a_generator_ignoring_z_has_no_diversity(classifier):
     sampler_ = sampler()
     questions = Questions.of(PICTURES, None, 3, seed=0)
-    sampler_.x = lambda z, y, control=None: torch.zeros_like(z)  # type: ignore[method-assign]
+    sampler_.x = lambda z, y, control=None, renoise=None: torch.zeros_like(z)  # type: ignore[method-assign]
     assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4).mean < 1e-5
 
 

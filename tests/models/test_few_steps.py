@@ -107,6 +107,6 @@ def test_a_scheduler_cannot_end_at_level_zero():
 
 def test_a_one_step_card_without_levels_is_refused(folders, tmp_path):
     folder = student(tmp_path / "old", (625,))
-    (folder / "jdm.json").write_text(json.dumps({"kind": "one-step", "t_init": 625}))
+    (folder / "jdm.json").write_text(json.dumps({"kind": "one-step"}))
     with pytest.raises(UsageError, match=r'says one-step and names no levels; add "levels": \[625\]'):
         load_model(str(folder))

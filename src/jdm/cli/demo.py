@@ -124,7 +124,7 @@ def _untrained(run: Run) -> Sampler:
     torch.manual_seed(run.seed)
     teacher = load_model(run.model)
     student = teacher.with_networks(controlnet=teacher.new_controlnet().eval().requires_grad_(False))
-    return Sampler(student.with_parts(card={"levels": [run.method.t_init]}))
+    return Sampler(student.with_parts(card={"levels": list(run.method.student.levels)}))
 
 
 def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict[str, Reference],

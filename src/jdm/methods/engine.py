@@ -23,7 +23,7 @@ from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Fake, Networks, Student
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
-from jdm.schedule import NoiseSchedule, matched
+from jdm.schedule import NoiseSchedule, matched, precise
 from jdm.score import Estimate, ScoreModel
 from jdm.sharing import batch_mean
 from jdm.space import from_bytes, unit
@@ -333,7 +333,7 @@ def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tens
     own = matched(guide.schedule, schedule, t)
     scale = guide.schedule.alpha(own, x_t) / alpha
     both = guide.conditional_and_unconditional(x_t * scale, own, y)
-    cond, uncond = (Estimate(x_t.float(), e.eps, alpha, sigma) for e in both)
+    cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
     return cond, uncond
 
 

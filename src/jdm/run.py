@@ -49,7 +49,11 @@ class Phase:
 
     Attributes:
         groups: (parameters, optimiser) pairs; one backward serves all.
-        loss: (state of the step, repeat number) -> scalar loss and what to log.
+        loss: (state of the step, repeat number) -> scalar loss and what to log; of an accumulated batch, called for
+            each of its parts.
+        asks_batch: the loss asks for means over the whole batch (`sharing.batch_mean`); the parts of an accumulated
+            batch are then gone through twice.
+        after: what an update does besides, once: (mean of what the parts logged) -> what more to log.
         repeats: updates per step.
         every: steps between updates.
         clip: bound on the norm of the whole gradient, over all groups.
@@ -61,6 +65,8 @@ class Phase:
     repeats: int = 1
     every: int = 1
     clip: float = 1.0
+    asks_batch: bool = False
+    after: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:

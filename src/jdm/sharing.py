@@ -1,11 +1,12 @@
-"""Which part of a step's global batch is computed here, and means over all parts."""
+"""Which part of a step's global batch is computed here, and means over all parts and processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,10 +42,58 @@ def sharing(index: int, count: int) -> Iterator[None]:
         _NOW.pop()
 
 
+@dataclass
+class Means:
+    """The means over a batch whose parts are computed one after another.
+
+    A first pass over the parts records what each says; `known` then holds the means for a second pass, which asks in
+    the same order.
+    """
+
+    recorded: list[list[Tensor]] = field(default_factory=list)
+    known: list[Tensor] = field(default_factory=list)
+    asked: int = 0
+
+    def take(self, value: Tensor) -> Tensor:
+        if not self.known:
+            self.recorded[-1].append(value.detach())
+            return value
+        self.asked += 1
+        return self.known[self.asked - 1]
+
+    def settle(self) -> None:
+        """End the first pass."""
+        self.known = [mean_over_processes(torch.stack(values).mean(0)) for values in zip(*self.recorded, strict=True)]
+
+
+_MEANS: list[Means] = []
+
+
+@contextmanager
+def part_of(means: Means) -> Iterator[None]:
+    """Context of one part's computation in the first or the second pass."""
+    means.recorded.append([])
+    means.asked = 0
+    _MEANS.append(means)
+    try:
+        yield
+    finally:
+        _MEANS.pop()
+
+
 def batch_mean(value: Tensor) -> Tensor:
-    """The mean over processes of a detached number that stands for this process's samples."""
-    many = dist.is_initialized() and dist.get_world_size() > 1
-    return mean_over_processes_(value.detach().clone()) if many else value
+    """The mean over parts and processes of a detached number that stands for the samples computed here."""
+    return _MEANS[-1].take(value) if _MEANS else mean_over_processes(value)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean over processes of a detached number."""
+    return mean_over_processes_(value.detach().clone()) if processes() > 1 else value
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean_over_processes_(value: Tensor) -> Tensor:

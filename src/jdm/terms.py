@@ -349,7 +349,7 @@ def together(parts: Mapping[str, Tensor], bounds: Mapping[str, float],
     Args:
         parts: directions on x by name.
         bounds: bounds by name; 0 or missing for none.
-        batch_mean: the mean over all processes of a number that stands for this one's samples.
+        batch_mean: the mean over the whole batch of a number that stands for the samples at hand.
     """
     free = sum_of([part for name, part in parts.items() if name not in bounds])
     length = batch_mean(norms(free).mean()) if any(bounds.values()) else None

@@ -116,12 +116,13 @@ def test_a_run_without_either_loss_is_refused(tmp_path):
 
 def test_the_loss_uses_the_multiplier_before_its_step():
     multiplier = Multiplier(2.0)
-    value, logs = NCT(consistency=False, dual_rate=10.0).loss(
-        SimpleNamespace(generator=Recorded()), multiplier, noises(0.4))  # type: ignore[arg-type]
+    method = NCT(consistency=False, dual_rate=10.0)
+    value, logs = method.loss(SimpleNamespace(generator=Recorded()), multiplier, noises(0.4))  # type: ignore[arg-type]
     torch.testing.assert_close(value, 2.0 * logs["boundary_loss"])
+    value.backward()
+    assert method.dual_step(multiplier, logs)["multiplier"] == multiplier.value
     moved = 2.0 + 10 * (logs["boundary_loss"] - 0.05)
     torch.testing.assert_close(multiplier.value, moved, check_dtype=False)
-    value.backward()  # the dual step leaves the backward what it needs
 
 
 def test_only_the_noisier_level_carries_a_gradient():
@@ -208,7 +209,9 @@ def trained(method: NCT, multiplier: Multiplier, steps: int, optimiser=torch.opt
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()
-        (UNIT * method.loss(adapter(M, N), multiplier, batch)[0]).backward()  # type: ignore[arg-type]
+        value, logs = method.loss(adapter(M, N), multiplier, batch)  # type: ignore[arg-type]
+        (UNIT * value).backward()
+        method.dual_step(multiplier, logs)
         optimiser.step()
         schedule.step()
     return M.detach(), N.detach()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,11 @@ import torch
 import tiny
 from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
-from jdm.levels import Bound
 from jdm.library import load_model
 from jdm.sharing import sharing
-from jdm.training import checkpoint, distributed
+from jdm.training import checkpoint
 from jdm.training.loop import Trainer
-from several import endless_run, in_double, run_of
+from several import endless_run
 from tiny import nano_canny
 
 SEVERAL = Path(__file__).parents[1] / "several.py"
@@ -240,29 +238,3 @@ def test_shares_have_the_wholes_rows_and_noise(turns):
 def test_an_uneven_batch_or_sharding_is_refused(tmp_path, teacher, changes, message):
     with pytest.raises(UsageError, match=message):
         Trainer(tiny.run(nano_canny(), tmp_path, teacher, **changes))
-
-
-@pytest.mark.parametrize("ranks", ["full", "lora"])
-def test_accumulation_changes_no_gradient(tmp_path, teacher, ranks):
-    found = []
-    for turns in (1, 2):
-        run = run_of(tmp_path / str(turns), teacher, 1, ranks, accumulate=turns)
-        condition = replace(run.method.condition, bound=Bound(0.0, 0.0))  # a bound looks at the whole batch
-        with in_double():
-            trainer = Trainer(replace(run, method=replace(run.method, condition=condition)))
-            begun = trainer._begun(0, 0) if turns == 1 else None
-            found.append([trainer._gradients(phase, 0, 0, begun)[0] for phase in trainer.task.phases])
-    for whole, parts in zip(*found, strict=True):
-        a, b = (torch.cat([g.flatten() for g in gradients if g is not None]) for gradients in (parts, whole))
-        assert b.norm() > 0
-        assert (a - b).norm() < 1e-9 * b.norm()
-
-
-def test_accumulation_keeps_the_number_of_updates(tmp_path, teacher):
-    counts = []
-    for turns in (1, 2):
-        trainer = Trainer(tiny.run(nano_canny(), tmp_path / str(turns), teacher, accumulate=turns))
-        trainer.step(0)
-        counts.append([int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers.values()])
-    assert counts[0] == counts[1]
-    assert distributed.size() == 1

@@ -13,6 +13,7 @@ from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.models.classifier import Classifier, ClassifierConfig
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
+from jdm.sharing import processes
 from jdm.space import from_bytes
 
 
@@ -45,6 +46,9 @@ class Classification:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
         if pictures.labels is None:
             raise UsageError(f"{run.data.source} has no class labels; a classifier needs them")
+        if run.accumulate * processes() > 1:
+            raise UsageError("a classifier is normalised over its whole batch, which cannot be computed in parts; "
+                             "leave out --accumulate and torchrun, and lower --batch instead")
         product = self.product(loaded)
         model = product.modules["classifier"]
 

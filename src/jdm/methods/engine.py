@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,27 +98,31 @@ class Distillation:
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""
+        parts, logs = step.once("terms", lambda: self._terms(networks, step))
+        bounds = {name: t.bound.at(step.progress) for name, t in self.terms.items() if hasattr(t, "bound")}  # type: ignore[attr-defined]
+        bounded = together(parts, bounds, batch_mean)
+        logs = logs | {name: rms(part) for name, part in bounded.items()}
+        logs |= {f"{name}_raw": rms(parts[name]) for name in bounds}
+        first, *others = bounded
+        logs |= {f"cos_{first}_{name}": cosine(bounded[first], bounded[name]) for name in others}
+        return sum_of(list(bounded.values())), logs
+
+    def _terms(self, networks: Networks, step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Each term's direction by name, before any bound, and what the terms log."""
         views: dict[Levels | None, View] = {}
         parts: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             if term.levels not in views:
                 views[term.levels] = View(step, networks, self, term.levels)
             parts[name] = term.direction(views[term.levels])
-        bounds = {name: t.bound.at(step.progress) for name, t in self.terms.items() if hasattr(t, "bound")}  # type: ignore[attr-defined]
-        bounded = together(parts, bounds, batch_mean)
-        logs = {k: v for view in views.values() for k, v in view.logs.items()} | {
-            name: rms(part) for name, part in bounded.items()}
-        logs |= {f"{name}_raw": rms(parts[name]) for name in bounds}
-        first, *others = bounded
-        logs |= {f"cos_{first}_{name}": cosine(bounded[first], bounded[name]) for name in others}
-        return sum_of(list(bounded.values())), logs
+        return parts, {k: v for view in views.values() for k, v in view.logs.items()}
 
     def _generator_phase(self, networks: Networks) -> Phase:
         def loss(step: Step, _: int) -> tuple[Tensor, dict[str, Any]]:
             along, logs = self.direction(networks, step)
             return ascend(step.x, along), logs | {"std_x": step.x.detach().std()}
 
-        return Phase("generator", networks.student_groups(self.branch), loss, clip=self.student.clip)
+        return Phase("generator", networks.student_groups(self.branch), loss, clip=self.student.clip, asks_batch=True)
 
     def _product(self, networks: Networks) -> Product:
         extra = {"reward": next(iter(self.rewards), None), "guide": next(iter(self.guides), None)}
@@ -179,17 +182,32 @@ class Step:
         self.shown = None if control is None or self.c is None else control.image(self.c)
         self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
         self._networks = networks
+        self._x: Tensor | None = None
+        self._has_graph, self._known = False, {}
 
-    @cached_property
+    @property
     def x(self) -> Tensor:
         """The student's sample, differentiable in its parameters; of several levels, at one that is drawn each step.
 
-        The denoising steps before the drawn one run without gradient (backward simulation).
+        The denoising steps before the drawn one run without gradient (backward simulation). Where gradients are off,
+        so is this one's.
         """
+        graph = torch.is_grad_enabled()
+        if self._x is None or (graph and not self._has_graph):
+            self._x, self._has_graph = self._drawn(), graph
+        return self._x
+
+    def _drawn(self) -> Tensor:
         generator = self._networks.generator
         last = self.noise.choice("level", len(generator.levels))
         return generator.rollout(self.z, self.y, self.shown, last,
                                  lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A value of this step, computed where it is first asked for."""
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, t, eps) of the detached sample, t uniform on the grid points in [low, high]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class NCT:
         def loss(noises: Noises, _: int) -> tuple[Tensor, dict]:
             return self.loss(networks, multiplier, noises)
 
-        phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
+        phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip,
+                      after=lambda logs: self.dual_step(multiplier, logs))
         return Task([phase], begin, networks.modules | {"multiplier": multiplier},
                     networks.product("nct", self.control, base=self.base),
                     networks.probe(), networks.running)
@@ -94,7 +96,7 @@ class NCT:
         return Networks(loaded, Student(self.base_levels, self.base, optimiser=None), self.controlnet)
 
     def loss(self, networks: Networks, multiplier: Multiplier, noises: Noises) -> tuple[Tensor, dict]:
-        """L_con + lambda (L_bound - xi), and the dual step."""
+        """L_con + lambda L_bound; the dual step follows each update."""
         k = (noises.uniform.double() * self.levels).floor()
         generator = networks.generator
 
@@ -105,11 +107,13 @@ class NCT:
             before = at(k)
         consistency = self.distance(at(k + 1), before)
         bound = self.distance(generator(noises.z, noises.y, noises.shown), noises.x)
-        # A copy: the multiplier moves here, before the backward that still needs its value.
-        kept = [consistency] * self.consistency + [multiplier.value.clone() * bound] * self.boundary
-        multiplier.ascend(self.dual_rate, batch_mean(bound.detach()) - self.xi)
-        return torch.stack(kept).sum(), {"consistency_loss": consistency.detach(), "boundary_loss": bound.detach(),
-                                         "multiplier": multiplier.value.clone()}
+        kept = [consistency] * self.consistency + [multiplier.value * bound] * self.boundary
+        return torch.stack(kept).sum(), {"consistency_loss": consistency.detach(), "boundary_loss": bound.detach()}
+
+    def dual_step(self, multiplier: Multiplier, logs: dict[str, Any]) -> dict[str, Any]:
+        """lambda <- max(0, lambda + eta (L_bound - xi)), once an update whatever the batch's parts."""
+        multiplier.ascend(self.dual_rate, batch_mean(logs["boundary_loss"]) - self.xi)
+        return {"multiplier": multiplier.value.clone()}
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Mean over the batch of the pseudo-Huber d(a, b); scalar."""

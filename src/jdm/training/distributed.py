@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
-from jdm.sharing import mean_over_processes_
+from jdm.sharing import mean_over_processes_, processes
 
 PATIENCE = timedelta(minutes=10)  # timeout of a collective, after which a silent process counts as lost
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
@@ -35,7 +35,7 @@ GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process 
 
 def size() -> int:
     """Number of processes in the run; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return processes()
 
 
 def rank() -> int:

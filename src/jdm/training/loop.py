@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jdm.errors import RunError, TerminatedError, UsageError, in_short
 from jdm.loading import Loaded
 from jdm.models.execution import settle
 from jdm.run import Phase, Run
-from jdm.sharing import batch_mean, sharing
+from jdm.sharing import Means, batch_mean, part_of, sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
@@ -99,6 +100,7 @@ class Trainer:
             for repeat in range(phase.repeats):
                 gradients, loss, more = self._gradients(phase, step, repeat, begun)
                 norm = _step(phase, self.optimizers[phase.name], gradients, step, self.run)
+                more |= phase.after(more) if phase.after else {}
                 if not math.isfinite(norm) or not math.isfinite(loss):
                     raise self._not_finite(phase, step, norm)
             logs |= more | {f"{phase.name}/loss": loss, f"{phase.name}/gradient": norm}
@@ -112,15 +114,31 @@ class Trainer:
 
     def _gradients(self, phase: Phase, step: int, repeat: int,
                    begun: Any) -> tuple[list[Tensor | None], float, dict[str, Any]]:
-        """Gradients of the global batch's mean loss, that loss, and what the last part logs."""
-        turns, total, value, more = self.run.accumulate, None, torch.zeros(()), {}
+        """Gradients of the global batch's mean loss, that loss, and the mean of what its parts log."""
+        turns, total, value, logs = self.run.accumulate, None, torch.zeros(()), []
+        parts = [begun] if begun is not None else [self._begun(step, turn) for turn in range(turns)]
+        means = self._surveyed(phase, parts, repeat)
         for turn in range(turns):
-            loss, more = phase.loss(begun if begun is not None else self._begun(step, turn), repeat)
-            value = value.to(loss.device) + loss.detach() / turns
-            found = self._backward(loss / turns, phase)
+            with part_of(means) if means else nullcontext():
+                loss, more = phase.loss(parts[turn], repeat)
+            parts[turn] = None  # its graph is not needed beside the next part's
+            value, found = value.to(loss.device) + loss.detach() / turns, self._backward(loss / turns, phase)
             total = found if total is None else [_sum(a, b) for a, b in zip(total, found, strict=True)]
+            logs.append(more)
+            del loss
         assert total is not None
-        return total, float(batch_mean(value)), more
+        return total, float(batch_mean(value)), _mean(logs)
+
+    def _surveyed(self, phase: Phase, parts: Sequence[Any], repeat: int) -> Means | None:
+        """The means over the whole batch that the loss of each part asks for; None where none are needed."""
+        if len(parts) == 1 or not phase.asks_batch:
+            return None
+        means = Means()
+        for part in parts:
+            with torch.no_grad(), part_of(means):
+                phase.loss(part, repeat)
+        means.settle()
+        return means
 
     def _backward(self, loss: Tensor, phase: Phase) -> list[Tensor | None]:
         if distributed.size() == 1:
@@ -189,6 +207,11 @@ def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
+
+
+def _mean(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each value over a batch's parts."""
+    return {k: sum(part[k] for part in logs) / len(logs) for k in logs[0]} if len(logs) > 1 else logs[0]
 
 
 def _step(phase: Phase, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], step: int,

@@ -227,5 +227,5 @@ def test_sdxl_without_its_second_encoder_is_refused(tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     del index["text_encoder_2"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UsageError, match="is no SDXL model: it lacks text_encoder_2"):
+    with pytest.raises(UsageError, match="is not a SDXL model: it lacks text_encoder_2"):
         load_model(str(folder))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Required, TypedDict
 
 from torch import Tensor, nn
 
@@ -213,6 +213,21 @@ class Run:
     probe_every: int = 0
     best: str = ""
     patience: int = 0
+
+
+class Description(TypedDict, total=False):
+    """What is read of a run's description before its dataclasses are made of it."""
+
+    type: str
+    model: str
+    method: Required[dict[str, Any]]
+    data: Required[dict[str, Any]]
+
+
+class Record(TypedDict, total=False):
+    """run.json."""
+
+    run: Required[Description]
 
 
 def described(value: Any) -> Any:

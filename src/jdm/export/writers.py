@@ -20,10 +20,11 @@ from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, 
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
-from jdm.models.folder import CARD, lone_controlnet
+from jdm.models.folder import CARD, folder_json, lone_controlnet
 from jdm.models.schedulers import alphas_cumprod
 from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
 from jdm.recipes import recorded
+from jdm.run import Record
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
 from jdm.training import checkpoint
@@ -50,12 +51,12 @@ class Source:
 
     @property
     def card(self) -> dict:
-        return read_json(self.folder / CARD)
+        return folder_json(str(self.folder), CARD) or {}
 
     @property
     def kind(self) -> str | None:
         """The diffusers class that the folder names, or None."""
-        index = read_json(self.folder / "model_index.json") or read_json(self.folder / "config.json")
+        index = folder_json(str(self.folder), "model_index.json") or read_json(self.folder / "config.json")
         return index.get("_class_name") if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
@@ -146,6 +147,7 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     for folder in (run / "model", run):
         if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
             for file in folder.rglob("*"):
+                _refuse_link(file, folder)
                 if "training" not in file.parts and not any(file.parent.glob("*.safetensors")):
                     single_file.refuse_pickle(file)
             yield Source(folder, _record(folder), run)
@@ -157,16 +159,32 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     again = replace(recorded(run / "run.json"), out=run)
     try:
         export_checkpoint(again, spare)
-        yield Source(spare, read_json(run / "run.json"), run)
+        yield Source(spare, read_json(run / "run.json", Record), run)
     finally:
         shutil.rmtree(spare, ignore_errors=True)
+
+
+def _refuse_link(file: Path, folder: Path) -> None:
+    """Raises UsageError if an export would copy something from outside the folder.
+
+    A link may lead to a file in the folder, or, in the hub's cache, to one of the same model's blobs.
+    """
+    if not file.is_symlink() and (file.is_file() or file.is_dir()):
+        return
+    home, target = folder.resolve(), file.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parents[1]
+    if not target.is_file() or not target.is_relative_to(home):
+        raise UsageError(f"{file} leads to {target}, which is no file of this model; put the file itself there, or "
+                         "delete it")
 
 
 def _record(folder: Path) -> dict:
     """The run.json of a model's folder, from its run or from its `training` folder; {} if there is none."""
     beside = folder.parent / "run.json" if folder.name == "model" else folder / "run.json"
     kept = [file for file in (folder / "training").glob("*.json") if "run" in read_json(file)]
-    return read_json(beside) or (read_json(kept[0]) if len(kept) == 1 else {})
+    place = beside if beside.exists() or len(kept) != 1 else kept[0]
+    return read_json(place, Record)
 
 
 def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subject:
@@ -175,7 +193,7 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
                     base=source.record.get("run", {}).get("model"),
                     controlled=(source.folder / "controlnet").is_dir())
     configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    unet, vae, scheduler = (read_json(source.folder / file) for file in configs)
+    unet, vae, scheduler = (folder_json(str(source.folder), file) for file in configs)
     if not (unet and vae and scheduler):
         return found
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -262,14 +280,8 @@ def _keep_card(source: Source, draft: Path) -> None:
 def _metrics(file: Path) -> dict[str, Any]:
     """Reads the measurements of `jdm evaluate --json`."""
     single_file.refuse_pickle(file)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        first = getattr(error, "strerror", None) or error
-        raise UsageError(f"{file} could not be read ({first}); give a file written by jdm evaluate --json") from None
-    if not isinstance(found, dict) or not found or any(isinstance(v, dict | list) for v in found.values()):
-        raise UsageError(f"{file} is not from jdm evaluate --json, which writes one name and one value per measurement")
-    return found
+    remedy = "give a file written by jdm evaluate --json, which has one value for each name"
+    return read_json(file, dict[str, str | float | bool | None], remedy, needed=True)
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:

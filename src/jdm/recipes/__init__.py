@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Required, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from jdm.errors import UsageError
 from jdm.files import fitted, read_json
@@ -41,21 +41,6 @@ class Entry:
             return recipe
         scales = importlib.import_module(f"{__name__}.scales").SCALES
         return lambda: recipe(scales[self.scale])
-
-
-class Description(TypedDict, total=False):
-    """What is read of a run's description before its dataclasses are made of it."""
-
-    type: str
-    model: str
-    method: Required[dict[str, Any]]
-    data: Required[dict[str, Any]]
-
-
-class Record(TypedDict, total=False):
-    """run.json."""
-
-    run: Required[Description]
 
 
 SCALES = ("nano", "sd15")  # the keys of scales.SCALES, which is not imported for its names
@@ -118,7 +103,7 @@ def recorded(file: Path) -> Run:
     Raises:
         UsageError: it is no such record, a value does not fit its field, or its method is not one of this package's.
     """
-    from jdm.run import Run
+    from jdm.run import Record, Run
 
     remedy = "give the run.json that a run left, or name the recipe instead"
     description = read_json(file, Record, remedy, needed=True)["run"]

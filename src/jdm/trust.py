@@ -27,17 +27,21 @@ def note_data(value: Any, file: str | Path) -> None:
             _named.setdefault(source, str(file))
 
 
+def start(arguments: Iterable[str]) -> None:
+    """Begin a command: code is trusted that its arguments name, and with FLAG whatever code data files name."""
+    global _data_trusted
+    arguments = list(arguments)
+    _named.clear()
+    _trusted.clear()
+    _data_trusted = FLAG in arguments
+    trust(arguments)
+
+
 def trust(arguments: Iterable[str]) -> None:
-    """Trust the code that these command-line arguments name: FILE.py, FILE.py:NAME, --flag=FILE.py:NAME or lists."""
+    """Trust the code that these name: FILE.py, FILE.py:NAME, --flag=FILE.py:NAME, or several between commas."""
     for argument in arguments:
         for word in (part for half in (argument, argument.partition("=")[2]) for part in half.split(",")):
             _trusted.update({word, word.rpartition(":")[0]})
-
-
-def trust_data(yes: bool) -> None:
-    """Trust whatever code data files name, or none of it; each is announced before it runs."""
-    global _data_trusted
-    _data_trusted = yes
 
 
 def refuse_data(source: str) -> None:

@@ -59,10 +59,9 @@ def _run(arguments: list[str]) -> int:
         name = arguments[0]
         if name not in commands:
             raise UsageError(f"there is no command {name!r}; {_hint(name, commands)}see: jdm --help")
-        trust.trust_data(trust.FLAG in arguments)
+        trust.start(arguments[1:])
         if trust.FLAG in commands[name].flags():  # wherever it stands: a recipe's flags are not read here
             arguments = [argument for argument in arguments if argument != trust.FLAG]
-        trust.trust(arguments[1:])
         if name not in ("train", "prepare", "estimate"):  # their flags are the recipe's fields
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)

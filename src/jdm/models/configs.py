@@ -60,6 +60,7 @@ class Index(TypedDict, total=False):
 class Scheduler(TypedDict, total=False):
     """scheduler_config.json, of any class."""
 
+    _class_name: str
     num_train_timesteps: Annotated[int, Meta(ge=1, le=100_000)]
     beta_start: Unit
     beta_end: Unit

@@ -106,7 +106,7 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
 
     Raises:
         UsageError: its config does not fit its class, or its weights are a pickle.
-        OSError, ValueError: it cannot be loaded, or lacks weights, of which diffusers and transformers only warn.
+        ValueError: it cannot be loaded, or lacks weights, of which diffusers and transformers only warn.
     """
     folder_json(path, f"{subfolder}/config.json".lstrip("/"), kind)
     folder = Path(path) / subfolder
@@ -116,19 +116,19 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
 
 
 def loaded(kind: type[Loaded], path: str, subfolder: str = "", weights: bool = False) -> Loaded:
-    """A network or tokenizer by its from_pretrained; whatever that raises becomes an OSError or a ValueError."""
+    """A network or tokenizer by its from_pretrained; whatever that raises becomes a ValueError that names the part."""
     more: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True} if weights else {}
     try:
         found = cast(Any, kind).from_pretrained(path, **({"subfolder": subfolder} if subfolder else {}), **more)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a config that its class cannot be made from
-        raise ValueError(f"{Path(path) / subfolder}: {in_short(error)}") from None
+    except Exception as error:  # from a config that its class cannot be made from, or from damaged weights
+        said = str(error) if isinstance(error, OSError | ValueError) else in_short(error)
+        raise ValueError(f"{subfolder or path}: {said}") from None
     if not weights:
         return found
     net, info = found
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
+        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first, in "
+                         f"{subfolder or path}")
     return net
 
 

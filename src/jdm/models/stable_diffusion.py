@@ -86,7 +86,8 @@ class StableDiffusion:
         index = model_index(path)
         missing = [p for p in cls.PARTS if p not in index]
         if missing:
-            raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}")
+            raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}; its model_index.json "
+                             f"must name {'them' if len(missing) > 1 else 'it'}")
         has_own = (index.get("controlnet") or [None])[0] is not None
         try:
             control = (whole_network(ControlNetModel, controlnet) if controlnet else
@@ -110,7 +111,12 @@ class StableDiffusion:
         return model
 
     def _refuse_misfits(self, path: str) -> None:
-        """UsageError where the parts were made for different models: their shapes or levels would be wrong."""
+        """UsageError where the parts were made for different models: their shapes, levels or words would be wrong."""
+        for (encoder, own), name in zip(self.text().networks, ("tokenizer", "tokenizer_2"), strict=False):
+            words, length = cast(Any, encoder).config.vocab_size, cast(Any, encoder).config.max_position_embeddings
+            if len(own) > words or own.model_max_length > length:
+                raise UsageError(f"{path}/{name}/tokenizer_config.json: its text encoder takes {words} words and a "
+                                 f"model_max_length of {length}, got {len(own)} and {own.model_max_length}; {REMEDY}")
         try:
             n = self.schedule.n
         except Exception as error:  # diffusers' own checks raise several

@@ -60,7 +60,8 @@ def test_what_is_no_text_file_is_named(tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")  # would be waited for
-    for name, said in (("bytes", "cannot be read as text"), ("folder", "it is not a file"), ("pipe", "it is not a file")):
+    for name in ("bytes", "folder", "pipe"):
+        said = "cannot be read as text" if name == "bytes" else "it is not a file"
         with pytest.raises(UsageError, match=rf"{name}\.json.* {said}"):
             read_json(tmp_path / f"{name}.json")
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 from jdm.files import fitted, read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -118,7 +118,7 @@ class Classifier(nn.Module):
             model = cls(config)
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (ValueError, IndexError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{folder} is not a saved classifier: {error}") from error
+            raise UsageError(f"{folder} is not a saved classifier: {in_short(error)}") from error
         return model.eval()
 
 

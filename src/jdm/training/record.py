@@ -70,6 +70,6 @@ def measurements(path: Path) -> list[dict[str, float]]:
     """
     rows = read_lines(path, dict[str, float])
     for n, row in enumerate(rows, 1):
-        if not row.get("step", -1) >= 0:
-            raise UsageError(f"{path}, line {n}: step: expected a number, at least 0; delete that line")
+        if not 0 <= row.get("step", -1) < 2**53:
+            raise UsageError(f"{path}, line {n}: step: expected a number in 0..2^53; delete that line")
     return rows

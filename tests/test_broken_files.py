@@ -14,6 +14,7 @@ from jdm import trust
 from jdm.data.cache import LAYOUT, Cache
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
+from jdm.export.writers import export
 from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.metrics.scores import read_prompts
@@ -72,6 +73,19 @@ def test_a_models_files(name, student, tmp_path):
         sampler = Sampler(model, guidance=float((model.card or {}).get("guidance", 2.0)))
         z = starting_noise(model.latent_shape(1, model.size), 0)
         sampler(z, ["a boot"], None if model.controlnet is None else torch.zeros(1, 3, 32, 32))
+
+    fuzzed(folder / name, read, 10, names=(name.partition("/")[0],))
+
+
+@pytest.mark.parametrize("name", ["jdm.json", "run.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_model_that_is_exported(name, student, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(student, folder)
+    (folder / "run.json").write_text(json.dumps({"run": described(RUN), "data": {"n": 5}, "versions": {"torch": "2"}}))
+
+    def read():
+        shutil.rmtree(tmp_path / "e", ignore_errors=True)
+        export(folder, tmp_path / "e")
 
     fuzzed(folder / name, read, 10, names=(name.partition("/")[0],))
 

@@ -48,7 +48,7 @@ def theirs(student, tmp_path):
 
 def run_json(folder, run):
     folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"run": described(run)}))
+    (folder / "run.json").write_text(json.dumps({"run": described(run)}, default=str))
     return folder / "run.json"
 
 
@@ -152,3 +152,13 @@ def test_an_export_follows_links_within_the_hub_cache(student, tmp_path):
     (snapshot / "jdm.json").rename(blobs / "5d")
     (snapshot / "jdm.json").symlink_to("../../blobs/5d")
     assert (export(snapshot, tmp_path / "e") / "jdm.json").read_bytes() == (blobs / "5d").read_bytes()
+
+
+def test_a_readme_quotes_what_files_say(student, tmp_path):
+    shutil.copytree(student, tmp_path / "m")
+    code = 'x"\nimport os\nos.system("true")  # '
+    run = {**described(nano_canny()), "model": code}
+    (tmp_path / "m" / "run.json").write_text(json.dumps({"run": run, "versions": {"torch": code}}))
+    for format in ("diffusers", "controlnet"):
+        text = (export(tmp_path / "m", tmp_path / format, format=format) / "README.md").read_text()
+        assert not [line for line in text.splitlines() if line.startswith(("import os", "os.system"))]

@@ -228,6 +228,8 @@ class Record(TypedDict, total=False):
     """run.json."""
 
     run: Required[Description]
+    data: dict[str, Any]
+    versions: dict[str, Any]
 
 
 def described(value: Any) -> Any:

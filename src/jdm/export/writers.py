@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
+from jdm.models.configs import REMEDY
 from jdm.models.folder import CARD, folder_json, lone_controlnet
 from jdm.models.schedulers import alphas_cumprod
 from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
@@ -57,7 +58,10 @@ class Source:
     def kind(self) -> str | None:
         """The diffusers class that the folder names, or None."""
         index = folder_json(str(self.folder), "model_index.json") or read_json(self.folder / "config.json")
-        return index.get("_class_name") if "_diffusers_version" in index else None
+        kind = index.get("_class_name")
+        if kind is not None and not str(kind).isidentifier():  # it becomes a line of the README's code
+            raise UsageError(f"{self.folder}: _class_name: expected a class of diffusers, got {kind!r:.60}; {REMEDY}")
+        return kind if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
         """The whole model, for the layouts of other programs."""
@@ -194,14 +198,17 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
                     controlled=(source.folder / "controlnet").is_dir())
     configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     unet, vae, scheduler = (folder_json(str(source.folder), file) for file in configs)
-    if not (unet and vae and scheduler):
+    if not (unet and vae and scheduler and "block_out_channels" in vae):
         return found
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
                     prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
     if found.levels is None:
         return found
-    own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    try:
+        own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    except Exception as error:  # diffusers' own checks raise several
+        raise UsageError(f"{source.folder / configs[-1]} gives no noise levels ({in_short(error)}); {REMEDY}") from None
     signal, level = float(own[-1]), len(own) - 1
     same = level < len(theirs) and abs(float(theirs[level]) / signal - 1) < 1e-3
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ LARGEST = 2**28  # bytes of an index; one of SDXL has a few million
 KNOWN = {(kind.__module__, kind.__name__): kind for kind in (
     metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata,
     metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size,
-)} | {("torch.serialization", "_get_layout"): torch.serialization._get_layout}
+)} | {("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+     ("pathlib", "PosixPath"): PurePosixPath}  # of the folder it was written to; not used
 
 
 class Reader(dcp.FileSystemReader):

@@ -50,7 +50,8 @@ class Touch:
 @pytest.mark.parametrize("hostile", [
     lambda ran: Touch(open, str(ran), "w"), lambda ran: Touch(os.system, f"touch {ran}"),
     lambda ran: Touch(subprocess.check_call, ["touch", str(ran)]), lambda ran: Touch(eval, f"open({str(ran)!r}, 'w')"),
-    lambda ran: Touch(torch.load, str(ran)), lambda ran: Touch(getattr, torch, "load"), lambda ran: nn.Linear(1, 1),
+    lambda ran: Touch(torch.load, str(ran)), lambda ran: Touch(getattr, torch.Size, "numel"),
+    lambda ran: nn.Linear(1, 1),
     lambda ran: [1], lambda ran: None, lambda ran: BytesStorageMetadata(), lambda ran: MetadataIndex("x"),
 ], ids=str)
 def test_a_hostile_index_builds_nothing(hostile, place, tmp_path):

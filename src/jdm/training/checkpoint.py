@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -176,7 +177,7 @@ def _gathered(state: State, place: Path, alone: bool) -> dict[str, Tensor]:
     reader = sharded.Reader(place)
     for key, known in reader.read_metadata().state_dict_metadata.items():
         like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is sharded like its parameter
-        if like is not None or key == "rng.torch":
+        if isinstance(known, TensorStorageMetadata) and (like is not None or key == "rng.torch"):
             empty = torch.zeros(known.size, dtype=known.properties.dtype)
             tensors[key] = empty if like is None or not empty.ndim else distributed.placed_like(empty, like)
     dcp.load(tensors, storage_reader=reader, no_dist=alone or distributed.size() == 1)

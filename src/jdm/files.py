@@ -1,14 +1,17 @@
-"""Files: atomic writes, JSON that may be missing, and a lock for the process that works in a folder."""
+"""Files: atomic writes, the one door through which JSON is read, and a lock for the process that works in a folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
-from jdm.errors import RunError
+from jdm.errors import RunError, UsageError, in_short
 
 ASSETS = Path(__file__).parent / "assets"  # the models and pictures that are part of the package
 
@@ -51,10 +54,79 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def read_json(file: Path) -> dict:
-    """The JSON object in a file; {} if the file is missing, cannot be read, or holds anything else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def read_json(file: Path, schema: Any = dict, remedy: str = "put back the original", needed: bool = False) -> Any:
+    """The value in a JSON file, as `parsed` returns it; {} if there is no such file and it is not `needed`.
+
+    Raises:
+        UsageError: the file cannot be read, is not JSON, or does not fit the schema.
+    """
+    if not needed and not file.exists():
         return {}
-    return found if isinstance(found, dict) else {}
+    return parsed(_text(file, remedy), str(file), schema, remedy)
+
+
+def read_lines(file: Path, schema: Any, remedy: str = "delete that line") -> list[Any]:
+    """The values of a file with one JSON value a line, NaN allowed; none if there is no such file.
+
+    A last line without its newline is left out: its writer was stopped in the middle of it.
+    """
+    lines = _text(file, remedy).split("\n")[:-1] if file.exists() else []
+    return [parsed(line, f"{file}, line {n}", schema, remedy, nan=True) for n, line in enumerate(lines, 1)]
+
+
+def parsed(text: str, where: str, schema: Any = dict, remedy: str = "put back the original", nan: bool = False) -> Any:
+    """The value that a JSON text spells; fields that the schema lacks are kept, unless it is a dataclass.
+
+    Args:
+        where: the file, for messages.
+        schema: a TypedDict, a dataclass or any other type that msgspec converts to.
+        nan: NaN and Infinity are allowed.
+
+    Raises:
+        UsageError: the text is not JSON or does not fit the schema.
+    """
+    try:
+        found = json.loads(text, parse_constant=None if nan else _no_constant)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair could be neither printed nor opened
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON ({in_short(error)}); {remedy}") from None
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deeply; {remedy}") from None
+    value = fitted(found, schema, where, remedy)
+    return value if dataclasses.is_dataclass(schema) else found
+
+
+def fitted(value: Any, schema: Any, where: str, remedy: str, key: str = "") -> Any:
+    """A JSON value converted to the schema's type.
+
+    Args:
+        key: the value's place in the file, for messages.
+
+    Raises:
+        UsageError: it does not fit; the message has the file, the key, and what was expected.
+    """
+    import msgspec
+
+    if get_origin(schema) is dict and isinstance(value, dict):  # msgspec does not say which key
+        inner = get_args(schema)[1]
+        return {k: fitted(v, inner, where, remedy, f"{key}.{k}".strip(".")) for k, v in value.items()}
+    try:
+        return msgspec.convert(value, schema)
+    except (msgspec.ValidationError, RecursionError) as error:
+        what, _, path = str(error).replace("Object missing required field", "there is no").partition(" - at `$")
+        place = f"{key}{path.rstrip('`')}".strip(".")
+        raise UsageError(f"{where}: {place + ': ' if place else ''}{what[:1].lower()}{what[1:]}; {remedy}") from None
+
+
+def _text(file: Path, remedy: str) -> str:
+    if not file.is_file():  # a folder, or a pipe, which would be waited for
+        raise UsageError(f"{file}: {'it is not a file' if file.exists() else 'there is no such file'}; {remedy}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as text ({in_short(error)}); {remedy}") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError
 from torch import nn
 
 from jdm.errors import UsageError
-from jdm.files import ASSETS
+from jdm.files import ASSETS, read_json
 from jdm.formats.single_file_import import load_single_file
 from jdm.models.family import Family
-from jdm.models.folder import CARD, lone_controlnet, model_index, whole_network
+from jdm.models.folder import CARD, folder_json, lone_controlnet, model_index, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -46,7 +44,7 @@ def load_model(name: str) -> Family:
         folder, controlnet = SHIPPED[name]
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
-        return model.with_parts(card=json.loads(card.read_text())) if card.is_file() else model
+        return model.with_parts(card=read_json(card)) if card.is_file() else model
     if (single := load_single_file(name)) is not None:
         return single
     kind = str(model_index(name).get("_class_name"))
@@ -68,7 +66,7 @@ def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:
     folder = Path(name)
     if (folder / "config.json").is_file():
         net = lone_controlnet(folder)
-        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
+        card = folder_json(name, CARD) or {}
     else:
         model = load_model(name)
         net, card = model.controlnet, model.card or {}
@@ -90,7 +88,7 @@ def tiny_decoder(name: str, teacher: Family) -> nn.Module:
     """
     try:
         net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{name} is not a tiny autoencoder (AutoencoderTiny): "
                          f"{(str(error).splitlines() or [''])[0][:120]}") from None
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)

@@ -194,11 +194,9 @@ def made_with(run: Run) -> dict[str, Any]:
 
 def _stored_signs(folder: Path) -> list:
     """Signs of the picture files in the existing preparation, so that unchanged files are not hashed again."""
-    name = read_json(folder / MANIFEST).get("data", {}).get("files")
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8")) if name else []
-    except (OSError, ValueError):
-        return []
+    with suppress(UsageError):  # what another version wrote, or somebody changed, is not gone on from
+        return Cache.read(folder).listed("files")
+    return []
 
 
 def _sweep(folder: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_type_hints
+from typing import Any, Literal, Protocol, Required, TypedDict
 
 from torch import Tensor, nn
 
@@ -221,6 +221,23 @@ class Run:
     patience: int = 0
 
 
+class Description(TypedDict, total=False):
+    """What is read of a run's description before its dataclasses are made of it."""
+
+    type: str
+    model: str
+    method: Required[dict[str, Any]]
+    data: Required[dict[str, Any]]
+
+
+class Record(TypedDict, total=False):
+    """run.json."""
+
+    run: Required[Description]
+    data: dict[str, Any]
+    versions: dict[str, Any]
+
+
 def described(value: Any) -> Any:
     """A dataclass as plain JSON, with its type's name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -234,24 +251,3 @@ def described(value: Any) -> Any:
 def without_cache(description: dict) -> dict:
     """A run's description without the one field of its data that decides nothing: where that is prepared."""
     return description | {"data": {k: v for k, v in description.get("data", {}).items() if k != "prepared"}}
-
-
-def from_description(value: Any, types: Mapping[str, type]) -> Any:
-    """The inverse of `described`: JSON -> dataclass. JSON's lists become tuples, strings Path where one is declared.
-
-    Args:
-        types: dataclasses by name. KeyError, TypeError or ValueError where the description does not fit them.
-    """
-    if isinstance(value, list):
-        return tuple(from_description(v, types) for v in value)
-    if not isinstance(value, dict) or "type" not in value:
-        return value
-    if value["type"] not in types:
-        raise ValueError(f"{value['type']} is not a known type")
-    kind = types[value["type"]]
-    hints = get_type_hints(kind)
-    fields = {k: from_description(v, types) for k, v in value.items() if k != "type"}
-    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(kind)})
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]}")
-    return kind(**{k: Path(v) if hints[k] is Path else v for k, v in fields.items()})

@@ -14,14 +14,22 @@ from torch import Tensor
 
 from jdm.errors import UsageError, in_short
 from jdm.size import Size, height_width
+from jdm.trust import refuse_data, trust
 
 
 def imported(source: str) -> ModuleType:
     """Import a module by its file, `my_controls.py`, or by its name, `package.module`.
 
     Raises:
-        UsageError: the file or module does not exist, or it raises when it is run.
+        UsageError: the file or module does not exist, it raises when it is run, or only a file of data names it.
     """
+    refuse_data(source)
+    module = _module(source)
+    trust([source])
+    return module
+
+
+def _module(source: str) -> ModuleType:
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)

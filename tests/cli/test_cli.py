@@ -121,8 +121,11 @@ def test_a_users_control_trains_and_samples(teacher, photo, tmp_path, capsys, un
     method = recorded(out / "run.json").method
     assert (method.control, method.condition.weight, method.condition.posterior.rank) == (control, 0.5, 2)
     pictures = tmp_path / "pictures"
-    assert main(["sample", str(out / "model"), "--prompt", "ankle boot", "--image", str(photo), "--n", "2",
-                 "--out", str(pictures)]) == 0
+    drawn = ["sample", str(out / "model"), "--prompt", "ankle boot", "--image", str(photo), "--n", "2", "--out",
+             str(pictures)]
+    assert main(drawn) == 2
+    assert "jdm.json names code" in capsys.readouterr().err
+    assert main([*drawn, "--control", control]) == 0
     assert sorted(p.name for p in pictures.iterdir()) == ["000.png", "001.png", "control.png", "grid.png"]
     shown = np.asarray(Image.open(pictures / "control.png"))
     assert shown.shape == (32, 32, 3)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from jdm.cli.parser import REPRODUCED, SCALES
+from jdm.files import fitted
 from jdm.recipes import entries
-from jdm.reproduce import results, setups
+from jdm.reproduce import setups
 from jdm.reproduce.figures import LABEL, sheet
 from jdm.reproduce.models import Trained, differing, essence, replaced, settled
 from jdm.reproduce.page import ANCHORS, _course, _terms, aligned, markdown, number, pair
@@ -152,7 +153,7 @@ def test_pages_of_before_are_read(file):
     records = [r for row in plain["rows"] for c in row["cells"].values() for r in c["records"]]
     assert [r.file for *_, r in page.records()] == [r["file"] for r in records]
     assert [r.measured for *_, r in page.records()] == [r["measured"] for r in records]
-    assert results.decoded(Page, json.loads(json.dumps(asdict(page)))) == page
+    assert fitted(json.loads(json.dumps(asdict(page))), Page, "", "") == page
     assert plain["title"] == page.title
     assert markdown(page).startswith("# Table")
 

@@ -32,6 +32,7 @@ from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
 from jdm.training.loop import train
+from jdm.training.record import measurements
 
 # The full training set does not ship: students train on one half of the packaged test split and are asked about the
 # other.
@@ -141,7 +142,7 @@ def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], 
 
 
 def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:
-    log = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    log = measurements(run.out / "metrics.jsonl")
     curves = [html.curve(name, [(r["step"], r[key]) for r in log if key in r]) for name, key in (
         ("fidelity term, rms", "fidelity"), ("condition term, rms", "condition"), ("fake score's loss", "fake/loss"),
         ("posterior's loss", "posterior/loss"), ("standard deviation of x", "std_x"))]

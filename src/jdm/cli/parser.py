@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from jdm import __version__
+from jdm import __version__, trust
 from jdm.errors import RunError, TerminatedError, UsageError, in_short
 
 # Read by third parties when they are imported, so set before any of them is.
@@ -59,6 +59,9 @@ def _run(arguments: list[str]) -> int:
         name = arguments[0]
         if name not in commands:
             raise UsageError(f"there is no command {name!r}; {_hint(name, commands)}see: jdm --help")
+        trust.start(arguments[1:])
+        if trust.FLAG in commands[name].flags():  # wherever it stands: a recipe's flags are not read here
+            arguments = [argument for argument in arguments if argument != trust.FLAG]
         if name not in ("train", "prepare", "estimate"):  # their flags are the recipe's fields
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)
@@ -162,7 +165,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, made
 
 
+def _trust_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(trust.FLAG, action="store_true", help="run code that a model's jdm.json or a run.json names, "
+                        "after showing where it is; code that you name yourself needs no such flag")
+
+
 def _run_flags(parser: argparse.ArgumentParser) -> None:
+    _trust_flag(parser)
     parser.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="name of a recipe (see: jdm recipes), a file "
                         "of your own with a function recipe(), or the record that a run left")
     rest = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
@@ -189,6 +198,7 @@ def _model_flag(parser: argparse.ArgumentParser) -> None:
 
 def _sampler_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `jdm sample` and `jdm evaluate` share."""
+    _trust_flag(parser)
     parser.add_argument("--control", help="control to measure, such as canny or my_controls.py:Posterize (default: "
                         "the one the model was trained with)")
     parser.add_argument("--seed", type=_seed, default=0,
@@ -242,6 +252,7 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _trust_flag(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run, finished or not, or of a model")
     parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
     parser.add_argument("--format", type=_among(FORMATS), default="diffusers",

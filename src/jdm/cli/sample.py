@@ -78,7 +78,7 @@ def shown_control(model: Family, image: str | None, control_map: str | None,
                          "--control-map with a ready map, and not both")
     if control_map is not None:
         loaded = pictures.load_picture(control_map, model.size)
-        with Image.open(control_map) as file:
+        with Image.open(control_map, formats=pictures.FORMATS) as file:
             width, height = file.size
         if (height, width) != height_width(model.size):
             raise UsageError(f"{control_map}: a control map must be {spelled(model.size)} pixels (height x width), got "

@@ -64,7 +64,7 @@ def _of_folder(name: str) -> dict[str, dict]:
              "scheduler": "scheduler/scheduler_config.json", "card": "jdm.json"}
     if FAMILIES.get(str(index.get("_class_name"))) is StableDiffusionXL:
         files["text_encoder_2"] = "text_encoder_2/config.json"
-    if index.get("controlnet", [None])[0] is not None:
+    if (index.get("controlnet") or [None])[0] is not None:
         files["controlnet"] = "controlnet/config.json"
     found = {part: folder_json(str(path), file) for part, file in files.items()}
     if controlnet:

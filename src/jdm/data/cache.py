@@ -19,10 +19,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from jdm.data.sources import Pictures
@@ -36,7 +37,35 @@ from jdm.space import Space
 MANIFEST = "manifest.json"
 LAYOUT = 2  # increase when the files, or the decoding and cropping of pictures, change
 CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # `facts` in messages
+Name = Annotated[str, Meta(pattern=r"^[a-z]+-[0-9a-f]+(\.json)?$")]  # of a part or file in the same folder
 Sign = list  # identifies a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
+
+
+TextPart = TypedDict("TextPart", {"part": Name, "text encoder": str, "tokenizer": str})
+LatentPart = TypedDict("LatentPart", {"part": Name, "autoencoder": str})  # noqa: UP013
+PicturePart = TypedDict("PicturePart", {"part": Name})  # noqa: UP013
+
+
+class Prepared(TypedDict):
+    """What was prepared, and the files that list its prompts and pictures."""
+
+    size: str
+    split: str
+    n: Annotated[int, Meta(ge=1)]
+    prompts: str
+    captions: Name
+    files: Name
+
+
+class Manifest(TypedDict):
+    """manifest.json."""
+
+    layout: int
+    recipe: str
+    data: Prepared
+    text: list[TextPart]
+    pictures: PicturePart
+    latents: list[LatentPart]
 
 
 class Cache:
@@ -51,7 +80,8 @@ class Cache:
         if manifest.get("layout") != LAYOUT:
             why = "was prepared by another version" if "layout" in manifest else "holds no finished preparation"
             raise UsageError(f"{folder} {why}; run jdm prepare {manifest.get('recipe', 'RECIPE')} --out {folder}")
-        return cls(folder, manifest)
+        remedy = f"run jdm prepare RECIPE --out {folder} again"
+        return cls(folder, read_json(folder / MANIFEST, Manifest, remedy))
 
     def pictures(self, data: Data, loaded: Pictures) -> Pictures:
         """Returns the split with pictures, and latents if prepared, memory-mapped from disk."""
@@ -64,7 +94,7 @@ class Cache:
         own, made = encoder_signs(encoder), self.manifest["text"]
         for entry in made:
             if entry.items() >= own.items():
-                prompts = json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8"))
+                prompts = self.listed("captions")
                 return States(prompts, self._arrays(entry["part"], len(prompts)))
         known = any(entry["text encoder"] == own["text encoder"] for entry in made)
         raise self._mismatch("tokenizer" if known else "text encoder")
@@ -84,14 +114,19 @@ class Cache:
             if made[fact] != now[fact]:
                 detail = f" ({made[fact]}, not {now[fact]})" if fact != "prompts" else self._new_prompt(loaded)
                 raise self._mismatch(name, detail)
-        known = json.loads((self.folder / made["files"]).read_text(encoding="utf-8"))
+        known = self.listed("files")
         found = signs(loaded, known)
         changed = [after[0] for before, after in zip(known, found, strict=False) if before[-1] != after[-1]]
         if changed or len(found) != len(known):
             raise self._mismatch("picture", f" ({changed[0]})" if changed else "")
 
+    def listed(self, key: str) -> list[Any]:
+        """The list in one of the manifest's files: the captions, or the files' signs."""
+        schema = list[str] if key == "captions" else list[tuple[str, int, int, int, int, str]]
+        return read_json(self.folder / self.manifest["data"][key], schema, self._remedy, needed=True)
+
     def _new_prompt(self, loaded: Pictures) -> str:
-        known = set(json.loads((self.folder / self.manifest["data"]["captions"]).read_text(encoding="utf-8")))
+        known = set(self.listed("captions"))
         new = [prompt for prompt in distinct(loaded) if prompt not in known]
         return f" ({new[0]!r} is new)" if new else ""
 

@@ -18,6 +18,8 @@ from jdm.errors import RunError, UsageError, in_short
 from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
+# Whatever a file is named, Pillow tries these alone: for PostScript, say, it would start another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI", "PCX")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -44,7 +46,7 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large but allowed pictures and odd metadata
-            with Image.open(source) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 _check_size(path, image)
                 image.load()
                 rgb = _rgb(path, ImageOps.exif_transpose(image))

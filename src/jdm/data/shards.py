@@ -148,7 +148,7 @@ def _json_caption(text: str) -> str:
     try:
         values = json.loads(text)
         return str(values.get("caption") or values.get("text") or "").strip()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""
 
 

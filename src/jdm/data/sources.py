@@ -9,22 +9,23 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jdm.data.pictures import SUFFIXES, decoded, load_picture, read_all
+from jdm.data.pictures import SUFFIXES, decoded, load_picture, read_all, read_picture
 from jdm.data.shards import Shards
 from jdm.errors import UsageError
-from jdm.files import ASSETS
+from jdm.files import ASSETS, parsed
 from jdm.size import Size, height_width, spelled
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ def _table(root: Path) -> dict[str, str]:
     try:
         text = tables[0].read_text(encoding="utf-8")
         if tables[0].suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [parsed(line, f"{tables[0]}, line {n}", dict, "give one object a line")
+                    for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         else:
             rows = list(csv.DictReader(text.splitlines()))
         return {r["file_name"]: str(r.get("text") or r.get("caption") or "") for r in rows}
@@ -250,7 +252,7 @@ def _shards(source: str, split: str, size: Size) -> Pictures:
 
 
 def _hub(name: str, split: str, size: Size) -> Pictures:
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
 
     try:
         whole = load_dataset(name, split="test" if split == "test" else "train")
@@ -263,6 +265,8 @@ def _hub(name: str, split: str, size: Size) -> Pictures:
     if image is None or (text is None and "label" not in features):
         raise UsageError(f"{name}: needs an image column and a text or label column, has {list(features)}")
     column: str = image
+    if isinstance(features[column], Image):  # this package opens them: datasets would open any format
+        whole = whole.cast_column(column, Image(decode=False))
     if text is None:
         labels, names = torch.tensor(whole["label"]), features["label"].names
         captions = tuple(tuple(_phrase(t, n.lower()) for t in TEMPLATES) for n in names)
@@ -271,7 +275,7 @@ def _hub(name: str, split: str, size: Size) -> Pictures:
     cut = len(whole) - min(HELD_OUT, len(whole) // 10)
     bounds = {"train": (0, cut), "validation": (cut, len(whole)), "test": (0, len(whole))}[split]
     return Pictures(
-        images=lambda rows: read_all(lambda p: decoded(p, size, name), whole[rows.tolist()][column]),
+        images=lambda rows: read_all(lambda file: _held(file, name, size), whole[rows.tolist()][column]),
         captions=captions,
         labels=labels,
         indices=torch.arange(*bounds),
@@ -280,6 +284,15 @@ def _hub(name: str, split: str, size: Size) -> Pictures:
         files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
         slow=True,
     )
+
+
+def _held(file: Any, name: str, size: Size) -> Tensor:
+    """A picture of a hub dataset: its bytes, its path, or a picture that is open already."""
+    if not isinstance(file, dict):
+        return decoded(file, size, name)
+    if file["bytes"] is None:
+        return load_picture(file["path"], size)
+    return read_picture(io.BytesIO(file["bytes"]), f"{name}: {file['path'] or 'a picture'}", len(file["bytes"]), size)
 
 
 def _slice(expression: str) -> slice:

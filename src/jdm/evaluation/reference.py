@@ -18,13 +18,14 @@ from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler, counted
-from jdm.files import ASSETS
+from jdm.files import ASSETS, parsed
 from jdm.library import load_model
 from jdm.metrics.extractors import Extractor
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.models import nano
 from jdm.size import spelled
 
+AGAIN = "delete that file in ~/.cache/jdm/reference and run again"
 STEPS, GUIDANCE, SAMPLES = 25, 2.0, 5000
 SEEDS = (1000, 2000)  # seeds of the reference and of the second set
 FLOORS = (250, 500, 1000, 2000, 5000)  # sizes of the second set at which the floor is stored
@@ -38,7 +39,10 @@ class Reference:
 
     def floor(self, n: int) -> float:
         """Distance of n further teacher samples; interpolated linearly in 1 / n, as its bias is, between sizes."""
-        table = sorted((int(k), float(v)) for k, v in json.loads(self.statistics.extra["floors"]).items())
+        found = parsed(self.statistics.extra.get("floors", ""), "the floors of a reference", dict[str, float], AGAIN)
+        if not found or not all(k.isdecimal() for k in found):
+            raise UsageError(f"the floors of a reference must be by number of pictures; {AGAIN}")
+        table = sorted((int(k), float(v)) for k, v in found.items())
         sizes = [k for k, _ in table]
         if n <= sizes[0]:
             return table[0][1] * sizes[0] / n

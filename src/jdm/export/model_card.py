@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -69,7 +70,7 @@ class Subject:
         """Says which model a ControlNet by itself belongs to."""
         if self.levels and self.method.get("train_unet", True):
             return "student"
-        return public(self.method.get("start") or self.base or "base")
+        return public(str(self.method.get("start") or self.base or "base"))
 
 
 def model_card(of: Subject) -> str:
@@ -87,7 +88,7 @@ def model_card(of: Subject) -> str:
                   _table("measurement", "value", rows)]
     if of.record:
         parts += ["## Training", _table("setting", "value", _settings(of.record))]
-    whose = f" ({public(of.base)})" if of.base else ""
+    whose = f" ({_value(of.base)})" if of.base else ""
     parts += ["## Licence", f"Inherit from the base model{whose}: its licence and terms of use apply to this one. "
               "Name them here before you publish it."]
     return "\n\n".join(parts) + "\n"
@@ -105,7 +106,7 @@ def public(name: str) -> str:
 
 
 def _header(of: Subject) -> str:
-    tags = [str(of.card.get("kind"))] * bool(of.levels)
+    tags = [re.sub(r"[^\w-]", "", str(of.card.get("kind")))] * bool(of.levels)
     tags += ["controlnet"] * of.controlled + ["lora"] * (of.format == "lora")
     lines = ["license: other", "license_name: inherit-from-base-model", "library_name: diffusers",
              "pipeline_tag: text-to-image"]
@@ -121,7 +122,7 @@ def _summary(of: Subject) -> str:
     what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
     steps = f" that draws in {counted(len(of.levels))}" if of.levels else ""
     control = of.card.get("control")
-    control = f", following a control ({public(str(control))})" if control and of.controlled else ""
+    control = f", following a control ({_value(control)})" if control and of.controlled else ""
     return f"{what}{steps}{control}; made with jdm."
 
 
@@ -160,7 +161,7 @@ def _value(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_value(v) for v in value)
-    return public(str(value)).replace("|", "\\|") or "none"
+    return " ".join(public(str(value)).replace("|", "\\|").split()) or "none"
 
 
 def _table(key: str, value: str, rows: Any) -> str:
@@ -205,7 +206,8 @@ def _single_file(of: Subject) -> str:
 
 def _controlnet(of: Subject) -> str:
     base, load = _loading(of.partner)
-    return (f'{_imports(of, "ControlNetModel")}base = "{base}"  # folder, file or hub id of the model it belongs to\n'
+    return (f'{_imports(of, "ControlNetModel")}'
+            f'base = {json.dumps(base)}  # folder, file or hub id of the model it belongs to\n'
             f'controlnet = ControlNetModel.from_pretrained(".")\n'
             f'pipe = {of.kind}.{load}(base, controlnet=controlnet)\n{_call(of)}')
 
@@ -217,7 +219,7 @@ def _lora_code(of: Subject) -> str:
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
     given = "".join(f", {name}={name}" for name in used)
     base, load = _loading(public(of.base or "base"))
-    return (f'{_imports(of, *used.values())}base = "{base}"  # folder, file or hub id of the base model\n'
+    return (f'{_imports(of, *used.values())}base = {json.dumps(base)}  # folder, file or hub id of the base model\n'
             f'{lines}pipe = {of.kind}.{load}(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
 
 

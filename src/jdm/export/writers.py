@@ -15,15 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
 from jdm.files import ASSETS, read_json
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
-from jdm.models.folder import CARD, lone_controlnet
+from jdm.models.configs import REMEDY
+from jdm.models.folder import CARD, folder_json, lone_controlnet
 from jdm.models.schedulers import alphas_cumprod
 from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
 from jdm.recipes import recorded
+from jdm.run import Record
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
 from jdm.training import checkpoint
@@ -50,13 +52,16 @@ class Source:
 
     @property
     def card(self) -> dict:
-        return read_json(self.folder / CARD)
+        return folder_json(str(self.folder), CARD) or {}
 
     @property
     def kind(self) -> str | None:
         """The diffusers class that the folder names, or None."""
-        index = read_json(self.folder / "model_index.json") or read_json(self.folder / "config.json")
-        return index.get("_class_name") if "_diffusers_version" in index else None
+        index = folder_json(str(self.folder), "model_index.json") or read_json(self.folder / "config.json")
+        kind = index.get("_class_name")
+        if kind is not None and not str(kind).isidentifier():  # it becomes a line of the README's code
+            raise UsageError(f"{self.folder}: _class_name: expected a class of diffusers, got {kind!r:.60}; {REMEDY}")
+        return kind if "_diffusers_version" in index else None
 
     def model(self) -> StableDiffusion:
         """The whole model, for the layouts of other programs."""
@@ -146,6 +151,7 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     for folder in (run / "model", run):
         if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
             for file in folder.rglob("*"):
+                _refuse_link(file, folder)
                 if "training" not in file.parts and not any(file.parent.glob("*.safetensors")):
                     single_file.refuse_pickle(file)
             yield Source(folder, _record(folder), run)
@@ -157,16 +163,32 @@ def _source(run: Path, spare: Path) -> Iterator[Source]:
     again = replace(recorded(run / "run.json"), out=run)
     try:
         export_checkpoint(again, spare)
-        yield Source(spare, read_json(run / "run.json"), run)
+        yield Source(spare, read_json(run / "run.json", Record), run)
     finally:
         shutil.rmtree(spare, ignore_errors=True)
+
+
+def _refuse_link(file: Path, folder: Path) -> None:
+    """Raises UsageError if an export would copy something from outside the folder.
+
+    A link may lead to a file in the folder, or, in the hub's cache, to one of the same model's blobs.
+    """
+    if not file.is_symlink() and (file.is_file() or file.is_dir()):
+        return
+    home, target = folder.resolve(), file.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parents[1]
+    if not target.is_file() or not target.is_relative_to(home):
+        raise UsageError(f"{file} leads to {target}, which is no file of this model; put the file itself there, or "
+                         "delete it")
 
 
 def _record(folder: Path) -> dict:
     """The run.json of a model's folder, from its run or from its `training` folder; {} if there is none."""
     beside = folder.parent / "run.json" if folder.name == "model" else folder / "run.json"
     kept = [file for file in (folder / "training").glob("*.json") if "run" in read_json(file)]
-    return read_json(beside) or (read_json(kept[0]) if len(kept) == 1 else {})
+    place = beside if beside.exists() or len(kept) != 1 else kept[0]
+    return read_json(place, Record)
 
 
 def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subject:
@@ -175,15 +197,18 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
                     base=source.record.get("run", {}).get("model"),
                     controlled=(source.folder / "controlnet").is_dir())
     configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    unet, vae, scheduler = (read_json(source.folder / file) for file in configs)
-    if not (unet and vae and scheduler):
+    unet, vae, scheduler = (folder_json(str(source.folder), file) for file in configs)
+    if not (unet and vae and scheduler and "block_out_channels" in vae):
         return found
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     found = replace(found, pixels=sized([side * downscale for side in height_width(unet["sample_size"])]),
                     prediction=scheduler.get("prediction_type", "epsilon"), known_as=single_file.known_size(unet))
     if found.levels is None:
         return found
-    own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    try:
+        own, theirs = alphas_cumprod(scheduler), NoiseSchedule.scaled_linear().alphas_cumprod
+    except Exception as error:  # diffusers' own checks raise several
+        raise UsageError(f"{source.folder / configs[-1]} gives no noise levels ({in_short(error)}); {REMEDY}") from None
     signal, level = float(own[-1]), len(own) - 1
     same = level < len(theirs) and abs(float(theirs[level]) / signal - 1) < 1e-3
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
@@ -262,14 +287,8 @@ def _keep_card(source: Source, draft: Path) -> None:
 def _metrics(file: Path) -> dict[str, Any]:
     """Reads the measurements of `jdm evaluate --json`."""
     single_file.refuse_pickle(file)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        first = getattr(error, "strerror", None) or error
-        raise UsageError(f"{file} could not be read ({first}); give a file written by jdm evaluate --json") from None
-    if not isinstance(found, dict) or not found or any(isinstance(v, dict | list) for v in found.values()):
-        raise UsageError(f"{file} is not from jdm evaluate --json, which writes one name and one value per measurement")
-    return found
+    remedy = "give a file written by jdm evaluate --json, which has one value for each name"
+    return read_json(file, dict[str, str | float | bool | None], remedy, needed=True)
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
+from jdm.files import parsed
 from jdm.formats.single_file import refuse_pickle, unet_names
 from jdm.models.adapters import Adapter
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name load_lora_weights(folder) looks for
 KOHYA = "lora_unet_"
+Header = TypedDict("Header", {"unet.lora_alpha": float, "unet.alpha_pattern": dict[str, float] | None}, total=False)
 TEXT = ("text_encoder", "lora_te")
 # Readers cannot tell the underscores of SDXL's added embedding from dots; kohya's own files use its single-file name.
 KOHYA_NAMES = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
@@ -129,9 +131,10 @@ def read_lora(path: str | Path, unet: nn.Module) -> LoRA:
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
-            header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            told = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{file} could not be read as a LoRA ({_first(error)}); give a .safetensors file") from None
+    header = parsed(told, f"{file}: lora_adapter_metadata", Header, "fetch the file again")
     paths = _paths(unet)
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jdm.errors import UsageError
+from jdm.files import parsed
+
+ABOUT: dict[str, Any] = {"n": int, "extractor": str, "extra": dict[str, str]}  # the types of a file's metadata
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Statistics:
             raise UsageError(f"no statistics at {path}; make them with Statistics.of(...).save(path)")
         try:
             with safe_open(path, framework="pt") as file:
-                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                about = {key: parsed(value, f"{path}: {key}", ABOUT.get(key, Any), "delete that file and run again")
+                         for key, value in (file.metadata() or {}).items()}
                 mean, covariance = (file.get_tensor(name).double() for name in ("mean", "covariance"))
             return cls(mean, covariance, int(about["n"]), about["extractor"], about["extra"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, count
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
+from jdm.files import read_json
 from jdm.metrics.spread import bootstrap
 from jdm.rewards import load_reward, reward_name
 from jdm.space import from_bytes, unit
@@ -81,15 +81,13 @@ def read_prompts(place: str | Path) -> dict[str, list[str]]:
 
 
 def _prompts(file: Path) -> list[str]:
+    if file.suffix == ".json":
+        return read_json(file, list[str], "give a list of strings, one per prompt")
     try:
         text = file.read_text(encoding="utf-8")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        found = json.loads(text) if file.suffix == ".json" else lines
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} could not be read as prompts ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
-        raise UsageError(f"{file} must be a list of strings, one per prompt")
-    return found
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def chosen(prompts: Mapping[str, list[str]], n: int) -> tuple[list[str], list[str]]:

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
+from jdm.files import fitted, read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST = 8192  # channels, features or classes
 SIDE, PATCH = 32, 4  # sides of a mixer's pictures and of its patches
 
 
@@ -105,14 +107,18 @@ class Classifier(nn.Module):
             if not (folder / name).is_file():
                 raise UsageError(f"{folder} holds no {name}; give a folder written by Classifier.save")
         try:
-            values = json.loads((folder / CONFIG).read_text())
+            values = read_json(folder / CONFIG)
             unknown = set(values) - {field.name for field in fields(ClassifierConfig)}
             if unknown:
                 raise UsageError(f"{folder / CONFIG} has unknown fields: {', '.join(sorted(unknown))}")
-            model = cls(ClassifierConfig(**{**values, "widths": tuple(values["widths"])}))
+            config = fitted(values, ClassifierConfig, str(folder / CONFIG), "give a folder written by Classifier.save")
+            if not all(0 < wide <= LARGEST for wide in (*config.widths, config.dimensions, config.classes)):
+                raise UsageError(f"{folder / CONFIG}: widths, dimensions and classes must be in 1..{LARGEST}; give a "
+                                 "folder written by Classifier.save")
+            model = cls(config)
             model.load_state_dict(load_file(folder / WEIGHTS))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{folder} is not a saved classifier: {error}") from error
+        except (ValueError, IndexError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{folder} is not a saved classifier: {in_short(error)}") from error
         return model.eval()
 
 

@@ -10,13 +10,17 @@ from typing import Any, TypeVar, cast
 from diffusers import ControlNetModel
 from safetensors import SafetensorError
 from torch import nn
+from transformers import CLIPTokenizer
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
+from jdm.files import read_json
+from jdm.models import configs
+from jdm.models.configs import CARD as CARD
 from jdm.models.family import Family
 from jdm.models.schedulers import scheduler_of
 
-CARD = "jdm.json"  # what a stock pipeline ignores: method, control, levels, provenance
 Module = TypeVar("Module", bound=nn.Module)
+Loaded = TypeVar("Loaded")
 
 
 def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, card: dict | None = None) -> Path:
@@ -65,8 +69,13 @@ def model_index(path: str) -> dict:
     return index
 
 
-def folder_json(path: str, name: str) -> dict | None:
-    """A JSON file of a folder or hub id, by its path in there; None where there is none."""
+def folder_json(path: str, name: str, kind: Any = None) -> dict | None:
+    """A JSON file of a folder or hub id, checked by `configs.check`; None where there is none.
+
+    Args:
+        name: its path in there.
+        kind: the network's class, for a config.json.
+    """
     file = Path(path) / name
     if not Path(path).is_dir():
         from huggingface_hub import hf_hub_download
@@ -75,12 +84,9 @@ def folder_json(path: str, name: str) -> dict | None:
             file = Path(hf_hub_download(path, name))
         except Exception:
             return None
-    if not file.is_file():
+    if not file.exists():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is not JSON ({error}); fetch the model again") from None
+    return configs.check(read_json(file, remedy=configs.REMEDY), name, str(file), kind)
 
 
 def lone_controlnet(folder: Path) -> ControlNetModel:
@@ -91,18 +97,42 @@ def lone_controlnet(folder: Path) -> ControlNetModel:
     """
     try:
         return whole_network(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is not a ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
 
 
-def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
-    """A network from its folder, none of its weights left at random; ValueError where some are missing.
+def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
+    """A network from the .safetensors of its folder, none of its weights left at random.
 
-    diffusers and transformers only log a warning there.
+    Raises:
+        UsageError: its config does not fit its class, or its weights are a pickle.
+        ValueError: it cannot be loaded, or lacks weights, of which diffusers and transformers only warn.
     """
-    loader = cast(Any, kind)
-    extra = {} if subfolder is None else {"subfolder": subfolder}
-    net, info = loader.from_pretrained(path, output_loading_info=True, **extra)
+    folder_json(path, f"{subfolder}/config.json".lstrip("/"), kind)
+    folder = Path(path) / subfolder
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
+        raise UsageError(f"{pickles[0]} is a pickle, which is not read; give the same weights as .safetensors")
+    return loaded(kind, path, subfolder, weights=True)
+
+
+def loaded(kind: type[Loaded], path: str, subfolder: str = "", weights: bool = False) -> Loaded:
+    """A network or tokenizer by its from_pretrained; whatever that raises becomes a ValueError that names the part."""
+    more: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True} if weights else {}
+    try:
+        found = cast(Any, kind).from_pretrained(path, **({"subfolder": subfolder} if subfolder else {}), **more)
+    except Exception as error:  # from a config that its class cannot be made from, or from damaged weights
+        said = str(error) if isinstance(error, OSError | ValueError) else in_short(error)
+        raise ValueError(f"{subfolder or path}: {said}") from None
+    if not weights:
+        return found
+    net, info = found
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
+        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first, in "
+                         f"{subfolder or path}")
     return net
+
+
+def tokenizer(path: str, subfolder: str) -> CLIPTokenizer:
+    """A CLIP tokenizer; raises as `whole_network` does."""
+    folder_json(path, f"{subfolder}/tokenizer_config.json")
+    return loaded(CLIPTokenizer, path, subfolder)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from jdm.errors import UsageError, in_short
+from jdm.models.configs import REMEDY
 
 # Each part's config.json, without values that are defaults in diffusers or transformers.
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -56,12 +59,22 @@ def of_size(size: str, prediction: str) -> dict[str, dict]:
 
 
 def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Builds networks with random weights from part -> config.json; `controlnet` and `text_encoder_2` are optional."""
-    made: dict[str, Any] = {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
-                            "vae": AutoencoderKL.from_config(dict(configs["vae"])),
-                            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))}
-    if "text_encoder_2" in configs:
-        made["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"]))
-    if "controlnet" in configs:
-        made["controlnet"] = ControlNetModel.from_config(dict(configs["controlnet"]))
+    """Builds networks with random weights from part -> config.json; `controlnet` and `text_encoder_2` are optional.
+
+    Raises:
+        UsageError: a config that its class cannot be made from.
+    """
+    makers: dict[str, Callable[[dict], Any]] = {
+        "unet": UNet2DConditionModel.from_config, "vae": AutoencoderKL.from_config,
+        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+        "controlnet": ControlNetModel.from_config}
+    made: dict[str, nn.Module] = {}
+    for part, make in makers.items():
+        if part in configs:
+            try:
+                made[part] = make(dict(configs[part]))
+            except Exception as error:  # diffusers and transformers raise several
+                raise UsageError(f"{part}/config.json: no network can be made of it ({in_short(error)}); {REMEDY}"
+                                 ) from None
     return made

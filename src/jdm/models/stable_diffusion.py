@@ -13,16 +13,16 @@ from typing import Any, ClassVar, Self, cast
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 from jdm.generator import Generator
 from jdm.models import schedulers
 from jdm.models.adapters import Adapter, without_adapters
+from jdm.models.configs import REMEDY
 from jdm.models.family import Denoiser
-from jdm.models.folder import CARD, folder_json, model_index, whole_network
+from jdm.models.folder import CARD, folder_json, model_index, tokenizer, whole_network
 from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
@@ -86,8 +86,9 @@ class StableDiffusion:
         index = model_index(path)
         missing = [p for p in cls.PARTS if p not in index]
         if missing:
-            raise UsageError(f"{path} is not a {cls.NAME} model: it lacks {', '.join(missing)}")
-        has_own = index.get("controlnet", [None])[0] is not None
+            raise UsageError(f"{path} is not a {cls.NAME} model: it lacks {', '.join(missing)}; its model_index.json "
+                             f"must name {'them' if len(missing) > 1 else 'it'}")
+        has_own = (index.get("controlnet") or [None])[0] is not None
         try:
             control = (whole_network(ControlNetModel, controlnet) if controlnet else
                        whole_network(ControlNetModel, path, "controlnet") if has_own else None)
@@ -95,13 +96,13 @@ class StableDiffusion:
                 whole_network(UNet2DConditionModel, path, "unet"),
                 whole_network(AutoencoderKL, path, "vae"),
                 whole_network(CLIPTextModel, path, "text_encoder"),
-                CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
+                tokenizer(path, "tokenizer"),
                 folder_json(path, "scheduler/scheduler_config.json") or {},
                 control,
                 folder_json(path, CARD),
                 **cls._more(path, index),
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path} could not be loaded as a {cls.NAME} model: "
                              f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
         for part in model.modules().values():
@@ -110,7 +111,19 @@ class StableDiffusion:
         return model
 
     def _refuse_misfits(self, path: str) -> None:
-        """UsageError where the parts were made for different models: their shapes or levels would be wrong."""
+        """UsageError where the parts were made for different models: their shapes, levels or words would be wrong."""
+        for (encoder, own), name in zip(self.text().networks, ("tokenizer", "tokenizer_2"), strict=False):
+            words, length = cast(Any, encoder).config.vocab_size, cast(Any, encoder).config.max_position_embeddings
+            if len(own) > words or own.model_max_length > length:
+                raise UsageError(f"{path}/{name}/tokenizer_config.json: its text encoder takes {words} words and a "
+                                 f"model_max_length of {length}, got {len(own)} and {own.model_max_length}; {REMEDY}")
+        try:
+            n = self.schedule.n
+        except Exception as error:  # diffusers' own checks raise several
+            raise UsageError(f"{path}/scheduler/scheduler_config.json gives no noise levels ({in_short(error)}); "
+                             f"{REMEDY}") from None
+        if max(levels := self.levels or (0,)) >= n:
+            raise UsageError(f"{path}/{CARD}: levels: must be below {n}, the scheduler's, got {max(levels)}; {REMEDY}")
         read, written = self.unet.config["cross_attention_dim"], self._text_width
         if read != written:
             raise UsageError(f"{path}: the UNet reads text states of width {read}, its text encoder writes {written}; "
@@ -121,7 +134,7 @@ class StableDiffusion:
                              "put back its own autoencoder (inpainting and image-editing UNets cannot be teachers)")
         if (self.card or {}).get("kind") == "one-step" and not self.levels:
             raise UsageError(f"{path}: its {CARD} says one-step and names no levels; add \"levels\": "
-                             f"[{self.schedule.n - 1}] there")
+                             f"[{n - 1}] there")
         if self.prediction == "epsilon" and not self.schedule.alphas_cumprod[-1]:
             raise UsageError(f"{path}: its schedule ends without signal (zero terminal SNR) and it predicts epsilon, "
                              "from which no x0 can be read there; use a model that predicts v, or drop "

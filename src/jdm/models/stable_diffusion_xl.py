@@ -9,7 +9,7 @@ import diffusers
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from jdm.models.folder import whole_network
+from jdm.models.folder import tokenizer, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder, TwoTextEncoders
 from jdm.size import height_width
@@ -34,7 +34,7 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def _more(cls, path: str, index: dict) -> dict[str, Any]:
         return {"text_encoder_2": whole_network(CLIPTextModelWithProjection, path, "text_encoder_2"),
-                "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+                "tokenizer_2": tokenizer(path, "tokenizer_2"),
                 "zeros": bool(index.get("force_zeros_for_empty_prompt", True))}
 
     @property

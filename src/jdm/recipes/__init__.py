@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import json
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from jdm.errors import UsageError
+from jdm.files import fitted, read_json
+from jdm.trust import note_data
 
 if TYPE_CHECKING:
     from jdm.run import Run
@@ -96,24 +98,63 @@ def find(spec: str) -> Callable[[], Run]:
 
 
 def recorded(file: Path) -> Run:
-    """The run that a run.json describes, to be repeated exactly.
+    """The run that a run.json describes, to be repeated exactly. Code that it names runs only if a person names it too.
 
     Raises:
-        UsageError: the file is not such a record, or its method is not one of this package's.
+        UsageError: the file is not such a record, a value does not fit its field, or the method is not this package's.
     """
-    from jdm.run import from_description
+    from jdm.run import Record, Run
 
+    remedy = "give the run.json that a run left, or name the recipe instead"
+    description = read_json(file, Record, remedy, needed=True)["run"]
+    note_data(description, file)
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))["run"]
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist; a run leaves its record in run.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is not the record of a run ({type(error).__name__}: {error})") from None
+        run = _rebuilt(description, _types(), str(file), "run")
+    except RecursionError:
+        raise UsageError(f"{file}: run is nested too deeply; {remedy}") from None
+    if not isinstance(run, Run) or not hasattr(run.method, "needs"):
+        raise UsageError(f"{file}: run: it is not a `Run` with a method; {remedy}")
+    return run
+
+
+def _rebuilt(value: dict[str, Any], types: Mapping[str, type], file: str, key: str) -> Any:
+    """The inverse of `run.described`: JSON -> dataclass. JSON's lists become tuples, strings Path where declared."""
+    other = "it was written by another version, or by code of your own: name the recipe instead"
+    kind = types.get(str(value.get("type")))
+    if kind is None:
+        raise UsageError(f"{file}: {key}.type: {value.get('type')!r:.60} is not a known type; {other}")
+    hints, declared = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    if unknown := sorted(value.keys() - declared.keys() - {"type"}):
+        raise UsageError(f"{file}: {key}: {kind.__name__} has no field {unknown[0]!r:.60}; {other}")
+    found = {}
+    for name, own in declared.items():
+        if name in value:
+            found[name] = _field(value[name], hints[name], types, file, f"{key}.{name}")
+        elif own.default is MISSING and own.default_factory is MISSING:
+            raise UsageError(f"{file}: {key}: there is no `{name}`; {other}")
     try:
-        return from_description(description, _types())
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file}: {error}; it was written by another version, or its method comes from a file of "
-                         "your own: name that file instead") from None
+        return kind(**found)
+    except UsageError as error:  # a value out of the range that its class checks
+        raise UsageError(f"{file}: {key}: {error}") from None
+
+
+def _field(value: Any, hint: Any, types: Mapping[str, type], file: str, key: str) -> Any:
+    """A field's JSON as the type that the field declares, which may be one of several dataclasses."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    nested = tuple(option for option in options if is_dataclass(option))
+    if isinstance(value, dict) and (nested or hint is Any):
+        value = _rebuilt(value, types, file, key)
+        if hint is Any or isinstance(value, nested):  # type: ignore[arg-type]
+            return value
+    if nested and (value is not None or type(None) not in options):
+        wanted = " or ".join(option.__name__ for option in nested)  # type: ignore[union-attr]
+        raise UsageError(f"{file}: {key}: expected `{wanted}`, got `{type(value).__name__}`; give a value that fits")
+    if nested:
+        return None
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{file}: {key}: must be below 2^63; give a value that fits")
+    found = fitted(value, str if hint is Path else hint, file, "give a value that fits", key)
+    return Path(found) if hint is Path else found
 
 
 def _types() -> dict[str, type]:

@@ -26,7 +26,7 @@ from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
 from jdm.models.classifier import Classifier
 from jdm.reproduce.models import Model, Spec, Watch, course, finished, make, plan, settled, stages, weights
-from jdm.reproduce.results import Record, Tuning, load, load_page, save
+from jdm.reproduce.results import AGAIN, Record, Tuning, load, load_page, save
 from jdm.reproduce.setups import Setup
 from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 
@@ -211,7 +211,9 @@ def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
 def failed(cell: Cell, setup: Setup) -> str | None:
     """In one line, why the cell has no record, where something stopped it."""
     try:
-        return read_json(_failure(cell, setup)).get("reason") if stored(cell, setup) is None else None
+        if stored(cell, setup) is None:
+            return read_json(_failure(cell, setup), dict[str, str], AGAIN).get("reason")
+        return None
     except UsageError as error:
         return one_line(error)
 

@@ -20,11 +20,12 @@ from jdm.files import ASSETS, alone, read_json, write
 from jdm.library import SHIPPED, load_model
 from jdm.models.folder import CARD, save_pipeline
 from jdm.recipes import recorded
-from jdm.reproduce.results import Stage
+from jdm.reproduce.results import AGAIN, Stage
 from jdm.reproduce.setups import Setup
 from jdm.run import Run
 from jdm.training import checkpoint
 from jdm.training.loop import train
+from jdm.training.record import measurements
 
 COLUMN = "*"  # as Trained.control: the control of the table's column
 NEEDS = "needs.json"  # in a run's folder: the weights it was trained from
@@ -158,7 +159,8 @@ def _holds(run: Run, model: Model) -> bool:
         values = [found.get(other[0], "its default") for found in (there, wanted)]
         raise UsageError(f"{run.out} holds a run with another {other[0]} ({values[0]}, not {values[1]}); move it away, "
                          "or choose another --out")
-    before, now = read_json(run.out / NEEDS), {k: weights(m.path) for k, m in model.needs.items() if finished(m)}
+    before = read_json(run.out / NEEDS, remedy=AGAIN)
+    now = {k: weights(m.path) for k, m in model.needs.items() if finished(m)}
     if changed := sorted(k for k in now if before.get(k) != now[k]):
         said = f"was trained from another {changed[0]} than {model.needs[changed[0]].path} is now" if before else \
             f"does not say from which weights it was trained ({NEEDS}: jdm reproduce writes it before it trains)"
@@ -286,7 +288,7 @@ def stages(model: Model) -> list[Stage]:
 
 def seconds_per_step(out: Path) -> float | None:
     """The median in a run's log."""
-    seen = [float(row["seconds"]) for row in _logged(out) if "seconds" in row]
+    seen = [float(row["seconds"]) for row in measurements(out / "metrics.jsonl") if "seconds" in row]
     return statistics.median(seen) if seen else None
 
 
@@ -294,7 +296,7 @@ def course(model: Model) -> tuple[dict[str, float], ...]:
     """The run's measurements on validation pictures as it trained; its reward is the mean since the probe before."""
     found: list[dict[str, float]] = []
     rewards: list[float] = []
-    for row in _logged(model.run.out) if model.run else ():
+    for row in measurements(model.run.out / "metrics.jsonl") if model.run else ():
         rewards += [row["reward"]] if "reward" in row else []
         if probe := {k.removeprefix("probe/"): v for k, v in row.items() if k.startswith("probe/")}:
             found.append({"step": row["step"], **({"reward": statistics.fmean(rewards)} if rewards else {}), **probe})
@@ -313,15 +315,3 @@ def to_train(model: Model, setup: Setup) -> dict[str, tuple[Run, int, float | No
         each = seconds_per_step(model.run.out) or setup.seconds.get(model.recipe)
         found[model.name] = (model.run, left, None if each is None else each * left)
     return found
-
-
-def _logged(out: Path) -> list[dict]:
-    file = out / "metrics.jsonl"
-    return [_parsed(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def _parsed(line: str) -> dict:
-    try:
-        return json.loads(line)
-    except ValueError:  # the last line of a run that was killed
-        return {}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from jdm.errors import UsageError, in_short
-from jdm.files import write
+from jdm.files import fitted, read_json, write
 
 T = TypeVar("T")
+AGAIN = "delete it and run again"
 KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance",
         "consistency_same_prompt", "consistency_blank", "consistency_round_trip", "diversity", "prompt_agreement",
         "judge", "judge_accuracy", "hpsv2_anime", "hpsv2_concept_art", "hpsv2_paintings", "hpsv2_photo", "hpsv2",
@@ -211,36 +210,15 @@ def save(file: Path, value: Any, **more: Any) -> None:
 
 def load(kind: type[T], file: Path) -> T | None:
     """Reads what `save` wrote, with the file's name in it; None where the file does not exist."""
-    try:
-        return decoded(kind, {**json.loads(file.read_text(encoding="utf-8")), "file": file.name})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = read_json(file, remedy=AGAIN)
+    return fitted({**found, "file": file.name}, kind, str(file), AGAIN) if found else None
 
 
 @cache
 def load_page(file: str) -> Page:
-    """A page from its .json.
+    """A page from its .json; fields that a page has not are passed over, so that older ones can be read.
 
     Raises:
         UsageError: it is none.
     """
-    try:
-        return decoded(Page, json.loads(Path(file).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file} is not the .json of a page ({in_short(error)}); give --known one that jdm reproduce "
-                         "wrote") from None
-
-
-def decoded(kind: Any, value: Any) -> Any:
-    """JSON -> a value of a type. Fields that a dataclass has not are passed over, so that older files can be read."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return None if value is None else decoded(inner[0], value)
-    if origin is tuple:
-        return tuple(decoded(inner[0], v) for v in value)
-    if origin is dict:
-        return {k: decoded(inner[1], v) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{k: decoded(hints[k], v) for k, v in value.items() if k in hints})  # type: ignore[operator]
-    return value
+    return read_json(Path(file), Page, "give --known the .json of a page that jdm reproduce wrote", needed=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from jdm.errors import UsageError
 from jdm.run import Run
 from jdm.sharing import batch_mean
 from jdm.training import checkpoint, distributed
+from jdm.training.record import measurements
 
 BETTER = {"judge": 1.0, "prompt_agreement": 1.0, "fd": -1.0, "consistency": -1.0}  # 1: more is better; -1: less
 FOLDER = "best"  # in a run's folder; its checkpoints hold only averages
@@ -47,8 +47,7 @@ class Best:
         if run.probe_every < 1 or run.patience < 0:
             raise UsageError(f"--best needs --probe-every of at least 1 and --patience of at least 0, got "
                              f"{run.probe_every} and {run.patience}")
-        for line in log.read_text().splitlines():
-            row = json.loads(line)
+        for row in measurements(log):
             if f"probe/{run.best}" in row:
                 self.seen.append((int(row["step"]), float(row[f"probe/{run.best}"])))
         self._forget()

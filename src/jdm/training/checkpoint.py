@@ -17,7 +17,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
+import msgspec
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -28,9 +30,25 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from jdm.errors import RunError, UsageError, in_short
-from jdm.training import distributed
+from jdm.files import read_json
+from jdm.training import distributed, sharded
 
 KEPT, WHOLE = 2, "state.safetensors"
+DELETE = "delete it and run again to resume from the checkpoint before it"
+
+
+class Slots(TypedDict):
+    """What state.json says of an optimiser: its parameter groups, and what it stores of each parameter."""
+
+    groups: int
+    slots: list[str]
+
+
+class Info(TypedDict):
+    """What is read of state.json, which has the state's counters too."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    optimizers: dict[str, Slots]
 
 
 @dataclass
@@ -100,11 +118,13 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
         UsageError: the checkpoint belongs to another recipe (names or shapes differ), or is damaged.
     """
     try:
-        info = json.loads((place / "state.json").read_text())
+        info = read_json(place / "state.json", Info, DELETE, needed=True)
         tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
-        raise UsageError(f"{place} is damaged ({_cause(error)}); delete it and run again to resume from the checkpoint "
-                         "before it") from None
+        raise UsageError(f"{place} is damaged ({_cause(error)}); {DELETE}") from None
+    if f"step-{info['step']:07d}" != place.name or not state.optimizers.keys() <= info["optimizers"].keys():
+        raise UsageError(f"{place / 'state.json'}: step {info['step']} and optimisers "
+                         f"{', '.join(info['optimizers']) or 'none'} are not this folder's; {DELETE}")
     for group, held in _held(state).items():
         _copy(held, _under(tensors, f"{group}."), place, group.partition(".")[2])
     for name, optimizer in state.optimizers.items():
@@ -154,12 +174,13 @@ def _gathered(state: State, place: Path, alone: bool) -> dict[str, Tensor]:
     for name, optimizer in state.optimizers.items():
         likes |= {f"optimizer.{name}.{i}": p for i, p in enumerate(_parameters(optimizer))}
     tensors = {}
-    for key, known in dcp.FileSystemReader(place).read_metadata().state_dict_metadata.items():
+    reader = sharded.Reader(place)
+    for key, known in reader.read_metadata().state_dict_metadata.items():
         like = likes.get(key, likes.get(key.rpartition(".")[0]))  # an optimiser's slot is sharded like its parameter
         if isinstance(known, TensorStorageMetadata) and (like is not None or key == "rng.torch"):
             empty = torch.zeros(known.size, dtype=known.properties.dtype)
             tensors[key] = empty if like is None or not empty.ndim else distributed.placed_like(empty, like)
-    dcp.load(tensors, checkpoint_id=place, no_dist=alone or distributed.size() == 1)
+    dcp.load(tensors, storage_reader=reader, no_dist=alone or distributed.size() == 1)
     return tensors
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 
 from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import UsageError
-from jdm.files import write
-from jdm.run import Run, described, without_cache
+from jdm.files import read_json, read_lines, write
+from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
 
 
@@ -21,10 +20,10 @@ def refuse_another(run: Run) -> None:
 
     The method's own settings may change: a run that failed is often cured by a lower rate.
     """
-    try:
-        before = without_cache(json.loads((run.out / "run.json").read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError):
+    if not (run.out / "run.json").exists():
         return  # the tensors themselves still have to fit
+    remedy = "delete it to go on without it, or choose another --out"
+    before = without_cache(read_json(run.out / "run.json", Record, remedy)["run"])
     now = without_cache(json.loads(json.dumps(described(run))))
     changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
     if changed:
@@ -52,10 +51,9 @@ class Log:
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= start]
+        kept = [row for row in measurements(path) if row["step"] <= start]
         if distributed.first():
-            write(path, "".join(line + "\n" for line in kept))
+            write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if not distributed.first():
@@ -65,8 +63,14 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf
+def measurements(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, each with its step; none if there is no such file.
+
+    Raises:
+        UsageError: a line is not what `Log` writes.
+    """
+    rows = read_lines(path, dict[str, float])
+    for n, row in enumerate(rows, 1):
+        if not 0 <= row.get("step", -1) < 2**53:
+            raise UsageError(f"{path}, line {n}: step: expected a number in 0..2^53; delete that line")
+    return rows

@@ -1,0 +1,136 @@
+"""Types of the JSON files in a model's folder, beside what diffusers' classes declare for their own configs."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args, get_origin
+
+import diffusers
+from msgspec import Meta
+from transformers import CLIPTextConfig
+
+from jdm.files import fitted
+from jdm.trust import note_data
+
+CARD = "jdm.json"  # what a stock pipeline ignores: method, control, levels, provenance
+REMEDY = "put back the original or fetch the model again"
+PARTS: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+                         "controlnet": diffusers.ControlNetModel, "text_encoder": CLIPTextConfig,
+                         "text_encoder_2": CLIPTextConfig}
+Whole = Annotated[int, Meta(ge=-1, le=2**24)]
+Layer = Annotated[int, Meta(ge=0, le=256)]  # each is made, before any weight is read
+Layers = Layer | list[Layer | list[Layer]]
+Side = Annotated[int, Meta(ge=1, le=2**14)]
+Real = Annotated[float, Meta(ge=-1e9, le=1e9)]
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Component = tuple[str | None, str | None] | None
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None
+SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
+
+
+class Card(TypedDict, total=False):
+    """jdm.json."""
+
+    kind: str
+    method: str | None
+    control: str | None
+    levels: list[Annotated[int, Meta(ge=0, le=2**24)]] | None
+    t_init: Annotated[int, Meta(ge=0, le=2**24)]
+    guidance: Annotated[float, Meta(ge=0, le=1000)]
+
+
+class Index(TypedDict, total=False):
+    """model_index.json."""
+
+    _class_name: Required[str]
+    unet: Component
+    vae: Component
+    text_encoder: Component
+    text_encoder_2: Component
+    tokenizer: Component
+    tokenizer_2: Component
+    scheduler: Component
+    controlnet: Component
+    force_zeros_for_empty_prompt: bool
+
+
+class Scheduler(TypedDict, total=False):
+    """scheduler_config.json, of any class."""
+
+    _class_name: str
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=100_000)]
+    beta_start: Unit
+    beta_end: Unit
+    beta_schedule: str
+    trained_betas: Annotated[list[Unit], Meta(min_length=1, max_length=100_000)] | None
+    prediction_type: str
+    rescale_betas_zero_snr: bool
+    clip_sample: bool
+    set_alpha_to_one: bool
+    timestep_spacing: str
+    steps_offset: Annotated[int, Meta(ge=0, le=100_000)]
+
+
+class Tokenizer(TypedDict, total=False):
+    """tokenizer_config.json; a model_max_length of 10^30 stands for none."""
+
+    model_max_length: Annotated[float, Meta(ge=1)] | None
+
+
+class UNet(TypedDict, total=False):
+    """What is read of a UNet's config beside what its class checks."""
+
+    sample_size: Required[Side | Annotated[list[Side], Meta(min_length=2, max_length=2)]]
+
+
+SCHEMAS = {CARD: Card, "model_index.json": Index, "scheduler_config.json": Scheduler,
+           "tokenizer_config.json": Tokenizer}
+
+
+def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
+    """The JSON object itself, checked by the schema of its file.
+
+    Args:
+        name: the file's path in the model's folder, such as unet/config.json.
+        kind: the class that a config.json is for; by default that of its folder's name.
+
+    Raises:
+        UsageError: a value has another type or is out of range; the message has the file and the key.
+    """
+    file = Path(name)
+    fitted(found, SCHEMAS.get(file.name, dict), where, REMEDY)
+    if file.name == CARD:
+        note_data(found, where)
+    kind = (kind or PARTS.get(file.parent.name)) if file.name == "config.json" else None
+    if kind is diffusers.UNet2DConditionModel:
+        fitted(found, UNet, where, REMEDY)
+    for key, hint in _fields(kind).items() if kind else ():
+        if key in found:
+            fitted(found[key], hint, where, REMEDY, key)
+    for key in found if kind else ():
+        if "attn_implementation" in key:  # transformers fetches code for other names
+            fitted(found[key], Attention, where, REMEDY, key)
+    return found
+
+
+@cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """The types that a network's class declares for its config, by key."""
+    of = inspect.signature((getattr(kind, "config_class", None) or kind).__init__).parameters.values()
+    return {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
+            for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)}
+
+
+def _type(hint: Any) -> Any:
+    """A declared type as JSON spells it: tuples of any length, null where it is declared or for a flag."""
+    if get_origin(hint) in (Union, UnionType):
+        options = dict.fromkeys(_type(option) for option in get_args(hint))
+        return Any if Any in options else Union[tuple(options)]  # noqa: UP007
+    if hint is tuple or get_origin(hint) in (tuple, list):
+        return Annotated[list[_type((*get_args(hint), Any)[0])], Meta(max_length=64)]
+    if hint is bool:
+        return bool | None
+    return hint if hint is NoneType else SIMPLE.get(hint, Any)

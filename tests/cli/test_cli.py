@@ -183,7 +183,7 @@ def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     ("train", "the following arguments are required: RECIPE"),
     ("train nano-cany", "there is no recipe 'nano-cany'; did you mean nano-canny?"),
     ("train nowhere.py", "there is no file nowhere.py"),
-    ("train nowhere.json", "nowhere.json does not exist"),
+    ("train nowhere.json", "nowhere.json: there is no such file"),
     ("train nano-canny --method.condition.wieght 1",
      "there is no flag --method.condition.wieght; did you mean --method.condition.weight?"),
     ("train nano-canny --stesp 1", "there is no flag --stesp; did you mean --steps?"),

@@ -11,9 +11,10 @@ from diffusers import ControlNetModel
 from safetensors import SafetensorError
 from torch import nn
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import RunError, UsageError, in_short
 from jdm.models.family import Family
-from jdm.models.schedulers import scheduler_of
+from jdm.models.schedulers import checked_scheduler, scheduler_of
+from jdm.models.weights import folder_of, refuse_unsound, variant_of
 
 CARD = "jdm.json"  # what a stock pipeline ignores: method, control, levels, provenance
 Module = TypeVar("Module", bound=nn.Module)
@@ -70,17 +71,36 @@ def folder_json(path: str, name: str) -> dict | None:
     file = Path(path) / name
     if not Path(path).is_dir():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             file = Path(hf_hub_download(path, name))
-        except Exception:
+        except EntryNotFoundError:  # there is none; or, offline, it was never downloaded
             return None
+        except Exception as error:
+            raise UsageError(f"{path}: {name} could not be fetched ({in_short(error)}); check the name and the "
+                             "network, or give a folder") from None
     if not file.is_file():
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} is not JSON ({error}); fetch the model again") from None
+
+
+def folder_scheduler(path: str, index: dict) -> dict:
+    """The scheduler's config of a folder or hub id, of the class that model_index.json names where it names none.
+
+    Raises:
+        UsageError: it is missing, of a class that is not read, or has a value that makes no sense.
+    """
+    name = "scheduler/scheduler_config.json"
+    config = folder_json(path, name)
+    if not isinstance(config, dict) or not config:
+        what = "is missing" if config is None else "says nothing of the noise levels"
+        raise UsageError(f"{path}: {name} {what}; put back the scheduler that the model was trained with")
+    named = index.get("scheduler") or [None, None]
+    return checked_scheduler({"_class_name": named[1], **config}, f"{path}/{name}")
 
 
 def lone_controlnet(folder: Path) -> ControlNetModel:
@@ -96,13 +116,15 @@ def lone_controlnet(folder: Path) -> ControlNetModel:
 
 
 def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
-    """A network from its folder, none of its weights left at random; ValueError where some are missing.
+    """A network from its folder, none of its weights left at random; ValueError where some are missing or unsound.
 
-    diffusers and transformers only log a warning there.
+    diffusers and transformers only log a warning there. A folder that holds one variant alone, such as fp16, is read.
     """
     loader = cast(Any, kind)
     extra = {} if subfolder is None else {"subfolder": subfolder}
-    net, info = loader.from_pretrained(path, output_loading_info=True, **extra)
+    variant = variant_of(folder_of(path, subfolder))
+    net, info = loader.from_pretrained(path, output_loading_info=True, variant=variant, **extra)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
+    refuse_unsound(net, folder_of(path, subfolder))
     return net

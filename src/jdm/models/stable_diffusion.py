@@ -6,6 +6,7 @@ No branch on a model's size or name.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
@@ -22,8 +23,8 @@ from jdm.generator import Generator
 from jdm.models import schedulers
 from jdm.models.adapters import Adapter, without_adapters
 from jdm.models.family import Denoiser
-from jdm.models.folder import CARD, folder_json, model_index, whole_network
-from jdm.models.text import TextEncoder
+from jdm.models.folder import CARD, folder_json, folder_scheduler, model_index, whole_network
+from jdm.models.text import TOKENIZERS, TextEncoder, refuse_foreign_tokenizer, whole_tokenizer
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
 from jdm.size import Size, height_width, sized, spelled
@@ -61,6 +62,10 @@ class StableDiffusion:
 
     NAME: ClassVar[str] = "Stable-Diffusion-format"
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    # The classes that model_index.json may name for each part.
+    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "tokenizer": TOKENIZERS, "scheduler": schedulers.KINDS, "controlnet": ("ControlNetModel",)}
     # Without and with a ControlNet.
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionPipeline", "StableDiffusionControlNetPipeline")
     # Attention, feed-forward and convolutions, as LCM-LoRA chooses them.
@@ -87,7 +92,9 @@ class StableDiffusion:
         missing = [p for p in cls.PARTS if p not in index]
         if missing:
             raise UsageError(f"{path} is no {cls.NAME} model: it lacks {', '.join(missing)}")
-        has_own = index.get("controlnet", [None])[0] is not None
+        cls._refuse_others(path, index)
+        has_own = "controlnet" in index
+        scheduler = folder_scheduler(path, index)
         try:
             control = (whole_network(ControlNetModel, controlnet) if controlnet else
                        whole_network(ControlNetModel, path, "controlnet") if has_own else None)
@@ -95,8 +102,8 @@ class StableDiffusion:
                 whole_network(UNet2DConditionModel, path, "unet"),
                 whole_network(AutoencoderKL, path, "vae"),
                 whole_network(CLIPTextModel, path, "text_encoder"),
-                CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-                folder_json(path, "scheduler/scheduler_config.json") or {},
+                whole_tokenizer(path, "tokenizer"),
+                scheduler,
                 control,
                 folder_json(path, CARD),
                 **cls._more(path, index),
@@ -109,6 +116,21 @@ class StableDiffusion:
         model._refuse_misfits(path)
         return model
 
+    @classmethod
+    def _refuse_others(cls, path: str, index: dict) -> None:
+        """UsageError where model_index.json names no class for a part, or one that is not this family's."""
+        for part, kinds in cls.CLASSES.items():
+            if part not in index and part not in cls.PARTS:
+                continue
+            entry = index[part]
+            named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+            if named is None:
+                raise UsageError(f"{path}/model_index.json names no class for {part} ({json.dumps(entry)[:60]}); put "
+                                 f"back its own, one of {', '.join(kinds)}")
+            if named not in kinds:
+                raise UsageError(f"{path}/model_index.json: {part} is a {named}; a {cls.NAME} model has "
+                                 f"{' or '.join(kinds)}")
+
     def _refuse_misfits(self, path: str) -> None:
         """UsageError where the parts were made for different models: their shapes or levels would be wrong."""
         read, written = self.unet.config["cross_attention_dim"], self._text_width
@@ -119,6 +141,8 @@ class StableDiffusion:
         if taken != latents:
             raise UsageError(f"{path}: the UNet takes {taken} channels, its autoencoder writes latents of {latents}; "
                              "put back its own autoencoder (inpainting and image-editing UNets cannot be teachers)")
+        for network, tokenizer in self.text().networks:
+            refuse_foreign_tokenizer(tokenizer, cast(Any, network).config, path)
         if (self.card or {}).get("kind") == "one-step" and not self.levels:
             raise UsageError(f"{path}: its {CARD} says one-step and names no levels; add \"levels\": "
                              f"[{self.schedule.n - 1}] there")
@@ -154,7 +178,7 @@ class StableDiffusion:
 
     @property
     def prediction(self) -> Prediction:
-        return self.scheduler.get("prediction_type", "epsilon")
+        return schedulers.complete(self.scheduler)["prediction_type"]
 
     @property
     def levels(self) -> tuple[int, ...] | None:

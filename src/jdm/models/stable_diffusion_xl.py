@@ -11,7 +11,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from jdm.models.folder import whole_network
 from jdm.models.stable_diffusion import StableDiffusion
-from jdm.models.text import TextEncoder, TwoTextEncoders
+from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders, whole_tokenizer
 from jdm.size import height_width
 
 
@@ -25,6 +25,8 @@ class StableDiffusionXL(StableDiffusion):
 
     NAME: ClassVar[str] = "SDXL"
     PARTS: ClassVar[tuple[str, ...]] = (*StableDiffusion.PARTS, "text_encoder_2", "tokenizer_2")
+    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **StableDiffusion.CLASSES, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": TOKENIZERS}
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline")
 
     text_encoder_2: CLIPTextModelWithProjection | None = None
@@ -34,7 +36,7 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def _more(cls, path: str, index: dict) -> dict[str, Any]:
         return {"text_encoder_2": whole_network(CLIPTextModelWithProjection, path, "text_encoder_2"),
-                "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+                "tokenizer_2": whole_tokenizer(path, "tokenizer_2"),
                 "zeros": bool(index.get("force_zeros_for_empty_prompt", True))}
 
     @property

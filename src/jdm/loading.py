@@ -15,6 +15,7 @@ from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
+from jdm.evaluation.sampling import warn_of_misfit
 from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models import nano
 from jdm.models.family import Family, placed
@@ -128,6 +129,12 @@ class Loaded:
     def decoder(self) -> nn.Module | None:
         """The tiny decoder of run.decoder; None for the teacher's own."""
         return placed(self._decoder(self.run.decoder), self.run.device) if self.run.decoder else None
+
+    def warn_of_misfits(self) -> None:
+        """Warns of teachers whose parts do not seem to belong together, by four training pictures."""
+        for role in self.needs.prompts:
+            if self.has(role):
+                warn_of_misfit(self.needs.models[role], self.model(role), self.pictures)
 
     def same_latents(self, model: Family) -> bool:
         """Whether a model's latents have the shape of the teacher's."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from jdm import __version__
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TeacherWarning, TerminatedError, UsageError, in_short
 
 # Read by third parties when they are imported, so set before any of them is.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("JDM_DEBUG", "0") not in ("", "0")
     if not debug:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TeacherWarning)
+        warnings.formatwarning = lambda message, *_, **__: f"jdm: {' '.join(str(message).split())}\n"
     try:
         return _run(arguments)
     except Exception as error:

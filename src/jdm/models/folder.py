@@ -116,9 +116,12 @@ def lone_controlnet(folder: Path) -> ControlNetModel:
 
 
 def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -> Module:
-    """A network from its folder, none of its weights left at random; ValueError where some are missing or unsound.
+    """A network from its folder, none of its weights left at random; ValueError where some are missing.
 
     diffusers and transformers only log a warning there. A folder that holds one variant alone, such as fp16, is read.
+
+    Raises:
+        UsageError: the weights are of another class, quantised or not finite.
     """
     loader = cast(Any, kind)
     extra = {} if subfolder is None else {"subfolder": subfolder}
@@ -126,5 +129,5 @@ def whole_network(kind: type[Module], path: str, subfolder: str | None = None) -
     net, info = loader.from_pretrained(path, output_loading_info=True, variant=variant, **extra)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first")
-    refuse_unsound(net, folder_of(path, subfolder))
+    refuse_unsound(net, path, subfolder)
     return net

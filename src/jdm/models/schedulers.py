@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jdm.errors import UsageError, in_short
 from jdm.generator import checked_levels
+from jdm.schedule import NoiseSchedule
 
 # The samplers of diffusers that read alpha^2 + sigma^2 = 1 from a table of betas.
 KINDS = tuple(f"{name}Scheduler" for name in (
@@ -122,6 +123,9 @@ def checked_scheduler(config: dict, file: str) -> dict:
                          "agree")
     try:
         getattr(diffusers, whole["_class_name"]).from_config(whole)
+        NoiseSchedule(alphas_cumprod(whole))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
     except Exception as error:  # an option that the class takes and does not implement
         raise UsageError(f"{file}: diffusers makes no {whole['_class_name']} of it ({in_short(error)})") from None
     return config

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from jdm.errors import UsageError
+
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 REAL = ("F16", "BF16", "F32", "F64")  # safetensors' names
 BUFFERS = ("position_ids", "num_batches_tracked")  # whole numbers beside the weights
@@ -32,23 +34,23 @@ def variant_of(folder: Path | None) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def refuse_unsound(net: nn.Module, folder: Path | None) -> None:
-    """ValueError where the files are those of another class, or hold weights that are not finite real numbers."""
-    kind = type(net).__name__
+def refuse_unsound(net: nn.Module, path: str, subfolder: str | None) -> None:
+    """UsageError where the files are those of another class, or hold weights that are not finite real numbers."""
+    kind, folder = type(net).__name__, folder_of(path, subfolder)
     if folder is not None and (config := folder / "config.json").is_file():
         said = json.loads(config.read_text(encoding="utf-8"))
         named = said.get("_class_name") or said.get("architectures") or kind
         if kind not in (named if isinstance(named, list) else [named]):
-            raise ValueError(f"{config} is of a {named if isinstance(named, str) else ', '.join(map(str, named))}, not "
-                             f"of a {kind}")
+            raise UsageError(f"{config} is of a {named if isinstance(named, str) else ', '.join(map(str, named))}, not "
+                             f"of a {kind}; put back the part that the model was trained with")
     for file in _files(folder):
         for name, kept in _header(file).items():
             if kept not in REAL and not name.endswith(BUFFERS):
-                raise ValueError(f"{file} holds {name} in {kept}; weights must be in {', '.join(REAL)}: give the model "
+                raise UsageError(f"{file} holds {name} in {kept}; weights must be in {', '.join(REAL)}: give the model "
                                  "that was quantised")
     if name := not_finite(net):
-        raise ValueError(f"{name} of the {kind} is not finite (NaN or infinity); fetch the model again, or export an "
-                         "earlier checkpoint")
+        raise UsageError(f"{folder or path}: {name} of the {kind} is not finite (NaN or infinity); fetch the model "
+                         "again, or export an earlier checkpoint")
 
 
 def not_finite(net: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
+from jdm.controls.base import KNOWN
 from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
@@ -119,6 +120,17 @@ class Loaded:
     def control(self) -> Control | None:
         """The control, tried at the size it will see; None where the run needs none."""
         return self._control(self.needs.control, self.run.data.size) if self.needs.control else None
+
+    @property
+    def preprocessor(self) -> dict | None:
+        """How another program makes the control's map, for the model's card.
+
+        None for a run without control, and for a user's control that was not loaded yet: it is not run for this.
+        """
+        found = self.__dict__.get("control")
+        if found is None and self.needs.control in KNOWN:
+            found = load_control(self.needs.control)
+        return None if found is None else found.preprocessor
 
     @cached_property
     def reward(self) -> Reward | None:

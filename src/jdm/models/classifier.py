@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
+from jdm.ranges import Count
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SIDE, PATCH = 32, 4  # sides of a mixer's pictures and of its patches
@@ -36,10 +37,10 @@ class ClassifierConfig:
     """
 
     name: str = "classifier"
-    classes: int = 10
+    classes: Count = 10
     trunk: Literal["convolutions", "mixer"] = "convolutions"
-    widths: tuple[int, ...] = (32, 64, 128, 160)
-    dimensions: int = 128
+    widths: tuple[Count, ...] = (32, 64, 128, 160)
+    dimensions: Count = 128
     grey: bool = True
 
 

@@ -34,8 +34,6 @@ class Trainer:
     """
 
     def __init__(self, run: Run):
-        if run.steps < 1 or run.batch < 1:
-            raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
         run = distributed.join(run)
         torch.manual_seed(run.seed)
         loaded, place = Loaded(run), checkpoint.last(run.out)

@@ -45,8 +45,8 @@ def load_model(name: str) -> Family:
     try:
         there = Path(name).is_dir()
     except (OSError, ValueError) as error:  # too long, a null byte
-        raise UsageError(f"{name[:100]}: no folder can have this name ({in_short(error)[:80]}); give a diffusers folder, "
-                         "a .safetensors checkpoint, a hub id, or a shipped model, such as nano-sd") from None
+        raise UsageError(f"{name[:100]}: no folder can have this name ({in_short(error)[:80]}); give a diffusers "
+                         "folder, a .safetensors checkpoint, a hub id, or a shipped model, such as nano-sd") from None
     if name in SHIPPED and not there:
         folder, controlnet = SHIPPED[name]
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)

@@ -312,7 +312,8 @@ def _among(names: Sequence[str]) -> Callable[[str], str]:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 15 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [1, 10^15), got {text[:40]!r}")
+        most = " and below 10^15" * (len(text) > 15)
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1{most}, got {text[:40]!r}")
     return int(text)
 
 

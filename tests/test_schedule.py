@@ -36,7 +36,7 @@ def test_noised_is_the_schedulers_add_noise(scheduler):
 @pytest.mark.parametrize("zero", [False, True])
 def test_noised_from_a_schedulers_table_is_add_noise(zero):
     reference = DDIMScheduler(**BETAS, rescale_betas_zero_snr=zero)
-    schedule = NoiseSchedule(alphas_cumprod(dict(reference.config)))
+    schedule = NoiseSchedule(alphas_cumprod({"_class_name": "DDIMScheduler", **reference.config}))
     x, eps = torch.randn(2, 1000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(schedule.noised(x, schedule.t(ALL), eps), reference.add_noise(x, eps, ALL),
                                atol=1e-6, rtol=1e-6)
@@ -132,7 +132,7 @@ def test_a_coarse_schedule_keeps_every_twentieth_level():
 
 # --- two schedules at one signal-to-noise ratio ---
 
-ZERO = NoiseSchedule(alphas_cumprod({**BETAS, "rescale_betas_zero_snr": True}))
+ZERO = NoiseSchedule(alphas_cumprod({"_class_name": "DDIMScheduler", **BETAS, "rescale_betas_zero_snr": True}))
 SCHEDULES = [SCHEDULE, FLOW, FlowSchedule(), ZERO]
 
 

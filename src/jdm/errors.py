@@ -13,6 +13,10 @@ class TerminatedError(RunError):
     """A run that SIGTERM ended, its last step saved. The command exits with 143, as schedulers expect."""
 
 
+class TeacherWarning(UserWarning):
+    """A teacher that runs, but whose parts do not seem to belong together. The command line prints it in one line."""
+
+
 def in_short(error: Exception) -> str:
     """An exception's type and the first line of its message, for one of the above."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]

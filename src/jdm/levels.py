@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jdm.errors import UsageError
+from jdm.ranges import NotNegative, Share
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,19 @@ class Levels:
         stream: name of the random numbers; a term with another stream draws a level and noise of its own.
     """
 
-    low: float = 0.02
-    high: float = 0.98
+    low: Share = 0.02
+    high: Share = 0.98
     stream: str = "generator"
 
     def __post_init__(self):
-        if not 0 <= self.low <= self.high <= 1 or self.high == 0:
-            raise UsageError(f"noise levels must satisfy 0 <= low <= high <= 1 with high above 0, got low {self.low} "
-                             f"and high {self.high}")
+        refuse_empty(self.low, self.high)
+
+
+def refuse_empty(low: float, high: float) -> None:
+    """UsageError where no noise level lies in [low, high]."""
+    if not 0 <= low <= high <= 1 or high == 0:
+        raise UsageError(f"noise levels must satisfy 0 <= low <= high <= 1 with high above 0, got low {low} and high "
+                         f"{high}")
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Bound:
         late: bound in the second half, when rates have fallen and the fake score keeps up; 0 for none.
     """
 
-    early: float = 1.0
-    late: float = 1.0
+    early: NotNegative = 1.0
+    late: NotNegative = 1.0
 
     def at(self, progress: float) -> float:
         """The bound where `progress`, in [0, 1), is the share of the run that is done."""

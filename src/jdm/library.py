@@ -8,7 +8,7 @@ from typing import Any, cast
 from diffusers import AutoencoderTiny
 from torch import nn
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 from jdm.files import ASSETS, read_json
 from jdm.formats.single_file_import import load_single_file
 from jdm.models.family import Family
@@ -40,7 +40,12 @@ def load_model(name: str) -> Family:
     Raises:
         UsageError: there is none, it is not whole, or it is of a family that is not read.
     """
-    if name in SHIPPED and not Path(name).is_dir():
+    try:
+        there = Path(name).is_dir()
+    except (OSError, ValueError) as error:  # too long, a null byte
+        raise UsageError(f"{name[:100]}: no folder can have this name ({in_short(error)[:80]}); give a diffusers "
+                         "folder, a .safetensors checkpoint, a hub id, or a shipped model, such as nano-sd") from None
+    if name in SHIPPED and not there:
         folder, controlnet = SHIPPED[name]
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD

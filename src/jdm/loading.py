@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
+from jdm.controls.base import KNOWN
 from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
+from jdm.evaluation.sampling import warn_of_misfit
 from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models import nano
 from jdm.models.family import Family, placed
@@ -119,6 +121,17 @@ class Loaded:
         """The control, tried at the size it will see; None where the run needs none."""
         return self._control(self.needs.control, self.run.data.size) if self.needs.control else None
 
+    @property
+    def preprocessor(self) -> dict | None:
+        """How another program makes the control's map, for the model's card.
+
+        None for a run without control, and for a user's control that was not loaded yet: it is not run for this.
+        """
+        found = self.__dict__.get("control")
+        if found is None and self.needs.control in KNOWN:
+            found = load_control(self.needs.control)
+        return None if found is None else found.preprocessor
+
     @cached_property
     def reward(self) -> Reward | None:
         """The reward, tried on two pictures; None where the run needs none."""
@@ -128,6 +141,12 @@ class Loaded:
     def decoder(self) -> nn.Module | None:
         """The tiny decoder of run.decoder; None for the teacher's own."""
         return placed(self._decoder(self.run.decoder), self.run.device) if self.run.decoder else None
+
+    def warn_of_misfits(self) -> None:
+        """Warns of teachers whose parts do not seem to belong together, by four training pictures."""
+        for role in self.needs.prompts:
+            if self.has(role):
+                warn_of_misfit(self.needs.models[role], self.model(role), self.pictures)
 
     def same_latents(self, model: Family) -> bool:
         """Whether a model's latents have the shape of the teacher's."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from jdm.levels import refuse_empty
+from jdm.ranges import Count, Positive, Range, Share
 from jdm.run import Optimiser
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prompts, Score
@@ -69,12 +72,15 @@ class ConsistencyPosterior:
         clip: bound on the norm of its whole gradient.
     """
 
-    rank: int = 16
-    levels: int = 18
-    low: float = 0.02
-    high: float = 0.98
+    rank: Count = 16
+    levels: Annotated[int, Range(1, 10_000)] = 18
+    low: Share = 0.02
+    high: Share = 0.98
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.0, 0.95)))
-    clip: float = 1.0
+    clip: Positive = 1.0
+
+    def __post_init__(self):
+        refuse_empty(self.low, self.high)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, Required, TypedDict
 
 from torch import Tensor, nn
 
+from jdm.ranges import Count, Decay, NotNegative, Positive, Seed, Whole, refuse_outside
 from jdm.size import Size
 
 
@@ -28,10 +29,10 @@ class Optimiser:
         states: How the moments are stored: in the parameters' own dtype (float32), or in 8 bits to save memory.
     """
 
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup: int = 100
+    lr: Positive
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: NotNegative = 0.0
+    warmup: Whole = 100
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     states: Literal["float32", "8bit"] = "float32"
 
@@ -203,22 +204,25 @@ class Run:
     out: Path
     model: str = "nano-sd"
     data: Data = field(default_factory=Data)
-    steps: int = 1000
-    batch: int = 64
-    accumulate: int = 1
-    shard: int = 1
-    seed: int = 0
-    ema: float = 0.999
+    steps: Count = 1000
+    batch: Count = 64
+    accumulate: Count = 1
+    shard: Count = 1
+    seed: Seed = 0
+    ema: Decay = 0.999
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     decoder: str = ""
     compile: bool = False
-    save_every: int = 500
-    log_every: int = 20
-    probe_every: int = 0
+    save_every: Count = 500
+    log_every: Count = 20
+    probe_every: Whole = 0
     best: str = ""
-    patience: int = 0
+    patience: Whole = 0
+
+    def __post_init__(self):
+        refuse_outside(self)
 
 
 class Description(TypedDict, total=False):

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-Size = int | tuple[int, int]
+from jdm.ranges import Side
+
+Size = Side | tuple[Side, Side]
 
 
 def height_width(size: Size) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from jdm.errors import UsageError
 from jdm.levels import Bound, Levels
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior
+from jdm.ranges import NotNegative, Whole
 from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, Prompts
 
@@ -198,7 +199,7 @@ class NoisyTerm:
 
     models: ClassVar[tuple[str, ...]] = ()  # the fields that name a model to load
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     levels: Levels = field(default_factory=Levels)
     lambda_t: LambdaT = "x0"
     normaliser: Normaliser = "real"
@@ -220,7 +221,7 @@ class Fidelity(NoisyTerm):
         guidance: w of the real score, uncond + w (cond - uncond); 1 is none.
     """
 
-    guidance: float = 2.0
+    guidance: NotNegative = 2.0
 
     def direction(self, at: View) -> Tensor:
         real, fake = at.real(self.guidance), at.fake()
@@ -259,7 +260,7 @@ class Condition(NoisyTerm):
 
     bound: Bound = field(default_factory=Bound)
     posterior: AnyPosterior = field(default_factory=ConsistencyPosterior)
-    draws: int = 0
+    draws: Whole = 0
     reference: bool = True
 
     def direction(self, at: View) -> Tensor:
@@ -279,7 +280,7 @@ class CleanCondition:
     levels = None  # on the clean sample
     models: ClassVar[tuple[str, ...]] = ()
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     bound: Bound = field(default_factory=Bound)
     reference: bool = True
 
@@ -319,7 +320,7 @@ class CleanReward:
     models: ClassVar[tuple[str, ...]] = ()
 
     model: str = "nano-reward"
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     bound: Bound = field(default_factory=Bound)
 
     def direction(self, at: View) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jdm.controls import Canny, Control, checked, load_control
-from jdm.controls.canny import edge_magnitude
+from jdm.controls.canny import GreyCanny, edge_magnitude
 from jdm.errors import UsageError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_controls.py"
@@ -69,7 +69,7 @@ def test_h_equals_opencv_canny_pixel_by_pixel(pictures, thresholds):
     c = Canny(*thresholds).h(images)
     rgb = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for got, picture in zip(c, rgb, strict=True):
-        expected = cv2.Canny(cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY), *thresholds)
+        expected = cv2.Canny(np.ascontiguousarray(picture), *thresholds)
         assert np.array_equal(got[0].numpy() * 255, expected)
     assert c.shape == (len(images), 1, *images.shape[2:])
     assert set(c.unique().tolist()) == {0.0, 1.0}
@@ -88,17 +88,37 @@ def test_h_keeps_dtype_and_carries_no_gradient():
     assert not c.requires_grad
 
 
+@pytest.mark.parametrize("picture", ["astronaut", "coffee", "chelsea", "rocket"])
+def test_colour_photographs_give_opencvs_own_map(picture):
+    rgb = np.ascontiguousarray(getattr(pytest.importorskip("skimage.data"), picture)())
+    images = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+    found = {control: (control.h(images)[0, 0] * 255).to(torch.uint8).numpy() for control in (Canny(), GreyCanny())}
+    assert (found[Canny()] == cv2.Canny(rgb, 100, 200)).all()
+    assert (found[GreyCanny()] == cv2.Canny(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), 100, 200)).all()
+    assert (found[Canny()] != found[GreyCanny()]).mean() > 0.02
+
+
+def test_grey_pictures_have_one_map_in_both_variants():
+    images = garments(64)
+    assert torch.equal(Canny().h(images), load_control("canny-grey").h(images))
+    assert torch.equal(edge_magnitude(images), edge_magnitude(images[:, :1]))
+
+
+def test_the_cards_preprocessor_names_picture_and_thresholds():
+    assert Canny(low=50, high=150).preprocessor == {
+        "function": "cv2.Canny", "picture": "RGB, 8 bits", "low_threshold": 50, "high_threshold": 150}
+    assert GreyCanny().preprocessor["picture"] == "grey, 8 bits"
+
+
 def test_hard_edges_respect_both_thresholds():
     """Every hard edge is above low; every isolated peak above high is a hard edge."""
     images = photographs(96)
-    grey = np.stack([cv2.cvtColor(np.ascontiguousarray(p), cv2.COLOR_RGB2GRAY)
-                     for p in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()])
-    eight_bits = torch.from_numpy(grey).unsqueeze(1).expand(-1, 3, -1, -1).double() / 255
-    magnitude = edge_magnitude(eight_bits).round()
+    magnitude = edge_magnitude((images * 255).round().double() / 255).round()
     edges = Canny().h(images) > 0
     neighbours = torch.nn.functional.max_pool2d(magnitude, 3, 1, 1)
     peaks = (magnitude == neighbours) & (magnitude > 200)
-    ties = torch.nn.functional.unfold((magnitude == neighbours).double(), 3, padding=1).sum(1) > 1
+    around = torch.nn.functional.unfold(magnitude, 3, padding=1)
+    ties = (around == magnitude.flatten(1).unsqueeze(1)).sum(1) > 1
     assert magnitude[edges].min() > 100
     assert edges[peaks & ~ties.view_as(peaks)].all()
 

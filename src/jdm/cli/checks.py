@@ -18,7 +18,7 @@ def device(name: str) -> torch.device:
     """
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        torch.ones(1, device=found).item()  # "meta" makes tensors and holds no numbers
     except Exception as error:  # RuntimeError or AssertionError, depending on the backend
         first = (str(error).splitlines() or [""])[0][:120]
         raise UsageError(f"--device {name} cannot be used here ({first}); use --device cpu") from None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from jdm import __version__, trust
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TeacherWarning, TerminatedError, UsageError, in_short
 
 # Read by third parties when they are imported, so set before any of them is.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("JDM_DEBUG", "0") not in ("", "0")
     if not debug:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TeacherWarning)
+        warnings.formatwarning = lambda message, *_, **__: f"jdm: {' '.join(str(message).split())}\n"
     try:
         return _run(arguments)
     except Exception as error:
@@ -205,25 +207,25 @@ def _sampler_flags(parser: argparse.ArgumentParser) -> None:
                         help="seed of the starting noise, a whole number below 2^40 (default: %(default)s)")
     parser.add_argument("--steps", type=_positive,
                         help="sampling steps, at least 1 (default: a student's own, 50 for other models)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale of a multi-step model; 1 turns "
-                        "guidance off (default: the model's own, or 2)")
+    parser.add_argument("--guidance", type=_factor, help="classifier-free guidance scale of a multi-step model, in "
+                        "[0, 100]; 1 turns guidance off (default: the model's own, or 2)")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
                         "%(default)s)")
 
 
 def _sample_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
-    parser.add_argument("--prompt", required=True, help="text to draw pictures for")
+    parser.add_argument("--prompt", required=True, type=_text, help="text to draw pictures for")
     parser.add_argument("--image", metavar="FILE", help="picture to measure the control on, of any format and size")
     parser.add_argument("--control-map", metavar="FILE", help="ready control map to use instead of --image; as large "
                         "as the pictures the model draws")
     parser.add_argument("--also", action="append", default=[], metavar="MODEL", help="another ControlNet for the same "
                         "UNet, with its control measured on the same picture; repeatable")
-    parser.add_argument("--strength", action="append", type=float, default=[], help="factor on each control in turn, "
-                        "the model's own first; 0 ignores a control; repeatable (default: 1)")
+    parser.add_argument("--strength", action="append", type=_factor, default=[], help="factor on each control in "
+                        "turn, the model's own first, in [0, 100]; 0 ignores a control; repeatable (default: 1)")
     parser.add_argument("--n", type=_positive, default=4, help="number of pictures to draw (default: %(default)s)")
-    parser.add_argument("--size", type=_positive, nargs="+", metavar="PIXELS", help="side of a square, or height and "
-                        "width, in pixels (default: the size the model was trained at)")
+    parser.add_argument("--size", type=_side, nargs="+", metavar="PIXELS", help="side of a square, or height and "
+                        "width, in pixels, in [1, 4096] (default: the size the model was trained at)")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
                         "and grid.png to (default: %(default)s)")
     _sampler_flags(parser)
@@ -320,14 +322,39 @@ def _among(names: Sequence[str]) -> Callable[[str], str]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    if not text.isdecimal() or len(text) > 15 or int(text) < 1:
+        most = " and below 10^15" * (len(text) > 15)
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1{most}, got {text[:40]!r}")
     return int(text)
 
 
+def _side(text: str) -> int:
+    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [1, 4096], got {text[:40]!r}")
+    return int(text)
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 100:  # so that NaN is refused
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 100], got {text[:40]!r}")
+    return value
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, got {ascii(text)[:60]}") from None
+    return text
+
+
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**40:
-        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text!r}")
+    if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
+        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
     return int(text)
 
 

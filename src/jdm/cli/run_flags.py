@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -12,10 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import docstring_parser
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from jdm.cli.parser import NARROWEST, refuse_unknown
 from jdm.errors import UsageError
+from jdm.ranges import hints_of, ranges_of
 from jdm.recipes import find
 from jdm.run import Run
 
@@ -41,11 +45,40 @@ def configured(recipe: str, arguments: Sequence[str]) -> Run:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_enough():
-            return tyro.cli(Run, default=run, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+            return tyro.cli(Run, default=run, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,),
+                            registry=_registry())
     except SystemExit as end:
         if end.code in (0, None):
             raise
         raise UsageError(f"{_unboxed(complaint.getvalue())}; see: {prog} --help") from None
+
+
+def _registry() -> ConstructorRegistry:
+    """tyro's rules, and one that ends the help of a number with its range."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not is_dataclass(info.type) or not isinstance(info.default, info.type):
+            return None
+        hints = hints_of(info.type)  # type: ignore[arg-type]
+        if not hints:
+            return None
+        return StructConstructorSpec(info.type, tuple(  # type: ignore[arg-type]
+            StructFieldSpec(field.name, hints[field.name], getattr(info.default, field.name),
+                            functools.partial(_explained, info.type, field.name, hints[field.name]))
+            for field in fields(info.type)))
+
+    return registry
+
+
+def _explained(kind: type, name: str, hint: Any) -> str:
+    """A field's entry in the docstring of the nearest class that has one, and its range."""
+    entries = (entry for owner in kind.__mro__
+               for entry in docstring_parser.parse(owner.__dict__.get("__doc__") or "").params)
+    text = next((entry.description or "" for entry in entries if entry.arg_name == name), "")
+    allowed = " or ".join(map(str, ranges_of(hint)))
+    return " ".join([*text.split(), *([f"Range: {allowed}."] if allowed else [])])
 
 
 def flags_of(value: Any, prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from jdm.cli import checks
 from jdm.controls import checked, load_control
 from jdm.data import pictures
 from jdm.errors import RunError, UsageError
-from jdm.evaluation.sampling import Sampler
+from jdm.evaluation.sampling import Sampler, warn_of_misfit
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
 from jdm.models.family import Family, placed
@@ -24,6 +24,7 @@ from jdm.space import from_bytes, unit
 
 def command(asked: argparse.Namespace) -> int:
     model = load_model(asked.model).to(checks.device(asked.device))
+    warn_of_misfit(asked.model, model)
     if asked.size:
         if len(asked.size) > 2:
             raise UsageError(f"--size is a side, or height and width; got {len(asked.size)} numbers")

@@ -14,6 +14,7 @@ from jdm.user_code import check_gradient, imported, probe
 
 KNOWN = {
     "canny": "jdm.controls.canny:Canny",
+    "canny-grey": "jdm.controls.canny:GreyCanny",
     "hed": "jdm.controls.hed:HED",
     "depth": "jdm.controls.depth:Depth",
     "lowres": "jdm.controls.lowres:LowRes",
@@ -38,6 +39,12 @@ class Control:
     name: str = "control"
     channels: int = 1
     temperature: float = 0.1
+
+    @property
+    def preprocessor(self) -> dict:
+        """How another program makes c of a picture, with every setting that it has; for the model's card."""
+        settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"function": f"{type(self).__module__}.{type(self).__name__}", **settings}
 
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> c [B, channels, H, W] in [0, 1]."""

@@ -19,15 +19,18 @@ from jdm.schedule import precise
 
 @dataclass(frozen=True)
 class Canny(Control):
-    """c = cv2.Canny(grey, low, high) / 255; log p(c | images) = sum q log s + (1 - q) log(1 - s), Bernoulli.
+    """c = cv2.Canny(rgb, low, high) / 255; log p(c | images) = sum q log s + (1 - q) log(1 - s), Bernoulli.
 
     The soft edges are s = sigmoid((|gx| + |gy| - (low + high) / 2) / temperature), where (gx, gy) is the Sobel
-    gradient that cv2.Canny thresholds, in the same units. The derivative by the logit is q - s, which vanishes
-    neither at a missing edge nor at a spurious one, however strong. The entropy of q is added, so that
-    `reference` is -KL(q || s), 0 where both maps agree.
+    gradient that cv2.Canny thresholds, in the same units: at each pixel that of the channel where |gx| + |gy| is
+    largest. The derivative by the logit is q - s, which vanishes neither at a missing edge nor at a spurious one,
+    however strong. The entropy of q is added, so that `reference` is -KL(q || s), 0 where both maps agree.
+
+    The picture is given to OpenCV in colour, as ControlNet's annotators and diffusers' examples do.
 
     Attributes:
-        low, high: hysteresis thresholds on |gx| + |gy| of 8-bit grey.
+        low, high: hysteresis thresholds on |gx| + |gy| of 8-bit values.
+        grey: take the edges of the picture's luma, as `canny-grey` does; of a grey picture both are the same.
         likelihood: the target q.
             `reference`: the soft edges of the picture c was measured on, pixel by pixel.
             `blurred`: c itself, blurred and multiplied by `width`, for control maps that come without a
@@ -48,6 +51,7 @@ class Canny(Control):
     temperature: float = 40.0
     blur: float = 0.7
     width: float = 1.5
+    grey: bool = False
 
     # Without annotations, so that they are class attributes and not dataclass fields.
     name = "canny"
@@ -63,15 +67,19 @@ class Canny(Control):
             if not 0 < getattr(self, field) < math.inf:
                 raise UsageError(f"canny's {field} must be above 0 and finite, got {getattr(self, field):g}")
 
+    @property
+    def preprocessor(self) -> dict:
+        return {"function": "cv2.Canny", "picture": "grey, 8 bits" if self.grey else "RGB, 8 bits",
+                "low_threshold": self.low, "high_threshold": self.high}
+
     @torch.no_grad()
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], clamped and rounded to 8 bits -> c [B, 1, H, W] in {0, 1}."""
         rgb = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
         pictures = rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        edges = [
-            torch.from_numpy(cv2.Canny(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), self.low, self.high))
-            for picture in pictures
-        ]
+        if self.grey:
+            pictures = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures]
+        edges = [torch.from_numpy(cv2.Canny(picture, self.low, self.high)) for picture in pictures]
         return torch.stack(edges).unsqueeze(1).to(images.device).to(images.dtype) / 255
 
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -106,20 +114,32 @@ class Canny(Control):
         return torch.sigmoid(self._logits(images))
 
     def _logits(self, images: Tensor) -> Tensor:
-        return (edge_magnitude(images) - (self.low + self.high) / 2) / self.temperature
+        seen = luma(precise(images)) if self.grey else images
+        return (edge_magnitude(seen) - (self.low + self.high) / 2) / self.temperature
+
+
+@dataclass(frozen=True)
+class GreyCanny(Canny):
+    """Canny edges of the picture's luma: what models trained by version 0.1 on colour pictures were shown."""
+
+    grey: bool = True
+
+    name = "canny-grey"
 
 
 def edge_magnitude(images: Tensor) -> Tensor:
-    """|gx| + |gy|, 3x3 Sobel of grey in 0..255 with replicated borders: the value that cv2.Canny thresholds.
+    """|gx| + |gy|, 3x3 Sobel of values in 0..255 with replicated borders: the value that cv2.Canny thresholds.
 
-    Images [B, 3, H, W] in [0, 1] -> [B, 1, H, W], float32 or wider. Not rounded to 8 bits, so it is
-    differentiable except where gx or gy is exactly 0.
+    Images [B, C, H, W] in [0, 1] -> [B, 1, H, W], float32 or wider: at each pixel the largest of the channels, as
+    OpenCV takes it. Channels that are equal there share the gradient. Not rounded to 8 bits, so it is differentiable
+    except where gx or gy is exactly 0.
     """
-    grey = 255 * luma(precise(images))
-    gx = grey.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    values = 255 * precise(images)
+    gx = values.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([gx, gx.T]).unsqueeze(1)
-    padded = functional.pad(grey, (1, 1, 1, 1), mode="replicate")
-    return functional.conv2d(padded, kernels).abs().sum(1, keepdim=True)
+    padded = functional.pad(values, (1, 1, 1, 1), mode="replicate").flatten(0, 1).unsqueeze(1)
+    sums = functional.conv2d(padded, kernels).abs().sum(1)
+    return sums.unflatten(0, images.shape[:2]).amax(1, keepdim=True)
 
 
 def _log_blurred(logs: Tensor, std: float) -> Tensor:

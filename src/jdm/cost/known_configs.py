@@ -14,7 +14,7 @@ from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
 from jdm.library import FAMILIES, SHIPPED
-from jdm.models.folder import folder_json, model_index
+from jdm.models.folder import folder_json, folder_scheduler, model_index
 from jdm.models.published import KNOWN, networks
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
@@ -61,7 +61,7 @@ def _of_folder(name: str) -> dict[str, dict]:
                          f"{', '.join([*SHIPPED, *KNOWN])}")
     index = model_index(str(path))
     files = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
-             "scheduler": "scheduler/scheduler_config.json", "card": "jdm.json"}
+             "card": "jdm.json"}
     if FAMILIES.get(str(index.get("_class_name"))) is StableDiffusionXL:
         files["text_encoder_2"] = "text_encoder_2/config.json"
     if (index.get("controlnet") or [None])[0] is not None:
@@ -69,10 +69,10 @@ def _of_folder(name: str) -> dict[str, dict]:
     found = {part: folder_json(str(path), file) for part, file in files.items()}
     if controlnet:
         found["controlnet"] = folder_json(str(ASSETS / controlnet), "config.json")
-    missing = [part for part, config in found.items() if config is None and part not in ("card", "scheduler")]
+    missing = [part for part, config in found.items() if config is None and part != "card"]
     if missing:
         raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")
-    return {part: config or {} for part, config in found.items()}
+    return {part: config or {} for part, config in found.items()} | {"scheduler": folder_scheduler(str(path), index)}
 
 
 def dpt_hybrid() -> nn.Module:

@@ -34,9 +34,14 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     Raises UsageError if the file does not exist, Pillow cannot read it as a whole picture, a side is below
     8 pixels, or it has more pixels than Pillow's limit against decompression bombs.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        problem = "it is a folder" if path.is_dir() else "there is no such file"
+    try:
+        path = Path(path).expanduser()
+        there, folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, a null byte
+        raise UsageError(f"{str(path)[:100]}: no file can have this path ({in_short(error)[:80]}); give the path of a "
+                         "picture (PNG, JPEG, WebP, ...)") from None
+    if not there:
+        problem = "it is a folder" if folder else "there is no such file"
         raise UsageError(f"{path}: {problem}; give the path of a picture (PNG, JPEG, WebP, ...)")
     return read_picture(path, str(path), path.stat().st_size, size)
 

@@ -14,7 +14,7 @@ from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import SAMPLES, Reference, references
-from jdm.evaluation.sampling import Sampler
+from jdm.evaluation.sampling import Sampler, warn_of_misfit
 from jdm.files import ASSETS
 from jdm.generator import Generator, starting_noise
 from jdm.library import SHIPPED, load_model
@@ -86,6 +86,7 @@ def evaluate(
     loaded = load_model(model).to(device)
     card = loaded.card or {}
     pictures = load_pictures(source, split, loaded.size)
+    warn_of_misfit(model, loaded, pictures)
     spec = control or card.get("control")
     if spec and loaded.controlnet is None:
         raise UsageError(f"{model} has no ControlNet; evaluate it without --control")

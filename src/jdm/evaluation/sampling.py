@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from jdm.controls import Control
-from jdm.errors import UsageError
+from jdm.data.sources import Pictures, load_pictures
+from jdm.errors import RunError, TeacherWarning, UsageError
 from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
-from jdm.library import load_model
+from jdm.library import SHIPPED, load_model
 from jdm.models.family import Family
 from jdm.models.schedulers import ddim_scheduler
-from jdm.size import Size, size_of
-from jdm.space import to_bytes
+from jdm.models.teacher_check import doubts
+from jdm.size import Size, height_width, size_of
+from jdm.space import from_bytes, to_bytes
 
 
 class Sampler:
@@ -52,7 +56,9 @@ class Sampler:
         self.net.strengths[: len(strengths)] = strengths
         self.generator = generator or model.generator(self.text, self.net)
         self.score = model.score_of(self.text, self.net, guidance)
-        self._scheduler = ddim_scheduler(model.scheduler)
+        self._scheduler: Any = ddim_scheduler(model.scheduler)
+        if self._many:
+            _set_steps(self._scheduler, self.steps)
 
     @property
     def nfe(self) -> int:
@@ -63,8 +69,8 @@ class Sampler:
         """Model-space samples [B, ...] like z; a student of several steps needs `renoise`, as `Generator` does."""
         if not self._many:
             return self.generator(z, y, control, renoise)
-        scheduler: Any = self._scheduler
-        scheduler.set_timesteps(self.steps)
+        scheduler = self._scheduler
+        _set_steps(scheduler, self.steps)
         x_t = z * scheduler.init_noise_sigma
         for index in scheduler.timesteps:
             t = self.model.schedule.t(index).expand(len(z)).to(z.device)
@@ -78,6 +84,9 @@ class Sampler:
 
         Args:
             seed: of the noise that a student of several steps adds between them: a function of seed, row and step.
+
+        Raises:
+            RunError: a picture is not finite.
         """
         device = next(self.net.parameters()).device
         fresh = {k: fresh_noise(tuple(z.shape), seed, k).to(device) for k in range(1, len(self.generator.levels))}
@@ -85,8 +94,42 @@ class Sampler:
         for rows in torch.arange(len(z)).split(batch):
             shown = None if control is None else control[rows].to(device)
             x = self.x(z[rows].to(device), [y[int(i)] for i in rows], shown, lambda k, rows=rows: fresh[k][rows])
-            pictures.append(to_bytes(self.model.space.decode(x)).cpu())
+            pixels = self.model.space.decode(x)
+            if not bool(pixels.isfinite().all()):
+                raise RunError("a picture is not finite (NaN or infinity); lower --guidance or --strength, or name a "
+                               "model whose weights are whole")
+            pictures.append(to_bytes(pixels).cpu())
         return torch.cat(pictures)
+
+
+def _set_steps(scheduler: Any, steps: int) -> None:
+    """UsageError where the scheduler has not as many levels."""
+    n = scheduler.config["num_train_timesteps"]
+    if steps <= n:
+        scheduler.set_timesteps(steps)
+    if steps > n or int(scheduler.timesteps.max()) >= n:
+        most = n - 1 if steps == n else n
+        raise UsageError(f"steps must be at most {most} for this model's {n} noise levels, got {steps}; 50 are enough")
+
+
+def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -> None:
+    """Warns where a multi-step model's parts do not seem to belong together, by four small pictures or a large one.
+
+    Shipped models are known, and students and posteriors predict no noise: of them nothing is computed.
+
+    Args:
+        pictures: of the model's kind; packaged ones, enlarged to the model's size, where None.
+    """
+    if name in SHIPPED or model.levels or (model.card or {}).get("kind", "many-step") != "many-step":
+        return
+    taken = load_pictures("fashion-mnist", "test[:4]", 32) if pictures is None else pictures
+    size = height_width(model.size if pictures is None else pictures.size)
+    rows = torch.arange(min(len(taken), 4 if max(size) <= 64 else 1))
+    pixels, y = from_bytes(taken.batch(rows)), taken.prompts(rows, torch.zeros(len(rows)))
+    if pixels.shape[2:] != size:
+        pixels = functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    if why := doubts(model, pixels, y):
+        warnings.warn(f"{name}: {why}", TeacherWarning, stacklevel=2)
 
 
 def default_steps(model: Family) -> int:

@@ -132,10 +132,18 @@ def _facts(of: Subject) -> str:
         levels += f" (sigma / alpha = {of.sigma:.4f}{' at the first' * (not of.one_step)})"
     rows = [("base model", public(of.base) if of.base else "not recorded"),
             ("method", of.card.get("method") or of.method.get("type")), ("control", of.card.get("control")),
-            ("levels", levels),
+            ("control map", _map(of.card.get("preprocessor"))), ("levels", levels),
             ("pictures", of.pixels and spelled(of.pixels) + " (height x width)" * isinstance(of.pixels, tuple)),
             ("weights on disk", of.dtype)]
     return _table("", "", [(k, _value(v)) for k, v in rows if v is not None])
+
+
+def _map(preprocessor: Any) -> str | None:
+    """How the control map is made of a picture: the function, then its settings."""
+    if not isinstance(preprocessor, Mapping):
+        return None
+    return ", ".join([f"{preprocessor.get('function')}", *(
+        f"{k.replace('_', ' ')} {_value(v)}" for k, v in preprocessor.items() if k != "function")])
 
 
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -292,11 +292,20 @@ def _metrics(file: Path) -> dict[str, Any]:
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:
-    """Converts a file's tensors to `dtype`, but not its header or single numbers such as a LoRA's alpha."""
+    """Converts a file's tensors to `dtype`, but not its header or single numbers such as a LoRA's alpha.
+
+    Raises:
+        UsageError: a number is not finite, before or after.
+    """
     tensors = load_file(file)
+    if name := next((k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), ""):
+        raise UsageError(f"{name} of {file.parent.name} is not finite (NaN or infinity); export an earlier checkpoint, "
+                         "or fetch the model again")
     changed = {k: v.to(dtype) for k, v in tensors.items() if v.is_floating_point() and v.ndim and v.dtype != dtype}
     if not changed:
         return
+    if name := next((k for k, v in changed.items() if not bool(v.isfinite().all())), ""):
+        raise UsageError(f"{name} of {file.parent.name} is too large for {dtype}; choose --dtype bf16 or fp32")
     with safe_open(file, "pt") as opened:
         header = opened.metadata() or {"format": "pt"}
     draft = file.with_suffix(".draft")  # unchanged tensors may still be mapped from the file

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +33,11 @@ from jdm.formats.single_file import (
     vae_names,
 )
 from jdm.models import published
+from jdm.models.schedulers import checked_scheduler
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.text import whole_tokenizer
+from jdm.models.weights import not_finite
 
 CLIP = "openai/clip-vit-large-patch14"  # its tokenizer is that of all sizes in KNOWN
 END = "<|endoftext|>"
@@ -59,8 +61,8 @@ def load_single_file(name: str) -> StableDiffusion | None:
         return None
     file.refuse_others()
     configs, index = file.configs(), file.beside_json("model_index.json") or {}
-    parts: dict[str, Any] = {**tokenizers(file, configs), "scheduler": configs["scheduler"],
-                             "card": configs.get("card")}
+    scheduler = checked_scheduler(configs["scheduler"], f"the scheduler of {file.path}")
+    parts: dict[str, Any] = {**tokenizers(file, configs), "scheduler": scheduler, "card": configs.get("card")}
     nets = _shapes(file, configs)
     sources = {part: file if part != "controlnet" else _controlnet_file(file) for part in nets}
     places = {part: file_places(sources[part], part, net, file.reference) for part, net in nets.items()}
@@ -98,23 +100,13 @@ def _tokenizer(file: SingleFile, part: str, text: str, config: Mapping[str, Any]
     folder = next((found for name in (part, "tokenizer") if (found := file.home / name).is_dir()), None)
     if folder is None and own:
         raise UsageError(f"{file.home} lacks {part}; copy it from the model that the configuration belongs to")
-    tokenizer = _hub_tokenizer(file, **options) if folder is None else _local_tokenizer(folder, **options)
+    tokenizer = _hub_tokenizer(file, **options) if folder is None else whole_tokenizer(str(folder), **options)
     words, rows = len(tokenizer), config.get("vocab_size", 49408)
     if words > rows or (words < rows and not own):
         raise UsageError(f"{folder or CLIP} knows {words} words, the text encoder of {file.path} {rows}; put the "
                          f"tokenizer it was trained with into {file.home / part}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.get("max_position_embeddings", 77))
     return tokenizer
-
-
-def _local_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
-    # Without these files transformers would silently make a tokenizer of two words.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UsageError(f"{folder} holds no tokenizer: it lacks vocab.json and merges.txt, or tokenizer.json")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} holds no tokenizer that can be read ({in_short(error)}); copy it again") from None
 
 
 def _hub_tokenizer(file: SingleFile, **options: Any) -> CLIPTokenizer:
@@ -246,6 +238,8 @@ def _filled(net: nn.Module, places: Mapping[str, Place], file: SingleFile) -> nn
     except (SafetensorError, OSError) as error:
         raise damaged(file.path, error) from None
     net.load_state_dict(state, assign=True)
+    if name := not_finite(net):
+        raise UsageError(f"{file.path}: {places[name].name} is not finite (NaN or infinity); fetch the file again")
     for module in net.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:  # CLIP's text models do not save this buffer

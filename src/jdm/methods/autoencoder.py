@@ -14,6 +14,7 @@ from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models import nano
 from jdm.models.family import placed
+from jdm.ranges import NotNegative, Positive
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.size import height_width
 from jdm.space import from_bytes
@@ -30,10 +31,10 @@ class Autoencoder:
         clip: bound on the norm of its gradient.
     """
 
-    absolute: float = 0.1
-    kl: float = 1e-3
+    absolute: NotNegative = 0.1
+    kl: NotNegative = 1e-3
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-3, weight_decay=1e-4))
-    clip: float = 1.0
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         return Needs()

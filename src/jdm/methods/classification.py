@@ -12,6 +12,7 @@ from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.models.classifier import Classifier, ClassifierConfig
+from jdm.ranges import Decay, Positive, Whole
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.sharing import processes
 from jdm.space import from_bytes
@@ -30,10 +31,10 @@ class Classification:
     """
 
     config: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(name="nano-classifier"))
-    shift: int = 2
-    smoothing: float = 0.05
+    shift: Whole = 2
+    smoothing: Decay = 0.05
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-3, weight_decay=1e-2))
-    clip: float = 1.0
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         return Needs()

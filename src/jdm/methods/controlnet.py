@@ -14,6 +14,7 @@ from jdm.loading import Loaded
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss
 from jdm.models.family import placed
 from jdm.models.folder import save_pipeline
+from jdm.ranges import Positive, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.space import from_bytes, unit
 
@@ -30,9 +31,9 @@ class ControlNet:
     """
 
     control: str = "canny"
-    dropout: float = 0.1
+    dropout: Share = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, betas=(0.9, 0.95)))
-    clip: float = 1.0
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         return Needs({"teacher": run.model}, self.control, latents=True)
@@ -41,7 +42,8 @@ class ControlNet:
         teacher = loaded.teacher
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
-            card = {"kind": "many-step", "method": "controlnet", "control": self.control}
+            card = {"kind": "many-step", "method": "controlnet", "control": self.control,
+                    "preprocessor": loaded.preprocessor}
             save_pipeline(teacher.with_networks(controlnet=averages["controlnet"]), folder, card=card)
 
         with loaded.making():

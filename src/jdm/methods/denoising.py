@@ -17,6 +17,7 @@ from jdm.models.family import placed
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.text import TextEncoder
+from jdm.ranges import Positive, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel
 from jdm.space import from_bytes
@@ -44,9 +45,9 @@ class Denoising:
     """
 
     vae: str = "runs/nano-vae/model"
-    dropout: float = 0.1
+    dropout: Share = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
-    clip: float = 1.0
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         return Needs(latents=True, autoencoder=self.vae)

@@ -10,6 +10,7 @@ from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Networks, Student, controlnet_need
+from jdm.ranges import Positive, Whole
 from jdm.run import Needs, Phase, Product, Run, Task
 from jdm.space import from_bytes, unit
 
@@ -39,9 +40,9 @@ class DSMControlNet:
 
     control: str = "canny"
     base: str = ""
-    level: int = 625
+    level: Whole = 625
     controlnet: Branch = field(default_factory=Branch)
-    clip: float = 1.0
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         start = {"start": self.base} if self.base else {}

@@ -13,6 +13,7 @@ from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Networks, Student, controlnet_need
+from jdm.ranges import Count, NotNegative, Positive, Whole
 from jdm.run import Needs, Phase, Product, Run, Task
 from jdm.sharing import batch_mean
 from jdm.space import unit
@@ -56,16 +57,16 @@ class NCT:
 
     control: str = "canny"
     base: str = "nano-diff-instruct"
-    base_levels: tuple[int, ...] = (625,)
+    base_levels: tuple[Whole, ...] = (625,)
     controlnet: Branch = field(default_factory=Branch)
-    levels: int = 18
+    levels: Count = 18
     consistency: bool = True
     boundary: bool = True
-    xi: float = 0.05
-    multiplier: float = 1.0
-    dual_rate: float = 0.05
-    huber: float = 0.03
-    clip: float = 1.0
+    xi: NotNegative = 0.05
+    multiplier: NotNegative = 1.0
+    dual_rate: NotNegative = 0.05
+    huber: Positive = 0.03
+    clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
         if not self.consistency and not self.boundary:

@@ -13,6 +13,7 @@ from jdm.controls import Control
 from jdm.errors import UsageError
 from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
+from jdm.levels import refuse_empty
 from jdm.loading import Loaded
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.execution import picture_by_picture
@@ -20,6 +21,7 @@ from jdm.models.family import Denoiser, Family, copied, placed, with_merged
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
+from jdm.ranges import Count, Positive, Share, Whole
 from jdm.rewards import Reward
 from jdm.run import Optimiser, Product
 from jdm.schedule import NoiseSchedule
@@ -57,11 +59,11 @@ class Student:
         clip: bound on the norm of the whole student's gradient, its ControlNet's included.
     """
 
-    levels: tuple[int, ...] = (625,)
+    levels: tuple[Whole, ...] = (625,)
     start: str = ""
-    rank: int = 0
+    rank: Whole = 0
     optimiser: Optimiser | None = field(default_factory=_slow)
-    clip: float = 1.0
+    clip: Positive = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,15 @@ class Fake:
 
     prompt: bool = True
     controlnet: Optimiser | None = None
-    rank: int = 0
-    updates: int = 1
-    low: float = 0.0
-    high: float = 1.0
+    rank: Whole = 0
+    updates: Count = 1
+    low: Share = 0.0
+    high: Share = 1.0
     optimiser: Optimiser = field(default_factory=_fast)
-    clip: float = 1.0
+    clip: Positive = 1.0
+
+    def __post_init__(self):
+        refuse_empty(self.low, self.high)
 
 
 class Networks:
@@ -288,7 +293,8 @@ class Networks:
                 "levels": list(levels), **more}
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> object:
-            return save_pipeline(self._with(averages), folder, self.teacher.step_scheduler(levels), card=card)
+            shown = {"preprocessor": self.loaded.preprocessor} if control else {}
+            return save_pipeline(self._with(averages), folder, self.teacher.step_scheduler(levels), card=card | shown)
 
         modules = {name: module for name, module in self.modules.items() if name in ("unet", "controlnet")}
         return Product(modules, write)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from jdm.data.noise import Noise, rows_at
+from jdm.levels import refuse_empty
 from jdm.loading import Loaded
 from jdm.methods.denoising import Batch, denoising_batch
 from jdm.models.family import copied
 from jdm.models.folder import save_pipeline
 from jdm.posterior import Posterior
+from jdm.ranges import Positive, Range, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 
 
@@ -31,11 +34,14 @@ class PosteriorTraining:
         clip: bound on the norm of its gradient.
     """
 
-    levels: int = 18
-    low: float = 0.02
-    high: float = 0.98
+    levels: Annotated[int, Range(1, 10_000)] = 18
+    low: Share = 0.02
+    high: Share = 0.98
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-5, betas=(0.9, 0.95)))
-    clip: float = 1.0
+    clip: Positive = 1.0
+
+    def __post_init__(self):
+        refuse_empty(self.low, self.high)
 
     def needs(self, run: Run) -> Needs:
         return Needs({"teacher": run.model}, latents=True)

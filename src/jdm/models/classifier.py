@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdm.errors import UsageError, in_short
 from jdm.files import fitted, read_json
+from jdm.ranges import Count
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST = 8192  # channels, features or classes
@@ -38,10 +39,10 @@ class ClassifierConfig:
     """
 
     name: str = "classifier"
-    classes: int = 10
+    classes: Count = 10
     trunk: Literal["convolutions", "mixer"] = "convolutions"
-    widths: tuple[int, ...] = (32, 64, 128, 160)
-    dimensions: int = 128
+    widths: tuple[Count, ...] = (32, 64, 128, 160)
+    dimensions: Count = 128
     grey: bool = True
 
 

@@ -17,10 +17,11 @@ from jdm.files import read_json
 from jdm.models import configs
 from jdm.models.configs import CARD as CARD
 from jdm.models.family import Family
-from jdm.models.schedulers import scheduler_of
+from jdm.models.schedulers import checked_scheduler, scheduler_of
+from jdm.models.text import whole_tokenizer
+from jdm.models.weights import folder_of, refuse_unsound, variant_of
 
 Module = TypeVar("Module", bound=nn.Module)
-Loaded = TypeVar("Loaded")
 
 
 def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, card: dict | None = None) -> Path:
@@ -79,14 +80,33 @@ def folder_json(path: str, name: str, kind: Any = None) -> dict | None:
     file = Path(path) / name
     if not Path(path).is_dir():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             file = Path(hf_hub_download(path, name))
-        except Exception:
+        except EntryNotFoundError:  # there is none; or, offline, it was never downloaded
             return None
+        except Exception as error:
+            raise UsageError(f"{path}: {name} could not be fetched ({in_short(error)}); check the name and the "
+                             "network, or give a folder") from None
     if not file.exists():
         return None
     return configs.check(read_json(file, remedy=configs.REMEDY), name, str(file), kind)
+
+
+def folder_scheduler(path: str, index: dict) -> dict:
+    """The scheduler's config of a folder or hub id, of the class that model_index.json names where it names none.
+
+    Raises:
+        UsageError: it is missing, of a class that is not read, or has a value that makes no sense.
+    """
+    name = "scheduler/scheduler_config.json"
+    config = folder_json(path, name)
+    if not isinstance(config, dict) or not config:
+        what = "is missing" if config is None else "says nothing of the noise levels"
+        raise UsageError(f"{path}: {name} {what}; put back the scheduler that the model was trained with")
+    named = index.get("scheduler") or [None, None]
+    return checked_scheduler({"_class_name": named[1], **config}, f"{path}/{name}")
 
 
 def lone_controlnet(folder: Path) -> ControlNetModel:
@@ -105,34 +125,28 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
     """A network from the .safetensors of its folder, none of its weights left at random.
 
     Raises:
-        UsageError: its config does not fit its class, or its weights are a pickle.
+        UsageError: its config does not fit its class, its weights are a pickle, of another class, or not finite.
         ValueError: it cannot be loaded, or lacks weights, of which diffusers and transformers only warn.
     """
     folder_json(path, f"{subfolder}/config.json".lstrip("/"), kind)
     folder = Path(path) / subfolder
     if folder.is_dir() and not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
         raise UsageError(f"{pickles[0]} is a pickle, which is not read; give the same weights as .safetensors")
-    return loaded(kind, path, subfolder, weights=True)
-
-
-def loaded(kind: type[Loaded], path: str, subfolder: str = "", weights: bool = False) -> Loaded:
-    """A network or tokenizer by its from_pretrained; whatever that raises becomes a ValueError that names the part."""
-    more: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True} if weights else {}
+    more: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True,
+                            "variant": variant_of(folder_of(path, subfolder))}
     try:
-        found = cast(Any, kind).from_pretrained(path, **({"subfolder": subfolder} if subfolder else {}), **more)
+        net, info = cast(Any, kind).from_pretrained(path, **({"subfolder": subfolder} if subfolder else {}), **more)
     except Exception as error:  # from a config that its class cannot be made from, or from damaged weights
         said = str(error) if isinstance(error, OSError | ValueError) else in_short(error)
         raise ValueError(f"{subfolder or path}: {said}") from None
-    if not weights:
-        return found
-    net, info = found
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first, in "
                          f"{subfolder or path}")
+    refuse_unsound(net, path, subfolder)
     return net
 
 
 def tokenizer(path: str, subfolder: str) -> CLIPTokenizer:
-    """A CLIP tokenizer; raises as `whole_network` does."""
+    """A CLIP tokenizer; UsageError where its files are missing or cannot be read."""
     folder_json(path, f"{subfolder}/tokenizer_config.json")
-    return loaded(CLIPTokenizer, path, subfolder)
+    return whole_tokenizer(path, subfolder)

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import diffusers
 from torch import Tensor
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 from jdm.generator import checked_levels
+from jdm.schedule import NoiseSchedule
 
-KINDS: dict[str, Any] = {"DDIMScheduler": diffusers.DDIMScheduler, "PNDMScheduler": diffusers.PNDMScheduler,
-                         "LCMScheduler": diffusers.LCMScheduler}
+# The samplers of diffusers that read alpha^2 + sigma^2 = 1 from a table of betas.
+KINDS = tuple(f"{name}Scheduler" for name in (
+    "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep",
+    "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM",
+    "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"))
 LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+PREDICTED = ("epsilon", "v_prediction", "sample")
+
+
+def complete(config: dict) -> dict:
+    """A scheduler config with what it leaves out, by the defaults of its own class in diffusers.
+
+    Keys that its class does not take mean nothing to it and are dropped, as in diffusers.
+
+    Raises:
+        UsageError: it names no class, or one that has no table of betas.
+    """
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        named = f"is of {kind}" if kind else "names no _class_name"
+        raise UsageError(f"the scheduler's config {named}; the schedulers that are read, all of a table of betas, are "
+                         f"{', '.join(KINDS)}")
+    own = _defaults(kind)
+    return {"_class_name": kind, **own, **{k: v for k, v in config.items() if k in own}}
+
+
+@cache
+def _defaults(kind: str) -> dict:
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
 
 
 def alphas_cumprod(config: dict) -> Tensor:
@@ -22,13 +53,15 @@ def alphas_cumprod(config: dict) -> Tensor:
 
 
 def scheduler_of(config: dict) -> Any:
-    """The scheduler that a config names; a DDIMScheduler on its levels where the name is not of KINDS."""
-    return KINDS.get(config.get("_class_name", ""), diffusers.DDIMScheduler).from_config(config)
+    """The scheduler that a config names."""
+    whole = complete(config)
+    return getattr(diffusers, whole["_class_name"]).from_config(whole)
 
 
 def ddim_scheduler(config: dict) -> diffusers.DDIMScheduler:
-    """A DDIM sampler on a scheduler config's levels."""
-    return cast(diffusers.DDIMScheduler, diffusers.DDIMScheduler.from_config(config))
+    """A DDIM sampler on a scheduler config's levels; it clips x0 only if the config's own class does."""
+    unclipped: Any = {"clip_sample": False}  # of a class that has no such setting
+    return cast(diffusers.DDIMScheduler, diffusers.DDIMScheduler.from_config(unclipped | complete(config)))
 
 
 def step_scheduler(config: dict, levels: Sequence[int]) -> dict:
@@ -40,11 +73,11 @@ def step_scheduler(config: dict, levels: Sequence[int]) -> dict:
     Raises:
         UsageError: LCM cannot run them: level 0 is among several.
     """
-    betas = _table(config).betas
+    betas, config = _table(config).betas, complete(config)
     levels = checked_levels(levels, len(betas))
     n = levels[0] + 1
     found = {"num_train_timesteps": n, "trained_betas": [float(b) for b in betas[:n]], "set_alpha_to_one": True,
-             "clip_sample": False, "prediction_type": config.get("prediction_type", "epsilon")}
+             "clip_sample": False, "prediction_type": config["prediction_type"]}
     if len(levels) == 1:
         return {"_class_name": "DDIMScheduler", **found, "timestep_spacing": "trailing", "steps_offset": 0}
     if levels[-1] == 0:
@@ -62,5 +95,77 @@ def evenly_spaced(levels: Sequence[int]) -> bool:
 
 
 def _table(config: dict) -> diffusers.DDPMScheduler:
-    kept = {k: config[k] for k in LEVELS if k in config}
+    whole = complete(config)
+    kept = {k: whole[k] for k in LEVELS if k in whole}
     return cast(diffusers.DDPMScheduler, diffusers.DDPMScheduler.from_config(kept))
+
+
+# What a config that was read may say
+
+
+def checked_scheduler(config: dict, file: str) -> dict:
+    """The config itself, as read from a file, after each of its values was found to make sense.
+
+    Raises:
+        UsageError: its class is not read, or a value is not one that its class takes.
+    """
+    try:
+        whole = complete(config)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    for key, value in whole.items():
+        if key in VALUES and not VALUES[key][0](value):
+            raise UsageError(f"{file}: {key} must be {VALUES[key][1]}, got {_short(value)}; put back the scheduler "
+                             "that the model was trained with")
+    betas, n = whole["trained_betas"], whole["num_train_timesteps"]
+    if betas is not None and len(betas) != n:
+        raise UsageError(f"{file}: trained_betas has {len(betas)} levels and num_train_timesteps is {n}; they must "
+                         "agree")
+    try:
+        getattr(diffusers, whole["_class_name"]).from_config(whole)
+        NoiseSchedule(alphas_cumprod(whole))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    except Exception as error:  # an option that the class takes and does not implement
+        raise UsageError(f"{file}: diffusers makes no {whole['_class_name']} of it ({in_short(error)})") from None
+    return config
+
+
+def _number(low: float, high: float, open_low: bool = False) -> tuple[Callable[[Any], bool], str]:
+    def inside(value: Any) -> bool:
+        plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return plain and low <= value <= high and not (open_low and value == low)
+
+    return inside, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+
+
+def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
+            f"a whole number in [{low}, {high}]")
+
+
+def _among(*values: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: any(v is one or (isinstance(v, str) and v == one) for one in values),
+            " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values))
+
+
+def _are_betas(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and len(value) > 0 and all(map(BETA[0], value)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+BETA = _number(0, 1, open_low=True)
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": _whole(1, 100_000), "beta_start": BETA, "beta_end": BETA,
+    "trained_betas": (_are_betas, "null or a list of numbers in (0, 1]"),
+    "beta_schedule": _among("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    "prediction_type": _among(*PREDICTED), "steps_offset": _whole(0, 1000),
+    "timestep_spacing": _among("leading", "linspace", "trailing"), "timestep_type": _among("discrete"),
+    "clip_sample_range": _number(0, 1e6, open_low=True), "sample_max_value": _number(0, 1e6, open_low=True),
+    "dynamic_thresholding_ratio": _number(0, 1), "use_flow_sigmas": _among(False),
+    **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"),
+                    _among(True, False))}

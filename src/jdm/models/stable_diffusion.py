@@ -6,6 +6,7 @@ No branch on a model's size or name.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
@@ -22,8 +23,8 @@ from jdm.models import schedulers
 from jdm.models.adapters import Adapter, without_adapters
 from jdm.models.configs import REMEDY
 from jdm.models.family import Denoiser
-from jdm.models.folder import CARD, folder_json, model_index, tokenizer, whole_network
-from jdm.models.text import TextEncoder
+from jdm.models.folder import CARD, folder_json, folder_scheduler, model_index, tokenizer, whole_network
+from jdm.models.text import TOKENIZERS, TextEncoder, refuse_foreign_tokenizer
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel, Text
 from jdm.size import Size, height_width, sized, spelled
@@ -61,6 +62,10 @@ class StableDiffusion:
 
     NAME: ClassVar[str] = "Stable-Diffusion-format"
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    # The classes that model_index.json may name for each part.
+    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "tokenizer": TOKENIZERS, "scheduler": schedulers.KINDS, "controlnet": ("ControlNetModel",)}
     # Without and with a ControlNet.
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionPipeline", "StableDiffusionControlNetPipeline")
     # Attention, feed-forward and convolutions, as LCM-LoRA chooses them.
@@ -88,7 +93,9 @@ class StableDiffusion:
         if missing:
             raise UsageError(f"{path} is not a {cls.NAME} model: it lacks {', '.join(missing)}; its model_index.json "
                              f"must name {'them' if len(missing) > 1 else 'it'}")
-        has_own = (index.get("controlnet") or [None])[0] is not None
+        cls._refuse_others(path, index)
+        has_own = "controlnet" in index
+        scheduler = folder_scheduler(path, index)
         try:
             control = (whole_network(ControlNetModel, controlnet) if controlnet else
                        whole_network(ControlNetModel, path, "controlnet") if has_own else None)
@@ -97,7 +104,7 @@ class StableDiffusion:
                 whole_network(AutoencoderKL, path, "vae"),
                 whole_network(CLIPTextModel, path, "text_encoder"),
                 tokenizer(path, "tokenizer"),
-                folder_json(path, "scheduler/scheduler_config.json") or {},
+                scheduler,
                 control,
                 folder_json(path, CARD),
                 **cls._more(path, index),
@@ -110,13 +117,23 @@ class StableDiffusion:
         model._refuse_misfits(path)
         return model
 
+    @classmethod
+    def _refuse_others(cls, path: str, index: dict) -> None:
+        """UsageError where model_index.json names no class for a part, or one that is not this family's."""
+        for part, kinds in cls.CLASSES.items():
+            if part not in index and part not in cls.PARTS:
+                continue
+            entry = index[part]
+            named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+            if named is None:
+                raise UsageError(f"{path}/model_index.json names no class for {part} ({json.dumps(entry)[:60]}); put "
+                                 f"back its own, one of {', '.join(kinds)}")
+            if named not in kinds:
+                raise UsageError(f"{path}/model_index.json: {part} is a {named}; a {cls.NAME} model has "
+                                 f"{' or '.join(kinds)}")
+
     def _refuse_misfits(self, path: str) -> None:
         """UsageError where the parts were made for different models: their shapes, levels or words would be wrong."""
-        for (encoder, own), name in zip(self.text().networks, ("tokenizer", "tokenizer_2"), strict=False):
-            words, length = cast(Any, encoder).config.vocab_size, cast(Any, encoder).config.max_position_embeddings
-            if len(own) > words or own.model_max_length > length:
-                raise UsageError(f"{path}/{name}/tokenizer_config.json: its text encoder takes {words} words and a "
-                                 f"model_max_length of {length}, got {len(own)} and {own.model_max_length}; {REMEDY}")
         try:
             n = self.schedule.n
         except Exception as error:  # diffusers' own checks raise several
@@ -132,6 +149,8 @@ class StableDiffusion:
         if taken != latents:
             raise UsageError(f"{path}: the UNet takes {taken} channels, its autoencoder writes latents of {latents}; "
                              "put back its own autoencoder (inpainting and image-editing UNets cannot be teachers)")
+        for network, own in self.text().networks:
+            refuse_foreign_tokenizer(own, cast(Any, network).config, path)
         if (self.card or {}).get("kind") == "one-step" and not self.levels:
             raise UsageError(f"{path}: its {CARD} says one-step and names no levels; add \"levels\": "
                              f"[{n - 1}] there")
@@ -167,7 +186,7 @@ class StableDiffusion:
 
     @property
     def prediction(self) -> Prediction:
-        return self.scheduler.get("prediction_type", "epsilon")
+        return schedulers.complete(self.scheduler)["prediction_type"]
 
     @property
     def levels(self) -> tuple[int, ...] | None:

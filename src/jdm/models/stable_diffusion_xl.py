@@ -11,7 +11,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from jdm.models.folder import tokenizer, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
-from jdm.models.text import TextEncoder, TwoTextEncoders
+from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders
 from jdm.size import height_width
 
 
@@ -25,6 +25,8 @@ class StableDiffusionXL(StableDiffusion):
 
     NAME: ClassVar[str] = "SDXL"
     PARTS: ClassVar[tuple[str, ...]] = (*StableDiffusion.PARTS, "text_encoder_2", "tokenizer_2")
+    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **StableDiffusion.CLASSES, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": TOKENIZERS}
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionXLPipeline", "StableDiffusionXLControlNetPipeline")
 
     text_encoder_2: CLIPTextModelWithProjection | None = None

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
+from jdm.errors import UsageError, in_short
 from jdm.score import Prompts, Text
 
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+SPARE = 128  # rows that a text encoder may have beyond its tokenizer's words, for a width that divides evenly
 REMEMBERED = 512 * 2**20  # bytes of cached states, on the encoder's device
 
 
@@ -118,3 +123,41 @@ def tensors_of(row: Any) -> tuple[Tensor, ...]:
 
 def _bytes_of(row: Any) -> int:
     return sum(part.numel() * part.element_size() for part in tensors_of(row))
+
+
+# Tokenizers
+
+
+def whole_tokenizer(path: str, part: str = "", **options: Any) -> CLIPTokenizer:
+    """The tokenizer of a part of a folder or hub id, or of the folder itself.
+
+    Raises:
+        UsageError: a file of it is missing or cannot be read.
+    """
+    folder = Path(path, part)
+    # Without these files transformers would silently make a tokenizer of two words.
+    if Path(path).is_dir() and not (folder / "tokenizer.json").is_file() and not all(
+            (folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise UsageError(f"{folder} holds no tokenizer: it lacks vocab.json and merges.txt, or tokenizer.json")
+    try:
+        where = (folder,) if Path(path).is_dir() else (path,)
+        extra = {"subfolder": part} if part and not Path(path).is_dir() else {}
+        return CLIPTokenizer.from_pretrained(*where, **extra, **options)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise UsageError(f"{folder} holds no tokenizer that can be read ({in_short(error)}); copy it again") from None
+
+
+def refuse_foreign_tokenizer(tokenizer: CLIPTokenizer, config: Any, path: str) -> None:
+    """UsageError where a tokenizer is not the text encoder's; its longest prompt becomes the encoder's at most.
+
+    Args:
+        config: the text encoder's.
+    """
+    words, rows = len(tokenizer), config.vocab_size
+    if not rows - SPARE <= words <= rows:
+        raise UsageError(f"{path}: the tokenizer knows {words} words, its text encoder {rows}; put back the tokenizer "
+                         "it was trained with")
+    if tokenizer("a").input_ids == tokenizer("b").input_ids:
+        raise UsageError(f"{path}: the tokenizer reads different prompts as one, so that every prompt would give the "
+                         "same picture; put back the tokenizer it was trained with")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)

@@ -256,6 +256,7 @@ def _compose(model: Model) -> None:
     if other.controlnet is None:
         raise UsageError(f"{model.needs['controlnet'].path} has no ControlNet to compose with")
     card = {**(one.card or {}), "method": "composed", "control": (other.card or {}).get("control"),
+            "preprocessor": (other.card or {}).get("preprocessor"),
             "parts": _weights_of_needs(model)}
     save_pipeline(one.with_networks(controlnet=other.controlnet), Path(model.path), card=card)
 

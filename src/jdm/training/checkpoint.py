@@ -74,6 +74,12 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
+def finite(held: nn.Module | Mapping[str, Tensor]) -> bool:
+    """Whether every number that training changes is finite, in this process's part of it."""
+    tensors = (trained(held) if isinstance(held, nn.Module) else held).values()
+    return all(bool(distributed.local(t.detach()).isfinite().all()) for t in tensors if t.is_floating_point())
+
+
 def save(state: State, out: Path, step: int) -> Path:
     """Writes OUT/checkpoints/step-NNNNNNN and deletes all but the last KEPT checkpoints.
 

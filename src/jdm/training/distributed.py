@@ -69,8 +69,6 @@ def join(run: Run) -> Run:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    if run.shard < 1 or run.accumulate < 1:
-        raise UsageError(f"shard and accumulate must be at least 1, got {run.shard} and {run.accumulate}")
     if size() % run.shard:
         raise UsageError(f"--shard {run.shard} does not divide {size()} processes; give a divisor, or {size()} to "
                          "shard over all of them")

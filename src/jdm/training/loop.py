@@ -35,17 +35,17 @@ class Trainer:
     """
 
     def __init__(self, run: Run):
-        if run.steps < 1 or run.batch < 1:
-            raise UsageError(f"steps and batch must be at least 1, got {run.steps} and {run.batch}")
         run = distributed.join(run)
         torch.manual_seed(run.seed)
-        self.run, self.task = run, run.method.task(Loaded(run))
+        loaded, place = Loaded(run), checkpoint.last(run.out)
+        self.run, self.task = run, run.method.task(loaded)
+        if not place and distributed.first():
+            loaded.warn_of_misfits()
         settle(run, *self.task.frozen, *self.task.modules.values())
         distributed.shard(self.task, run)
         self.optimizers = {p.name: adamw(p) for p in self.task.phases}
         self.averages = {n: copied_state(self.task.modules[n]) for n in self.task.product.modules}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
-        place = checkpoint.last(run.out)
         if place:
             refuse_another(run)
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
@@ -72,8 +72,22 @@ class Trainer:
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
         if done % run.save_every == 0 or done == run.steps or self.best.ended:
-            checkpoint.save(self.state, run.out, done)
+            self.save(done)
         return logs
+
+    def save(self, done: int) -> Path:
+        """Writes the checkpoint after `done` steps, unless a tensor of it is not finite.
+
+        Raises:
+            RunError: one is not; the checkpoint before it stays the last.
+        """
+        networks = {**self.task.modules, **{f"{name}'s average": a for name, a in self.averages.items()}}
+        bad = next((name for name, held in networks.items() if not checkpoint.finite(held)), "")
+        if distributed.agreed(bool(bad)):
+            raise RunError(f"the weights{f' of {bad}' if bad else ''} are not finite (NaN or infinity) after step "
+                           f"{done}; last good checkpoint: {checkpoint.last(self.run.out) or 'none yet'}; lower the "
+                           "learning rates or raise their warm-up, and run again")
+        return checkpoint.save(self.state, self.run.out, done)
 
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
@@ -178,7 +192,7 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
                 if progress and distributed.first():
                     progress(step + 1, logs)
                 if distributed.agreed(terminator.asked):
-                    place = checkpoint.save(trainer.state, run.out, step + 1)
+                    place = trainer.save(step + 1)
                     raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
         return trainer.export()
     except torch.OutOfMemoryError:

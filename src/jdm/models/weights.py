@@ -1,0 +1,72 @@
+"""Whether a network's files hold the weights of that network: its class, real numbers, all of them finite."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from jdm.errors import UsageError
+
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
+REAL = ("F16", "BF16", "F32", "F64")  # safetensors' names
+BUFFERS = ("position_ids", "num_batches_tracked")  # whole numbers beside the weights
+
+
+def folder_of(path: str, subfolder: str | None) -> Path | None:
+    """The folder on disk that a network is read from; None for one of the hub that was not downloaded yet."""
+    folder = Path(path, subfolder or "")
+    if Path(path).is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    config = "config.json" if subfolder is None else f"{subfolder}/config.json"
+    found = try_to_load_from_cache(path, config)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def variant_of(folder: Path | None) -> str | None:
+    """"fp16" or another variant where the folder holds the weights in that variant alone, else None."""
+    found = {match[1] for file in _files(folder) if (match := WEIGHTS.fullmatch(file.name))}
+    return found.pop() if len(found) == 1 else None
+
+
+def refuse_unsound(net: nn.Module, path: str, subfolder: str | None) -> None:
+    """UsageError where the files are those of another class, or hold weights that are not finite real numbers."""
+    kind, folder = type(net).__name__, folder_of(path, subfolder)
+    if folder is not None and (config := folder / "config.json").is_file():
+        said = json.loads(config.read_text(encoding="utf-8"))
+        named = said.get("_class_name") or said.get("architectures") or kind
+        if kind not in (named if isinstance(named, list) else [named]):
+            raise UsageError(f"{config} is of a {named if isinstance(named, str) else ', '.join(map(str, named))}, not "
+                             f"of a {kind}; put back the part that the model was trained with")
+    for file in _files(folder):
+        for name, kept in _header(file).items():
+            if kept not in REAL and not name.endswith(BUFFERS):
+                raise UsageError(f"{file} holds {name} in {kept}; weights must be in {', '.join(REAL)}: give the model "
+                                 "that was quantised")
+    if name := not_finite(net):
+        raise UsageError(f"{folder or path}: {name} of the {kind} is not finite (NaN or infinity); fetch the model "
+                         "again, or export an earlier checkpoint")
+
+
+def not_finite(net: nn.Module) -> str:
+    """The name of the first parameter with a value that is NaN or infinite; empty if there is none."""
+    with torch.no_grad():
+        # A sum is one pass over memory; only where it is not finite are the values themselves looked at.
+        return next((name for name, p in net.named_parameters()
+                     if not torch.isfinite(p.sum()) and not torch.isfinite(p).all()), "")
+
+
+def _files(folder: Path | None) -> list[Path]:
+    return [] if folder is None else [file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name)]
+
+
+def _header(file: Path) -> dict[str, str]:
+    """Tensor -> dtype, from the first bytes of a safetensors file that was read before."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}

@@ -1,0 +1,85 @@
+"""The teacher check: shipped models pass, each part that is of another model is found, random weights still run."""
+
+import copy
+import time
+import warnings
+
+import pytest
+import torch
+
+import tiny
+from jdm.data.sources import load_pictures
+from jdm.errors import TeacherWarning, UsageError
+from jdm.evaluation.sampling import Sampler, warn_of_misfit
+from jdm.generator import starting_noise
+from jdm.library import SHIPPED, load_model
+from jdm.models import nano
+from jdm.models.teacher_check import doubts
+from jdm.space import from_bytes
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_model("nano-sd")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return load_pictures("fashion-mnist", "test[:64]", 32)
+
+
+def doubted(model, pictures, rows=range(4)) -> str:
+    rows = torch.tensor([*rows])
+    return doubts(model, from_bytes(pictures.batch(rows)), pictures.prompts(rows, torch.zeros(len(rows))))
+
+
+@pytest.mark.parametrize("name", ["nano-sd", *(n for n in SHIPPED if n.startswith("nano-controlnet"))])
+def test_shipped_models_raise_no_doubt(name, pictures):
+    model = load_model(name)
+    assert [doubted(model, pictures, range(k, k + 4)) for k in (0, 20, 40)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"beta_schedule": "linear"}, "betas"), ({"beta_end": 0.02}, "betas"),
+    ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, "betas"),
+    ({"prediction_type": "v_prediction"}, "predicts the noise"), ({"prediction_type": "sample"}, "predicts the noise"),
+    ({"clip_sample": True}, "clips x0"), ({"thresholding": True}, "clips x0")], ids=str)
+def test_another_scheduler_is_found(teacher, pictures, changes, sentence):
+    assert sentence in doubted(teacher.with_parts(scheduler={**teacher.scheduler, **changes}), pictures)
+
+
+@torch.no_grad()
+def test_another_autoencoder_is_found(teacher, pictures):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert doubted(teacher.with_parts(vae=nano.vae().eval()), pictures)
+    turned = copy.deepcopy(teacher.vae)  # decodes what it encodes as well as before
+    for value in (turned.quant_conv.weight[:4], turned.quant_conv.bias[:4], turned.post_quant_conv.weight[:, :4]):
+        value.mul_(-1)
+    assert doubted(teacher.with_parts(vae=turned), pictures)
+
+
+def test_predictions_that_are_not_finite_are_refused(teacher, pictures):
+    huge = copy.deepcopy(teacher.unet)
+    for p in huge.parameters():
+        p.data.mul_(1e8)
+    with pytest.raises(UsageError, match="not finite"):
+        doubted(teacher.with_parts(unet=huge), pictures)
+
+
+def test_random_weights_are_doubted_and_run(pictures):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tiny.model()
+    with pytest.warns(TeacherWarning, match="mine: it predicts the noise"):
+        warn_of_misfit("mine", model)
+    Sampler(model, steps=2)(starting_noise(model.latent_shape(1, 32), 0), ["boot"])
+
+
+def test_the_check_draws_from_no_shared_stream(teacher, pictures):
+    before, start = torch.get_rng_state(), time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_misfit("a copy", teacher, pictures)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert time.perf_counter() - start < 10  # a tenth of a second where the machine is free

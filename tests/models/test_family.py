@@ -132,7 +132,8 @@ def test_v_without_terminal_signal_trains_and_exports(model, tmp_path):
     assert Sampler(student).x(z, ["a", "b"], control).isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"rescale_betas_zero_snr": False, "trained_betas": [0.1, 0.5, 1.0]}])
+@pytest.mark.parametrize("changes", [{}, {"rescale_betas_zero_snr": False, "trained_betas": [0.1, 0.5, 1.0],
+                                          "num_train_timesteps": 3}])
 def test_epsilon_without_terminal_signal_is_refused(changes, model, tmp_path):
     folder = save_pipeline(without_signal(model, prediction_type="epsilon", **changes), tmp_path / "teacher")
     with pytest.raises(UsageError, match="predicts epsilon, from which no x0 can be read there"):

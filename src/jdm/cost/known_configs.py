@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, BlipTextConfig, BlipVisionConfig, DPTConfig, DPTForDepthEstimation
 
 from jdm.errors import UsageError
@@ -72,7 +73,9 @@ def _of_folder(name: str) -> dict[str, dict]:
     missing = [part for part, config in found.items() if config is None and part != "card"]
     if missing:
         raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")
-    return {part: config or {} for part, config in found.items()} | {"scheduler": folder_scheduler(str(path), index)}
+    with torch.device("cpu"), unset_fake_temporarily():  # diffusers computes the levels, whatever mode estimates run in
+        scheduler = folder_scheduler(str(path), index)
+    return {part: config or {} for part, config in found.items()} | {"scheduler": scheduler}
 
 
 def dpt_hybrid() -> nn.Module:

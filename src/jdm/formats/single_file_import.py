@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError
 from jdm.formats.original import CONFIGS, ENDING, PARTS, SingleFile, damaged, named
 from jdm.formats.single_file import (
     CONTROLNET,
@@ -223,9 +223,8 @@ def _shapes(file: SingleFile, configs: Mapping[str, Mapping[str, Any]]) -> dict[
     try:
         with torch.device("meta"):
             return published.networks(configs)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        raise UsageError(f"the configurations in {file.beside} do not describe a model ({in_short(error)}); copy "
-                         "those of the model's base") from None
+    except UsageError as error:
+        raise UsageError(f"the configurations in {file.beside} do not describe a model ({error})") from None
 
 
 def _filled(net: nn.Module, places: Mapping[str, Place], file: SingleFile) -> nn.Module:

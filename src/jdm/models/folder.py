@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,7 +10,8 @@ from diffusers import ControlNetModel
 from safetensors import SafetensorError
 from torch import nn
 
-from jdm.errors import RunError, UsageError
+from jdm.errors import UsageError
+from jdm.files import replaced
 from jdm.models.family import Family
 from jdm.models.schedulers import scheduler_of
 
@@ -27,19 +27,12 @@ def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, ca
         card: what this project knows of the model; kept in jdm.json, which stock diffusers ignores.
     """
     whole: Any = model.pipeline(scheduler_of(scheduler or model.scheduler))
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
+    with replaced(folder) as draft:
         whole.save_pretrained(draft)
         for config in draft.rglob("*.json"):
             _forget_place(config)
         if card is not None:
             (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"{folder} could not be written ({error}); free some space and run again") from None
     return folder
 
 

@@ -11,10 +11,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jdm.errors import UsageError
+from jdm.errors import RunError, UsageError
 from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
 from jdm.sharing import mean_over_processes_
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)  # timeout of a collective, after which a silent process counts as lost
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
 GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
@@ -50,6 +51,23 @@ def first() -> bool:
 def barrier() -> None:
     if size() > 1:
         dist.barrier()
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """What an action returns in the first process, which alone runs it; its UsageError or RunError in all of them."""
+    if size() == 1:
+        return action()
+    told: list[Any] = [None]
+    if first():
+        try:
+            told = [(action(), None)]
+        except (UsageError, RunError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    result, error = told[0]
+    if error:
+        raise error
+    return result
 
 
 def leave() -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
+from jdm.files import replaced
 from jdm.loading import Loaded
 from jdm.models.execution import settle
 from jdm.run import Phase, Run
@@ -21,6 +22,7 @@ from jdm.sharing import batch_mean, sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
+from jdm.training.folder import MODEL, claimed
 from jdm.training.memory import out_of_memory
 from jdm.training.optimiser import adamw
 from jdm.training.record import Log, record, refuse_another
@@ -44,9 +46,9 @@ class Trainer:
         self.optimizers = {p.name: adamw(p) for p in self.task.phases}
         self.averages = {n: copied_state(self.task.modules[n]) for n in self.task.product.modules}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
-        place = checkpoint.last(run.out)
-        if place:
+        if checkpoint.last(run.out):
             refuse_another(run)
+        place = distributed.by_first(lambda: checkpoint.newest_whole(run.out, aside=True))
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
@@ -55,6 +57,7 @@ class Trainer:
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
+        self.saved = place
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -71,20 +74,26 @@ class Trainer:
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
         if done % run.save_every == 0 or done == run.steps or self.best.ended:
-            checkpoint.save(self.state, run.out, done)
+            self.save(done)
         return logs
+
+    def save(self, done: int) -> Path:
+        """The checkpoint of the last step, written unless it was before."""
+        if self.saved is None or self.saved.name != checkpoint.name_of(done):
+            self.saved = checkpoint.save(self.state, self.run.out, done)
+        return self.saved
 
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
 
         Where networks are sharded the first process builds it from its checkpoint, by itself.
         """
-        folder, best = self.run.out / "model", self.best.place
+        folder, best = self.run.out / MODEL, self.best.place
         if distributed.size() == 1:
             if best:
                 checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
-            with averaged(self.task.modules, self.averages) as modules:
-                self.task.product.write(folder, modules)
+            with averaged(self.task.modules, self.averages) as modules, replaced(folder) as draft:
+                self.task.product.write(draft, modules)
         elif distributed.first():
             export_checkpoint(self.run, folder, best)
         distributed.barrier()
@@ -150,19 +159,20 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
     """
     trainer, step = None, 0
     try:
-        trainer = Trainer(run)
-        step = trainer.start
-        with distributed.Terminator() as terminator:
-            for step in range(trainer.start, run.steps):
-                if trainer.best.ended:
-                    break
-                logs = trainer.step(step)
-                if progress and distributed.first():
-                    progress(step + 1, logs)
-                if distributed.agreed(terminator.asked):
-                    place = checkpoint.save(trainer.state, run.out, step + 1)
-                    raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
-        return trainer.export()
+        with claimed(run := distributed.join(run)):
+            trainer = Trainer(run)
+            step = trainer.start
+            with distributed.Terminator() as terminator:
+                for step in range(trainer.start, run.steps):
+                    if trainer.best.ended:
+                        break
+                    logs = trainer.step(step)
+                    if progress and distributed.first():
+                        progress(step + 1, logs)
+                    if distributed.agreed(terminator.asked):
+                        raise TerminatedError(f"asked to end; saved {trainer.save(step + 1)}, and the same command "
+                                              "goes on from there")
+            return trainer.export()
     except torch.OutOfMemoryError:
         raise RunError(out_of_memory(run, trainer and trainer.task)) from None
     except RuntimeError as error:
@@ -171,19 +181,20 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         raise RunError(f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it "
                        f"goes on from {checkpoint.last(run.out) or 'the start'}") from None
     except OSError as error:  # the log, the pictures, the exported folder
-        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; free some space or mend the disk and "
-                       f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
+        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; {remedy(error)} and run again: it "
+                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from error
 
 
 def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path:
     """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
-    place = place or checkpoint.last(run.out)
+    place = place or checkpoint.newest_whole(run.out)
     assert place is not None
     product = run.method.product(Loaded(replace(run, device="cpu")))
     averages = {name: module.eval() for name, module in product.modules.items()}
     checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
                     alone=True)
-    product.write(folder, averages)
+    with replaced(folder) as draft:
+        product.write(draft, averages)
     return folder
 
 

@@ -12,11 +12,15 @@ REMEDIES = {errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class UsageError(Exception):
+class _ReportedError(Exception):
+    alone = False  # True for an error that one of a run's processes has, and not the first
+
+
+class UsageError(_ReportedError):
     """Something asked for cannot be done: a bad flag, picture, folder or shape. The command exits with 2."""
 
 
-class RunError(Exception):
+class RunError(_ReportedError):
     """A run that started well and failed: NaN, full disk, lost data. The command exits with 3."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import shutil
@@ -14,14 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from jdm import __version__
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
 
 # Read by third parties when they are imported, so set before any of them is.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
          "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-DISK = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
-        errno.EROFS: "choose a folder that can be written", errno.EACCES: "choose a folder that can be written",
-        errno.EPERM: "choose a folder that can be written"}
 EXAMPLES = """examples:
   jdm recipes
   jdm train nano-canny --method.condition-weight 0.5 --steps 100
@@ -96,7 +92,8 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 
 def _failed(error: Exception) -> int:
-    quiet = os.environ.get("RANK", "0") != "0"  # an error that every process has is printed by the first alone
+    # An error that every process has is printed by the first alone.
+    quiet = os.environ.get("RANK", "0") != "0" and not getattr(error, "alone", False)
     if isinstance(error, UsageError):
         return _say("" if quiet else str(error), 2)
     if isinstance(error, TerminatedError):
@@ -106,9 +103,9 @@ def _failed(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to
         return 141
-    if isinstance(error, OSError) and error.errno in DISK:
+    if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return _say(f"{place}{error.strerror}; {DISK[error.errno]} and run the same command again", 3)
+        return _say(f"{place}{error.strerror}; {remedy(error)} and run the same command again", 3)
     return _say(f"failed unexpectedly ({in_short(error)}); JDM_DEBUG=1 shows where", 3)
 
 

@@ -157,6 +157,15 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
         TerminatedError: SIGTERM came; the step was finished and saved.
     """
+    try:
+        return _trained(run, progress)
+    except Exception as error:
+        if (cause := distributed.with_cause(error)) is not error:
+            raise cause from error
+        raise
+
+
+def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
     trainer, step = None, 0
     try:
         with claimed(run := distributed.join(run)):
@@ -178,8 +187,9 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
-        raise RunError(f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it "
-                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from None
+        raise distributed.LostError(
+            f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it goes on from "
+            f"{checkpoint.last(run.out) or 'the start'}") from None
     except OSError as error:  # the log, the pictures, the exported folder
         raise RunError(f"{error.filename or run.out}: {error.strerror or error}; {remedy(error)} and run again: it "
                        f"goes on from {checkpoint.last(run.out) or 'the start'}") from error

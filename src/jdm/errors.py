@@ -28,7 +28,7 @@ class TerminatedError(RunError):
     """A run that SIGTERM ended, its last step saved. The command exits with 143, as schedulers expect."""
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """An exception's type and the first line of its message, for one of the above."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import importlib
+import io
 import os
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -16,7 +20,7 @@ from jdm import __version__
 from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
 
 # Read by third parties when they are imported, so set before any of them is.
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
          "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 EXAMPLES = """examples:
   jdm recipes
@@ -33,6 +37,8 @@ REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 2 for a usage error, 3 for a failed run, 130 or 143 if stopped."""
+    if argv is None:
+        _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -40,13 +46,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         warnings.simplefilter("ignore")
     try:
-        return _run(arguments)
+        return _flushed(_run(arguments))
+    except SystemExit:  # help or the version was shown
+        if code := _flushed(0):
+            return code
+        raise
     except Exception as error:
         if debug:
             raise
-        return _failed(error)
+        return _flushed(_failed(error))
     except KeyboardInterrupt as stop:
         return _say(str(stop) or "stopped", 130)
+
+
+class HelpShown(SystemExit):
+    """A command's help was asked for and printed."""
+
+
+def _prepare_streams() -> None:
+    """Makes prompts, names and messages of any script work in any terminal.
+
+    Python starts again in UTF-8 mode where the locale has another encoding. A closed stream is opened on nothing, so
+    that no file that is opened later takes its place.
+    """
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding().lower().replace("-", "") != "utf8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str]) -> int:
@@ -63,7 +92,14 @@ def _run(arguments: list[str]) -> int:
         return 0
     if asked.command != "recipes":  # the one command that loads no model
         _silence_diffusers()
-    return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
+    try:
+        return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
+    except HelpShown:
+        raise
+    except SystemExit as end:  # of a user's control, reward or recipe
+        called = [frame for frame in traceback.extract_tb(end.__traceback__) if "_sitebuiltins" not in frame.filename]
+        raise UsageError(f"{called[-1].filename}, line {called[-1].lineno}, ended the program "
+                         f"(sys.exit({end.code!r})); let it raise an error instead") from end
 
 
 def _silence_diffusers() -> None:
@@ -101,7 +137,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, RunError):
         return _say(str(error), 3)
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to
+        _drop_output()
         return 141
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
@@ -110,9 +146,32 @@ def _failed(error: Exception) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    if message:
-        print("jdm: " + " ".join(message.split()), file=sys.stderr)
+    if message and sys.stderr:
+        with contextlib.suppress(OSError):  # the exit code still says it
+            print("jdm: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return code
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once all that was printed is written; another if a command's result could not be."""
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except OSError as error:
+        _drop_output()
+        return code or _say(f"standard output could not be written ({error.strerror}); the command did its work, but "
+                            "what it printed is lost", 3)
+    return code
+
+
+def _drop_output() -> None:
+    """Sends what is left to print to nowhere, so that Python's end does not fail on it again."""
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

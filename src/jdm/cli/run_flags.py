@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from jdm.cli.parser import NARROWEST, refuse_unknown
+from jdm.cli.parser import NARROWEST, HelpShown, refuse_unknown
 from jdm.errors import UsageError
 from jdm.recipes import find
 from jdm.run import Run
@@ -44,7 +44,7 @@ def configured(recipe: str, arguments: Sequence[str]) -> Run:
             return tyro.cli(Run, default=run, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
     except SystemExit as end:
         if end.code in (0, None):
-            raise
+            raise HelpShown(0) from None
         raise UsageError(f"{_unboxed(complaint.getvalue())}; see: {prog} --help") from None
 
 

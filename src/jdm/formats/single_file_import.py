@@ -33,7 +33,7 @@ from jdm.formats.single_file import (
     unet_names,
     vae_names,
 )
-from jdm.models import published
+from jdm.models import hub, published
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -120,6 +120,7 @@ def _local_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
 def _hub_tokenizer(file: SingleFile, **options: Any) -> CLIPTokenizer:
     from huggingface_hub import hf_hub_download
 
+    hub.unreachable()
     try:
         vocab, merges = (hf_hub_download(CLIP, name) for name in ("vocab.json", "merges.txt"))
     except Exception:

@@ -81,6 +81,8 @@ def read_prompts(place: str | Path) -> dict[str, list[str]]:
 
 
 def _prompts(file: Path) -> list[str]:
+    if not file.is_file():
+        raise UsageError(f"{file} is not a regular file; replace it by one, or move it away")
     try:
         text = file.read_text(encoding="utf-8")
         lines = [line.strip() for line in text.splitlines() if line.strip()]

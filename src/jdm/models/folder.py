@@ -12,6 +12,7 @@ from torch import nn
 
 from jdm.errors import UsageError
 from jdm.files import replaced
+from jdm.models import hub
 from jdm.models.family import Family
 from jdm.models.schedulers import scheduler_of
 
@@ -49,6 +50,8 @@ def model_index(path: str) -> dict:
     Raises:
         UsageError: there is none.
     """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"{path} is a file and no .safetensors checkpoint; give a model's folder, or a checkpoint")
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
         raise UsageError(f"{path}: no such folder; give a diffusers folder, a .safetensors checkpoint, a hub id "
                          "(owner/name), or a shipped one, such as nano-sd or nano-canny")
@@ -60,15 +63,8 @@ def model_index(path: str) -> dict:
 
 def folder_json(path: str, name: str) -> dict | None:
     """A JSON file of a folder or hub id, by its path in there; None where there is none."""
-    file = Path(path) / name
-    if not Path(path).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(path, name))
-        except Exception:
-            return None
-    if not file.is_file():
+    file = Path(path) / name if Path(path).is_dir() else hub.fetched(path, name)
+    if file is None or not file.is_file():
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))

@@ -103,10 +103,10 @@ def recorded(file: Path) -> Run:
     """
     from jdm.run import from_description
 
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such file; a run leaves its record in run.json")
     try:
         description = json.loads(file.read_text(encoding="utf-8"))["run"]
-    except FileNotFoundError:
-        raise UsageError(f"{file}: there is no such file; a run leaves its record in run.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is not the record of a run ({type(error).__name__}: {error})") from None
     try:

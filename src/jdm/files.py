@@ -22,7 +22,7 @@ def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
     """Returns a context manager; entering it blocks until no other process holds the folder's lock.
 
     The folder is created if it is missing. The operating system releases the lock when its process ends, however it
-    ends. A process may enter it again while it holds the lock.
+    ends. A thread may enter it again while it holds the lock.
 
     Args:
         busy: called with the holder's description before blocking, if another process holds the lock; raise in it to
@@ -31,7 +31,7 @@ def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / LOCK, is_singleton=True, thread_local=False)
+    lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -190,7 +190,7 @@ def test_pictures_are_saved_in_order_and_load_back_the_same(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match=r"could not write pictures .*name another folder"):
+    with pytest.raises(RunError, match=r"file/000.png could not be written .*choose another"):
         save_pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "file")
 
 

@@ -142,7 +142,7 @@ def test_a_second_process_waits_for_the_model_that_the_first_one_trains(tmp_path
         assert not entered.wait(0.2)
     thread.join(10)
     assert entered.is_set()
-    assert "another process trains" in capsys.readouterr().err
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_two_processes_that_need_one_model_train_it_once(setup, monkeypatch):

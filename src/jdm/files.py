@@ -114,6 +114,6 @@ def read_json(file: Path) -> dict:
     """The JSON object in a file; {} if the file is missing, cannot be read, or holds anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jdm import __version__
 from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
@@ -140,7 +140,7 @@ def _failed(error: Exception) -> int:
         _drop_output()
         return 141
     if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{error.filename or 'what is printed or written'}: "
         return _say(f"{place}{error.strerror}; {remedy(error)} and run the same command again", 3)
     return _say(f"failed unexpectedly ({in_short(error)}); JDM_DEBUG=1 shows where", 3)
 
@@ -179,6 +179,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see: {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file := file or sys.stdout:  # argparse's own passes over a disk that is full
+            file.write(message)
 
     def flags(self) -> list[str]:
         """Every flag it accepts, such as --seed."""

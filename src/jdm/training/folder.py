@@ -70,8 +70,9 @@ def _refuse_inputs(run: Run) -> None:
     needs = run.method.needs(run)
     out = run.out.resolve()
     for name in (*needs.models.values(), needs.autoencoder, run.decoder, run.data.source, run.data.prepared):
-        place = Path(name).resolve()
-        if name and place.exists() and any(place.is_relative_to(out / part) for part in REPLACED):
+        places = Path(name).absolute(), Path(name).resolve()
+        if name and places[0].exists() and any(place.is_relative_to(base / part) for place in places
+                                               for base in (out, run.out.absolute()) for part in REPLACED):
             raise UsageError(f"{name} is read by this run and would be replaced by it; choose another --out than "
                              f"{run.out}")
     if Path(run.data.source).is_dir() and Path(run.data.source).resolve() == out:

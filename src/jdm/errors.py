@@ -41,7 +41,8 @@ def os_errno(error: BaseException) -> int | None:
 
 def remedy(error: BaseException) -> str:
     """What a person can do about an error of the operating system, such as "free some space"."""
-    number, name = os_errno(error), getattr(error, "filename", None)
+    number, quoted = os_errno(error), re.search(r"\[Errno \d+\][^']*'([^']+)'", str(error))
+    name = getattr(error, "filename", None) or (quoted and quoted[1])
     if number not in FORBIDDEN:
         return REMEDIES.get(number or 0, "free some space")
     if name and os.path.exists(name) and not os.access(name, os.R_OK):

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 import jdm.evaluation.evaluate
 import jdm.training.loop
 import tiny
-from jdm.cli.parser import _failed
+from jdm.cli.streams import failed
 from jdm.errors import RunError
 from jdm.methods.jdm import JDM
 from jdm.models.stable_diffusion import UNetDenoiser
@@ -159,7 +159,7 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
         jdm.training.loop.train(endless_run(out / name, teacher, shard))
     except RunError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        os._exit(_failed(error))  # as the command does, without waiting for the group
+        os._exit(failed(error))  # as the command does, without waiting for the group
 
 
 @contextmanager

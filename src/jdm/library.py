@@ -11,6 +11,7 @@ from torch import nn
 from jdm.errors import UsageError, in_short
 from jdm.files import ASSETS, read_json
 from jdm.formats.single_file_import import load_single_file
+from jdm.models import hub
 from jdm.models.family import Family
 from jdm.models.folder import CARD, folder_json, lone_controlnet, model_index, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
@@ -91,10 +92,11 @@ def tiny_decoder(name: str, teacher: Family) -> nn.Module:
     Raises:
         UsageError: it is not a tiny autoencoder, or its latents or picture size differ from the teacher's.
     """
+    hub.unfetched(name)
     try:
         net = whole_network(AutoencoderTiny, name).float().eval().requires_grad_(False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name} is not a tiny autoencoder (AutoencoderTiny): "
+        raise UsageError(hub.unfetched(name) or f"{name} is not a tiny autoencoder (AutoencoderTiny): "
                          f"{(str(error).splitlines() or [''])[0][:120]}") from None
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
     ours = teacher.latent_shape(1, teacher.size)[1], teacher.downscale

@@ -42,8 +42,8 @@ from jdm.data.cache import (
 )
 from jdm.data.latents import encoded_parts
 from jdm.data.sources import Pictures
-from jdm.errors import RunError, UsageError
-from jdm.files import alone, read_json, write
+from jdm.errors import RunError, UsageError, remedy
+from jdm.files import LOCK, alone, read_json, write
 from jdm.loading import Loaded
 from jdm.models.text import TextEncoder, tensors_of
 from jdm.run import Run
@@ -79,8 +79,8 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
             draft.make()
             return draft.finish()
     except OSError as error:
-        raise RunError(f"{error.filename or folder}: {error.strerror or error}; free some space or choose another "
-                       "--out, and run again") from error
+        raise RunError(f"{error.filename or folder}: {error.strerror or error}; {remedy(error)} or choose "
+                       "another --out, and run again") from error
 
 
 class Draft(Cache):
@@ -207,7 +207,7 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
     (folder / f".{MANIFEST}.draft").unlink(missing_ok=True)
     if not (folder / MANIFEST).exists():
-        (folder / ".lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
 
@@ -223,7 +223,7 @@ def _swept(folder: Path) -> Iterator[None]:
 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
-    def busy() -> None:
-        raise UsageError(f"another process is preparing {folder}; wait for it, or choose another --out")
+    def busy(holder: str) -> None:
+        raise UsageError(f"{folder} is in use by {holder}; wait for it to end, or choose another --out")
 
     return alone(folder, busy)

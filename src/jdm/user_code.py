@@ -33,7 +33,7 @@ def _module(source: str) -> ModuleType:
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)
-        except Exception as error:  # a user's module may raise anything
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise UsageError(f"{source} could not be imported ({in_short(error)}); a file is named with its "
                              ".py, such as my_controls.py:Posterize") from error
     path = Path(source).expanduser()
@@ -48,7 +48,7 @@ def _module(source: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{source} could not be run ({in_short(error)}); try `python {source}`") from error
     return module

@@ -190,7 +190,7 @@ def test_saved_pictures_load_back_in_order(tmp_path):
 
 def test_an_unwritable_folder_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match=r"could not write pictures .*name another folder"):
+    with pytest.raises(RunError, match=r"file/000.png could not be written .*choose another"):
         save_pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "file")
 
 

@@ -1,6 +1,7 @@
 """What `jdm prepare` leaves on disk: the same bits as without it, and a line on whatever has changed since."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, UsageError
+from jdm.files import LOCK
 from jdm.library import load_model
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
@@ -358,8 +360,10 @@ def test_files_of_other_programs_are_left_alone(ready, photos, tmp_path):
 
 def test_a_second_process_or_rank_is_refused(ready, monkeypatch):
     run, folder = ready
-    with writing._alone(folder), pytest.raises(UsageError, match="another process is preparing"):
-        prepare(run, folder)
+    with (folder / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=r"is in use by process .* wait for it to end"):
+            prepare(run, folder)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="runs in one process; start it without torchrun"):
         prepare(run, folder)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -124,6 +125,38 @@ def test_what_cannot_be_read_is_named(place):
         pictures.batch(torch.tensor([0]))
     with pytest.raises(UsageError, match=r"s4://x/\*\.tar: no shards could be listed \(ValueError: Protocol not known"):
         load_pictures("s4://x/*.tar", "train", 32)
+
+
+WHOLE = shard(["a", "b", "c"])
+HEADERS = [WHOLE.index(name) for name in (b"a.orig.json", b"b.png", b"c.json")]
+END = len(WHOLE.rstrip(b"\0")) // 512 * 512 + 512
+DAMAGED = {
+    **{f"bit {k} of header {i}": lambda at=at, k=k: WHOLE[: at + k] + bytes([WHOLE[at + k] ^ 4]) + WHOLE[at + k + 1:]
+       for i, at in enumerate(HEADERS) for k in (0, 99, 107, 130, 150, 156, 260, 400, 511)},
+    "zeroed header": lambda: WHOLE[: HEADERS[1]] + b"\0" * 512 + WHOLE[HEADERS[1] + 512:],
+    "zeroed middle": lambda: WHOLE[: HEADERS[1]] + b"\0" * (HEADERS[2] - HEADERS[1]) + WHOLE[HEADERS[2]:],
+    "two joined": lambda: WHOLE + WHOLE,
+    "cut between two files": lambda: WHOLE[: HEADERS[2]],
+    "no end mark": lambda: WHOLE[:END],
+    "rubbish after the end": lambda: WHOLE + b"x" * 512,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_shard_never_loses_pictures_silently(damage, tmp_path):
+    (tmp_path / "a.tar").write_bytes(DAMAGED[damage]())
+    with pytest.raises(UsageError, match=r"a\.tar: not a whole tar file .*; fetch it again"):
+        load_pictures(str(tmp_path / "a.tar"), "validation", 32)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("x{000000000..999999999}", r"1,000,000,000 shards, at most 100,000 can be listed; narrow the ranges"),
+    ("x{0..99999}{0..99999}", "10,000,000,000 shards"), ("x{9..0}", "from the lower number to the higher"),
+    ("x{0..99999999999999999999}", "no shards could be listed"), ("fifo", "is not a regular file")])
+def test_ranges_and_special_files_are_refused_at_once(name, said, tmp_path):
+    os.mkfifo(tmp_path / "fifo.tar")
+    with pytest.raises(UsageError, match=said):
+        load_pictures(f"{tmp_path}/{name}.tar", "train", 32)
 
 
 def test_only_shards_on_disk_can_be_prepared(filled, tmp_path):

@@ -142,7 +142,7 @@ def test_a_second_process_waits_for_the_first(tmp_path, capsys):
         assert not entered.wait(0.2)
     thread.join(10)
     assert entered.is_set()
-    assert "another process trains" in capsys.readouterr().err
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_two_processes_train_a_shared_model_once(setup, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, remedy
+from jdm.files import read_json
 
 
 def device(name: str) -> torch.device:
@@ -34,10 +36,49 @@ def writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another place") from None
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); {remedy(error)}") from None
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} cannot be written; choose another place")
     return folder
+
+
+def json_output(name: str | None, inputs: Iterable[str | None], keys: Collection[str]) -> Path | None:
+    """The file to write numbers to, or None; its folder is created.
+
+    Args:
+        inputs: paths that the command reads.
+        keys: some of what the command writes, by which a file of an earlier call is known.
+
+    Raises:
+        UsageError: it cannot be written, or it is there and is not this command's.
+    """
+    if not name:
+        return None
+    file = Path(name)
+    writable(file.parent)
+
+    def is_ours(there: Path) -> bool:
+        return set(keys) <= set(read_json(there)) or there.stat().st_size == 0
+
+    free_of_others([file], inputs, is_ours, "--json")
+    return file
+
+
+def free_of_others(outputs: Iterable[Path], inputs: Iterable[str | None], is_ours: Callable[[Path], bool],
+                   flag: str) -> None:
+    """UsageError if a file to be written is one that is read, or is there and is not ours.
+
+    Args:
+        flag: where another place is named.
+    """
+    read = [Path(name).expanduser() for name in inputs if name]
+    for file in outputs:
+        if not os.path.lexists(file):
+            continue
+        if any(place.exists() and file.exists() and place.samefile(file) for place in read):
+            raise UsageError(f"{file} would be overwritten and is read by this command; choose another {flag}")
+        if file.is_symlink() or not file.is_file() or not is_ours(file):
+            raise UsageError(f"{file} is there and this command did not write it; choose another {flag}")
 
 
 def names(text: str | None) -> list[str]:

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from jdm.cli.parser import NARROWEST
+
+
+class _Console(Console):
+    """A console at least NARROWEST columns wide, that leaves a closed pipe to the command line."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        if self.width < NARROWEST:
+            self.width = NARROWEST
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
@@ -13,9 +28,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None 
     drawn = Table(*head, title=title)
     for row in rows:
         drawn.add_row(*row)
-    Console().print(drawn)
+    printed(drawn)
+
+
+def printed(what: object) -> None:
+    """Print a text or a table on standard output."""
+    _Console().print(what, highlight=False)
 
 
 def remark(text: str) -> None:
     """Print a line on standard error, which leaves standard output to the command's result."""
-    Console(stderr=True).print(text, highlight=False, markup=False)
+    _Console(stderr=True).print(text, highlight=False, markup=False)

@@ -18,7 +18,7 @@ from jdm import files
 from jdm.cli import checks, console
 from jdm.cli.progress import TrainingProgress
 from jdm.controls import Control, checked, load_control
-from jdm.data.pictures import grid
+from jdm.data.pictures import grid, save_picture
 from jdm.data.sources import load_pictures
 from jdm.evaluation import html
 from jdm.evaluation.evaluate import cost, judge, measured
@@ -108,7 +108,7 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     ask("fresh_after")
     files.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     sheet = _sheet(questions, control, pictures)
-    sheet.save(out / "grid.png")
+    save_picture(sheet, out / "grid.png")
     _page(out, run, metrics, sheet)
     say(f"4. {out / 'report.html'}, {out / 'metrics.json'} and {out / 'grid.png'}")
     return metrics

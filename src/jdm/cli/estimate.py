@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-
-from rich.console import Console
 
 from jdm import files
-from jdm.cli import checks
+from jdm.cli import checks, console
 from jdm.cli.parser import GPUS, Parser, estimate_flags
 from jdm.cli.run_flags import configured
 from jdm.cost.estimate import estimate, tables
@@ -20,13 +17,12 @@ def command(asked: argparse.Namespace) -> int:
     estimate_flags(parser)
     own, flags = parser.parse_known_args(asked.flags)
     gpus, out = own.gpu or asked.gpu or [*map(str, GPUS)], own.json or asked.json
-    if out:
-        checks.writable(Path(out).parent)
+    file = checks.json_output(out, [asked.recipe], ("peak_phase", "passes"))
     found = estimate(configured(asked.recipe, flags))
-    if out:
-        files.write(Path(out), json.dumps(found.described(gpus), indent=1) + "\n")
     for table in tables(found, asked.recipe, gpus):
-        Console().print(table)
+        console.printed(table)
     for note in found.notes:
-        Console().print(note, highlight=False)
+        console.printed(note)
+    if file:
+        files.write(file, json.dumps(found.described(gpus), indent=1) + "\n")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from jdm import files
 from jdm.cli import checks, console
@@ -13,9 +12,7 @@ from jdm.metrics.scores import read_prompts
 
 
 def command(asked: argparse.Namespace) -> int:
-    file = Path(asked.json) if asked.json else None
-    if file:
-        checks.writable(file.parent)
+    file = checks.json_output(asked.json, [asked.prompts, asked.model, asked.source], ("model", "seed"))
     checks.device(asked.device)
     scored = checks.names(asked.scores)
     if asked.prompts:
@@ -25,9 +22,9 @@ def command(asked: argparse.Namespace) -> int:
         row = evaluation.evaluate(asked.model, asked.control, asked.n, asked.seed, asked.source, asked.split,
                                   asked.steps, asked.guidance, asked.teacher, asked.quick, scored, asked.extractor,
                                   asked.device)
-    if file:
-        files.write(file, json.dumps(row, indent=1) + "\n")
     console.table(["measurement", "value"],
                   [[key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
                    for key, value in row.items()], title=asked.model)
+    if file:  # last, so that a disk that fails does not hide what took an hour
+        files.write(file, json.dumps(row, indent=1) + "\n")
     return 0

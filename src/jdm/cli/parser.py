@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jdm import __version__, trust
-from jdm.errors import RunError, TeacherWarning, TerminatedError, UsageError, in_short
+from jdm.cli import streams
+from jdm.errors import TeacherWarning, UsageError
 
 # Read by third parties when they are imported, so set before any of them is.
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
          "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-DISK = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
-        errno.EROFS: "choose a folder that can be written", errno.EACCES: "choose a folder that can be written",
-        errno.EPERM: "choose a folder that can be written"}
 EXAMPLES = """examples:
   jdm recipes
   jdm train nano-canny --method.condition-weight 0.5 --steps 100
@@ -37,6 +35,8 @@ REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 2 for a usage error, 3 for a failed run, 130 or 143 if stopped."""
+    if argv is None:
+        streams.prepare()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -46,13 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", TeacherWarning)
         warnings.formatwarning = lambda message, *_, **__: f"jdm: {' '.join(str(message).split())}\n"
     try:
-        return _run(arguments)
+        return streams.flushed(_run(arguments))
+    except SystemExit:  # help or the version was shown
+        if code := streams.flushed(0):
+            return code
+        raise
     except Exception as error:
         if debug:
             raise
-        return _failed(error)
+        return streams.flushed(streams.failed(error))
     except KeyboardInterrupt as stop:
-        return _say(str(stop) or "stopped", 130)
+        return streams.say(str(stop) or "stopped", 130)
+
+
+class HelpShown(SystemExit):
+    """A command's help was asked for and printed."""
 
 
 def _run(arguments: list[str]) -> int:
@@ -72,7 +80,14 @@ def _run(arguments: list[str]) -> int:
         return 0
     if asked.command != "recipes":  # the one command that loads no model
         _silence_diffusers()
-    return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
+    try:
+        return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
+    except HelpShown:
+        raise
+    except SystemExit as end:  # of a user's control, reward or recipe
+        called = [frame for frame in traceback.extract_tb(end.__traceback__) if "_sitebuiltins" not in frame.filename]
+        raise UsageError(f"{called[-1].filename}, line {called[-1].lineno}, ended the program "
+                         f"(sys.exit({end.code!r})); let it raise an error instead") from end
 
 
 def _silence_diffusers() -> None:
@@ -100,34 +115,15 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f"did you mean {tails[near[0]]}? " if near else ""
 
 
-def _failed(error: Exception) -> int:
-    quiet = os.environ.get("RANK", "0") != "0"  # an error that every process has is printed by the first alone
-    if isinstance(error, UsageError):
-        return _say("" if quiet else str(error), 2)
-    if isinstance(error, TerminatedError):
-        return _say("" if quiet else str(error), 143)
-    if isinstance(error, RunError):
-        return _say(str(error), 3)
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to
-        return 141
-    if isinstance(error, OSError) and error.errno in DISK:
-        place = f"{error.filename}: " if error.filename else ""
-        return _say(f"{place}{error.strerror}; {DISK[error.errno]} and run the same command again", 3)
-    return _say(f"failed unexpectedly ({in_short(error)}); JDM_DEBUG=1 shows where", 3)
-
-
-def _say(message: str, code: int) -> int:
-    if message:
-        print("jdm: " + " ".join(message.split()), file=sys.stderr)
-    return code
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see: {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file := file or sys.stdout:  # argparse's own passes over a disk that is full
+            file.write(message)
 
     def flags(self) -> list[str]:
         """Every flag it accepts, such as --seed."""

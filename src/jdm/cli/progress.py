@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -53,7 +54,8 @@ class TrainingProgress:
         if self.console.is_terminal:
             self.bar.update(self.task, completed=done, numbers=numbers)
         else:
-            print(f"step {done}/{self.steps}  {numbers}{self._left(now, done)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a log that is full or gone does not end a run
+                print(f"step {done}/{self.steps}  {numbers}{self._left(now, done)}", file=sys.stderr, flush=True)
 
     def _numbers(self, logs: dict[str, Any]) -> dict[str, float]:
         terms = [k for k in TERMS if k in logs] or [k for k in logs if k.endswith("/loss")]

@@ -17,7 +17,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from jdm.cli.parser import NARROWEST, refuse_unknown
+from jdm.cli.parser import NARROWEST, HelpShown, refuse_unknown
 from jdm.errors import UsageError
 from jdm.ranges import hints_of, ranges_of
 from jdm.recipes import find
@@ -49,7 +49,7 @@ def configured(recipe: str, arguments: Sequence[str]) -> Run:
                             registry=_registry())
     except SystemExit as end:
         if end.code in (0, None):
-            raise
+            raise HelpShown(0) from None
         raise UsageError(f"{_unboxed(complaint.getvalue())}; see: {prog} --help") from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from jdm.cli import checks
 from jdm.controls import checked, load_control
 from jdm.data import pictures
-from jdm.errors import RunError, UsageError
+from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler, warn_of_misfit
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
@@ -21,8 +21,13 @@ from jdm.models.family import Family, placed
 from jdm.size import Size, height_width, size_of, sized, spelled
 from jdm.space import from_bytes, unit
 
+CONTROL, GRID = "control.png", "grid.png"
+
 
 def command(asked: argparse.Namespace) -> int:
+    out = Path(asked.out)
+    checks.free_of_others([out / name for name in (*pictures.numbered(asked.n), CONTROL, GRID)],
+                          [asked.image, asked.control_map], pictures.is_ours, "--out")
     model = load_model(asked.model).to(checks.device(asked.device))
     warn_of_misfit(asked.model, model)
     if asked.size:
@@ -36,7 +41,7 @@ def command(asked: argparse.Namespace) -> int:
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
     sampler = Sampler(model, asked.steps, guidance,
                       [placed(net, asked.device) for net, _ in also], asked.strength)
-    out = checks.writable(Path(asked.out))
+    checks.writable(out)
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),
                      seed=asked.seed)
@@ -48,16 +53,11 @@ def _written(out: Path, images: Tensor, shown: Tensor | None, size: Size) -> Pat
     """The file of the grid, after all files were written."""
     pictures.save_pictures(images, out)
     sheet = images
-    try:
-        if shown is not None:
-            measured = (torch.cat(shown.split(3, dim=1)) * 255).round().clamp(0, 255).to(torch.uint8)
-            pictures.grid(measured, len(measured), pad=0).save(out / "control.png")
-            sheet = torch.cat([measured, images])
-        pictures.grid(sheet, 9, scale=max(1, 128 // max(height_width(size)))).save(out / "grid.png")
-    except OSError as error:
-        raise RunError(f"{out} could not be written ({error.strerror or error}); free some space or choose another "
-                       "--out") from None
-    return out / "grid.png"
+    if shown is not None:
+        measured = (torch.cat(shown.split(3, dim=1)) * 255).round().clamp(0, 255).to(torch.uint8)
+        pictures.save_picture(pictures.grid(measured, len(measured), pad=0), out / CONTROL)
+        sheet = torch.cat([measured, images])
+    return pictures.save_picture(pictures.grid(sheet, 9, scale=max(1, 128 // max(height_width(size)))), out / GRID)
 
 
 def shown_control(model: Family, image: str | None, control_map: str | None,

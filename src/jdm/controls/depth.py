@@ -14,6 +14,7 @@ from torch.nn import functional
 from jdm.controls.base import Control
 from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
+from jdm.models import hub
 from jdm.schedule import precise
 
 KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
@@ -61,6 +62,7 @@ class Depth(Control):
         """The frozen network and its preprocessing."""
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
+        hub.unfetched(self.model)
         try:
             network, report = AutoModelForDepthEstimation.from_pretrained(self.model, output_loading_info=True)
             processor = AutoImageProcessor.from_pretrained(self.model)

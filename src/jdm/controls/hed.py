@@ -13,6 +13,7 @@ from torch.nn import functional
 from jdm.controls.base import Control
 from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
+from jdm.models import hub
 from jdm.schedule import precise
 
 FILE = "ControlNetHED.pth"
@@ -119,6 +120,7 @@ def _found(place: str) -> Path:
         raise UsageError(f"hed's weights {place} do not exist; {REMEDY}")
     from huggingface_hub import hf_hub_download
 
+    hub.unreachable()
     try:
         return Path(hf_hub_download(place, FILE))
     except Exception as error:  # no network, no such repository, a full disk

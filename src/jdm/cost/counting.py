@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
+from jdm.errors import UsageError
+from jdm.size import Size, height_width
+
 aten = torch.ops.aten
 # PyTorch's table has only the attention kernels of GPUs; the CPU's kernel computes the same products.
 FORMULAS: dict[Any, Any] = {
@@ -22,6 +27,17 @@ FORMULAS: dict[Any, Any] = {
 }
 CONVOLUTIONS = {aten.convolution, aten._convolution, aten.cudnn_convolution, aten.convolution_backward}
 SLACK = 0.005  # dead storages are searched for only when the total may exceed the peak by this share
+BYTES_PER_PIXEL = 84  # of a batch's pictures and their controls, which an estimate computes for real
+
+
+def refuse_large(batch: int, size: Size) -> None:
+    """UsageError if estimating such a batch would take more than half of this machine's free memory."""
+    needed = float(batch) * math.prod(height_width(size)) * BYTES_PER_PIXEL
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free / 2:
+        raise UsageError(f"a batch of {batch:,} cannot be estimated here: its pictures have contents, and would take "
+                         f"{needed / 2**30:,.1f} of the {free / 2**30:,.1f} GiB of memory that are free; estimate a "
+                         "smaller --batch, as time and activations grow in proportion")
 
 
 class Ledger:

@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.counting import Meter, converted
+from jdm.cost.counting import Meter, converted, refuse_large
 from jdm.cost.gpus import GPU, GPUS
 from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
@@ -117,6 +117,7 @@ def estimate(run: Run) -> Estimate:
     Raises:
         UsageError: the shapes of its models are not known, or its method does what only real tensors can.
     """
+    refuse_large(run.batch, run.data.size)
     rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")))
     try:
         return rehearsal.estimate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from jdm.errors import RunError, UsageError, in_short
+from jdm.errors import UsageError, in_short
+from jdm.files import write
 from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
@@ -36,12 +39,12 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     """
     try:
         path = Path(path).expanduser()
-        there, folder = path.is_file(), path.is_dir()
+        there, folder, other = path.is_file(), path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, a null byte
         raise UsageError(f"{str(path)[:100]}: no file can have this path ({in_short(error)[:80]}); give the path of a "
                          "picture (PNG, JPEG, WebP, ...)") from None
     if not there:
-        problem = "it is a folder" if folder else "there is no such file"
+        problem = "it is a folder" if folder else "it is not a regular file" if other else "there is no such file"
         raise UsageError(f"{path}: {problem}; give the path of a picture (PNG, JPEG, WebP, ...)")
     return read_picture(path, str(path), path.stat().st_size, size)
 
@@ -94,16 +97,33 @@ def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
     Creates the folder and replaces files of the same names. Raises RunError if the disk cannot be written.
     """
     _check_bytes(images)
-    digits = max(3, len(str(len(images) - 1)))
-    paths = [Path(folder) / f"{index:0{digits}d}.png" for index in range(len(images))]
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for path, image in zip(paths, images, strict=True):
-            _image(image).save(path)
-    except OSError as error:
-        raise RunError(f"{folder}: could not write pictures ({error.strerror or error}); "
-                       "free some space or name another folder") from error
+    paths = [Path(folder) / name for name in numbered(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        save_picture(_image(image), path)
     return paths
+
+
+def numbered(n: int) -> list[str]:
+    """The names of n pictures: 000.png, 001.png, ..."""
+    digits = max(3, len(str(n - 1)))
+    return [f"{index:0{digits}d}.png" for index in range(n)]
+
+
+def save_picture(image: Image.Image, path: Path) -> Path:
+    """Writes a PNG file that says it is this program's (`is_ours`); whole or not at all, as `files.write`."""
+    content, signed = io.BytesIO(), PngInfo()
+    signed.add_text("Software", "jdm")
+    image.save(content, "PNG", pnginfo=signed)
+    return write(path, content.getvalue())
+
+
+def is_ours(path: Path) -> bool:
+    """True for a picture that `save_picture` wrote."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == "jdm"
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from jdm.data.pictures import SUFFIXES, read_all, read_picture
 from jdm.errors import UsageError, in_short
 from jdm.size import Size
 
+RANGE, MOST_SHARDS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}"), 100_000
 READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
 
 
@@ -43,7 +45,11 @@ class Shards:
             self.store, _ = fsspec.core.url_to_fs(source)
             found = [self.store._strip_protocol(one) for one in _expanded(source)]
             self.shards = sorted({str(shard) for one in found for shard in (self.store.glob(one) or [one])})
+            if special := [shard for shard in self.shards if Path(shard).exists() and not Path(shard).is_file()]:
+                raise UsageError(f"{special[0]} is not a regular file; give .tar files")
             known = [[i, shard, str(self.store.ukey(shard))] for i, shard in enumerate(self.shards)]
+        except UsageError:
+            raise
         except Exception as error:  # a store's driver may raise anything
             raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
@@ -88,7 +94,13 @@ class Shards:
 
 def _expanded(source: str) -> list[str]:
     """Expands ranges: a{08..10}.tar -> a08.tar, a09.tar, a10.tar."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", source)
+    ranges = [(int(low), int(high)) for low, high in RANGE.findall(source)]
+    if any(high < low for low, high in ranges):
+        raise UsageError(f"{source}: a range of shards goes from the lower number to the higher, such as {{000..099}}")
+    count = math.prod(high - low + 1 for low, high in ranges)
+    if count > MOST_SHARDS:
+        raise UsageError(f"{source}: {count:,} shards, at most {MOST_SHARDS:,} can be listed; narrow the ranges")
+    match = RANGE.search(source)
     if match is None:
         return [source]
     low, high = match.groups()
@@ -119,8 +131,13 @@ def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[s
 def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     yield from (member for member in tar if member.isfile())
     file.seek(tar.offset)
-    if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile mistakes this for the end
-        raise EOFError("it ends inside a header")
+    rest = file.read(1 << 20)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise EOFError(f"it stops at byte {tar.offset:,}, before its end mark")
+    while rest:  # tarfile takes a header that it cannot read for the end
+        if rest.strip(b"\0"):
+            raise EOFError(f"after byte {tar.offset:,} there is neither a file nor the end")
+        rest = file.read(1 << 20)
 
 
 def _sample_key(name: str) -> str:

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from jdm.data.pictures import SUFFIXES, decoded, load_picture, read_all, read_picture
 from jdm.data.shards import Shards
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short, remedy
 from jdm.files import ASSETS, parsed
+from jdm.models import hub
 from jdm.size import Size, height_width, spelled
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ def _training_folder() -> Path:
 
 
 def _idx(path: Path, header: int) -> np.ndarray:
+    if not path.is_file():
+        raise UsageError(f"{path} is missing, or not a regular file; fetch it again")
     try:
         return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).copy()
     except (OSError, EOFError, ValueError) as error:
@@ -181,7 +184,7 @@ def _folder(folder: Path, split: str, size: Size) -> Pictures:
     """A folder with a sub-folder per split, or else one in which 1 of 20 pictures each is for validation and test."""
     root = folder / split if (folder / split).is_dir() else folder
     captions = _table(root)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in _below(root) if p.suffix.lower() in SUFFIXES)
     if not files:
         raise UsageError(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))}); is this the right folder?")
     texts = [(_caption(p, root, captions),) for p in files]
@@ -201,6 +204,26 @@ def _folder(folder: Path, split: str, size: Size) -> Pictures:
     )
 
 
+def _below(root: Path) -> Iterator[Path]:
+    """Every file of a folder and of those in it; a folder that cannot be read is an error, not empty."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename}: {error.strerror}; {remedy(error)}") from None
+
+    for folder, _, names in os.walk(root, onerror=refuse):
+        yield from (Path(folder) / name for name in names)
+
+
+def _text(file: Path, errors: str = "strict") -> str:
+    """A text file's contents; UsageError if it is no regular file or cannot be read."""
+    if not file.is_file():
+        raise UsageError(f"{file} is not a regular file; replace it by one, or move it away")
+    try:
+        return file.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}; {remedy(error)}") from None
+
+
 def _share(i: int) -> str:
     return {0: "validation", 1: "test"}.get(i % 20, "train")
 
@@ -213,7 +236,7 @@ def _table(root: Path) -> dict[str, str]:
     if not tables:
         return {}
     try:
-        text = tables[0].read_text(encoding="utf-8")
+        text = _text(tables[0])
         if tables[0].suffix == ".jsonl":
             rows = [parsed(line, f"{tables[0]}, line {n}", dict, "give one object a line")
                     for n, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -230,7 +253,7 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
         if table.get(key):
             return table[key]
     beside = path.with_suffix(".txt")
-    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+    text = _text(beside, errors="replace").strip() if beside.is_file() else ""
     if not text:
         raise UsageError(f"{path} has no caption; put it into {beside.name} beside it, or into a CSV or JSONL file "
                          "with the columns file_name and text")
@@ -254,11 +277,12 @@ def _shards(source: str, split: str, size: Size) -> Pictures:
 def _hub(name: str, split: str, size: Size) -> Pictures:
     from datasets import Image, load_dataset
 
+    why = hub.unfetched(name)
     try:
         whole = load_dataset(name, split="test" if split == "test" else "train")
     except Exception as error:
         raise UsageError(f"{name!r} is neither fashion-mnist, a folder, nor a dataset that could be loaded "
-                         f"({type(error).__name__}: {str(error)[:120]})") from None
+                         f"({in_short(error)}){f'; {why}' if why else ''}") from None
     features = whole.features
     image = next((k for k in ("image", "img", "picture") if k in features), None)
     text = next((k for k in ("text", "caption", "prompt") if k in features), None)

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from jdm.errors import RunError, UsageError, in_short
+from jdm.errors import UsageError, in_short
 from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
-from jdm.files import ASSETS, read_json
+from jdm.files import ASSETS, read_json, replaced
 from jdm.formats import lora_file, single_file
 from jdm.library import SHIPPED, load_model
 from jdm.models.configs import REMEDY
@@ -107,23 +107,16 @@ def export(
     run, out = Path(run), Path(out)
     _check(run, out, format, rank, base)
     known = _metrics(Path(metrics)) if metrics else {}
-    draft = out.with_name(f".{out.name}.draft")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        with _source(run, draft.with_name(f".{out.name}.source")) as source:
-            subject = replace(_subject(source, out.name, format, dtype), metrics=known, rank=rank or RANK)
-            subject = WRITERS[format](source, draft, replace(subject, base=base) if base else subject)
-        for file in draft.rglob("*.safetensors"):
-            _recast(file, dtype)
-        (draft / "README.md").write_text(model_card(subject), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        draft.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} could not be written ({error}); free some space or name another folder") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with replaced(out) as draft:
+            with _source(run, draft.with_name(f".{out.name}.source")) as source:
+                subject = replace(_subject(source, out.name, format, dtype), metrics=known, rank=rank or RANK)
+                subject = WRITERS[format](source, draft, replace(subject, base=base) if base else subject)
+            for file in draft.rglob("*.safetensors"):
+                _recast(file, dtype)
+            (draft / "README.md").write_text(model_card(subject), encoding="utf-8")
+    except SafetensorError as error:
+        raise UsageError(f"{run} has damaged weights ({error}); fetch or train it again") from None
     return out
 
 

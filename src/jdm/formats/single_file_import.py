@@ -32,7 +32,7 @@ from jdm.formats.single_file import (
     unet_names,
     vae_names,
 )
-from jdm.models import published
+from jdm.models import hub, published
 from jdm.models.schedulers import checked_scheduler
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
@@ -112,6 +112,7 @@ def _tokenizer(file: SingleFile, part: str, text: str, config: Mapping[str, Any]
 def _hub_tokenizer(file: SingleFile, **options: Any) -> CLIPTokenizer:
     from huggingface_hub import hf_hub_download
 
+    hub.unreachable()
     try:
         vocab, merges = (hf_hub_download(CLIP, name) for name in ("vocab.json", "merges.txt"))
     except Exception:

@@ -83,6 +83,8 @@ def read_prompts(place: str | Path) -> dict[str, list[str]]:
 def _prompts(file: Path) -> list[str]:
     if file.suffix == ".json":
         return read_json(file, list[str], "give a list of strings, one per prompt")
+    if not file.is_file():
+        raise UsageError(f"{file} is not a regular file; replace it by one, or move it away")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

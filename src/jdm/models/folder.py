@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from diffusers import ControlNetModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer
 
-from jdm.errors import RunError, UsageError, in_short
-from jdm.files import read_json
-from jdm.models import configs
+from jdm.errors import UsageError, in_short
+from jdm.files import read_json, replaced
+from jdm.models import configs, hub
 from jdm.models.configs import CARD as CARD
 from jdm.models.family import Family
 from jdm.models.schedulers import checked_scheduler, scheduler_of
@@ -32,19 +30,12 @@ def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, ca
         card: what this project knows of the model; kept in jdm.json, which stock diffusers ignores.
     """
     whole: Any = model.pipeline(scheduler_of(scheduler or model.scheduler))
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
+    with replaced(folder) as draft:
         whole.save_pretrained(draft)
         for config in draft.rglob("*.json"):
             _forget_place(config)
         if card is not None:
             (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"{folder} could not be written ({error}); free some space and run again") from None
     return folder
 
 
@@ -61,6 +52,8 @@ def model_index(path: str) -> dict:
     Raises:
         UsageError: there is none.
     """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"{path} is a file and no .safetensors checkpoint; give a model's folder, or a checkpoint")
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith(".")):
         raise UsageError(f"{path}: no such folder; give a diffusers folder, a .safetensors checkpoint, a hub id "
                          "(owner/name), or a shipped one, such as nano-sd or nano-canny")
@@ -77,19 +70,8 @@ def folder_json(path: str, name: str, kind: Any = None) -> dict | None:
         name: its path in there.
         kind: the network's class, for a config.json.
     """
-    file = Path(path) / name
-    if not Path(path).is_dir():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            file = Path(hf_hub_download(path, name))
-        except EntryNotFoundError:  # there is none; or, offline, it was never downloaded
-            return None
-        except Exception as error:
-            raise UsageError(f"{path}: {name} could not be fetched ({in_short(error)}); check the name and the "
-                             "network, or give a folder") from None
-    if not file.exists():
+    file = Path(path) / name if Path(path).is_dir() else hub.fetched(path, name)
+    if file is None or not file.exists():
         return None
     return configs.check(read_json(file, remedy=configs.REMEDY), name, str(file), kind)
 

@@ -263,7 +263,8 @@ def _compose(model: Model) -> None:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Two sittings may need the same model."""
-    return alone(folder, lambda: print(f"another process trains {folder}; waiting for it", file=sys.stderr, flush=True))
+    return alone(folder, lambda holder: print(f"{folder} is in use by {holder}; waiting for it", file=sys.stderr,
+                                              flush=True))
 
 
 def _weights_of_needs(model: Model) -> dict[str, str]:

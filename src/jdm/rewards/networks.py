@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jdm.errors import UsageError, in_short
+from jdm.models import hub
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by channel
 
@@ -94,6 +95,7 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
     if network:
         settings["output_loading_info"] = True
     logging.set_verbosity_error()  # it would print a table; the error below is one line
+    hub.unfetched(str(place or ""))
     try:
         found = kind.from_pretrained(place, **settings)  # type: ignore[attr-defined]
     except Exception as error:  # the hub, the disk and a wrong file raise different exceptions
@@ -124,6 +126,7 @@ def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import hf_hub_download
 
+        hub.unreachable()
         return Path(hf_hub_download(place, files[0]))
     except Exception as error:  # offline, gated, misspelt
         raise UsageError(f"{name} needs {files[0]} of {place}, which could not be fetched ({in_short(error)}); "

@@ -81,10 +81,11 @@ class Best:
             checkpoint.save(checkpoint.State({}, {}, averages, {}), self.run.out / FOLDER, step)
 
     def _forget(self) -> None:
-        """Deletes averages from steps after the resume point; drops all measurements if the best are missing."""
+        """Deletes averages that are damaged or from steps after the resume point; without the best, drops all
+        measurements."""
         taken = {step for step, _ in self.seen}
-        for place in checkpoint.all_checkpoints(self.run.out / FOLDER):
-            if _step(place) not in taken and distributed.first():
+        for place in checkpoint.all_checkpoints(self.run.out / FOLDER) if distributed.first() else ():
+            if _step(place) not in taken or checkpoint.damage_of(place):
                 shutil.rmtree(place)
         distributed.barrier()
         if self.place is None:

@@ -5,16 +5,19 @@
 Several processes write their shards with torch.distributed.checkpoint instead of state.safetensors. Any number of
 processes can read either kind.
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so that a folder named step-* is always
-complete.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so that a folder named step-* was complete
+once. state.json holds the SHA-256 of every file, its own included, so that later damage is noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -29,11 +32,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from jdm.errors import RunError, UsageError, in_short
-from jdm.files import read_json
+from jdm.errors import RunError, UsageError, in_short, remedy
+from jdm.files import read_json, umasked
 from jdm.training import distributed, sharded
 
-KEPT, WHOLE = 2, "state.safetensors"
+KEPT, WHOLE, INFO = 2, "state.safetensors", "state.json"
+UNSIGNED = {"step", "optimizers"}  # all that state.json held before it had hashes
 DELETE = "delete it and run again to resume from the checkpoint before it"
 
 
@@ -80,6 +84,10 @@ def finite(held: nn.Module | Mapping[str, Tensor]) -> bool:
     return all(bool(distributed.local(t.detach()).isfinite().all()) for t in tensors if t.is_floating_point())
 
 
+def name_of(step: int) -> str:
+    return f"step-{step:07d}"
+
+
 def save(state: State, out: Path, step: int) -> Path:
     """Writes OUT/checkpoints/step-NNNNNNN and deletes all but the last KEPT checkpoints.
 
@@ -87,7 +95,7 @@ def save(state: State, out: Path, step: int) -> Path:
         RunError: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     folder = out / "checkpoints"
-    place, draft = folder / f"step-{step:07d}", folder / f".draft-{step:07d}"
+    place, draft = folder / name_of(step), folder / f".draft-{step:07d}"
     try:
         if distributed.first():
             shutil.rmtree(draft, ignore_errors=True)
@@ -96,26 +104,83 @@ def save(state: State, out: Path, step: int) -> Path:
             distributed.barrier()
             dcp.save(_tensors(state), checkpoint_id=draft)
         else:
-            save_file({k: v.cpu().contiguous().clone() for k, v in _tensors(state).items()}, draft / WHOLE)
+            save_file(_apart(_tensors(state)), draft / WHOLE)
         if distributed.first():
-            (draft / "state.json").write_text(json.dumps({"step": step, **state.counters, **_scalars(state)}))
-            for file in draft.iterdir():
-                _flush(file)
+            info = {"step": step, **state.counters, **_scalars(state)}
+            files = sorted(draft.iterdir())
+            with ThreadPoolExecutor() as hashing:  # while the disk writes
+                hashes = hashing.map(_sha256, files)
+                for file in files:
+                    _flush(file)
+                info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
+            info["sha256"][INFO] = _digest(info)
+            (draft / INFO).write_text(json.dumps(info), encoding="utf-8")
+            _flush(draft / INFO)
+            umasked(draft)
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
             _flush(folder)
         distributed.barrier()
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"checkpoint of step {step} could not be written ({_cause(error)}); free some space and run the "
+        raise RunError(f"checkpoint of step {step} could not be written ({_cause(error)}); {remedy(error)} and run the "
                        f"same command again to resume from {last(out) or 'the start'}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
     return place
 
 
+def newest_whole(out: Path, aside: bool = False) -> Path | None:
+    """A run's newest checkpoint whose files are as they were written; None if it has no checkpoint.
+
+    Args:
+        aside: rename damaged ones to checkpoints/damaged-*, so that they are kept and not read again.
+
+    Raises:
+        UsageError: all are damaged.
+    """
+    found = sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    damages = []
+    for place in found:
+        if not (damage := damage_of(place)):
+            for damaged, what in damages if aside else ():
+                kept = _unused(damaged.with_name(damaged.name.replace("step", "damaged")))
+                damaged.rename(kept)
+                print(f"{damaged} is damaged ({what}); going on from {place}, and keeping it as {kept.name}",
+                      file=sys.stderr, flush=True)
+            return place
+        damages.append((place, damage))
+    if damages:
+        raise UsageError(f"{damages[0][0]} is damaged ({damages[0][1]}), and no checkpoint before it is whole; delete "
+                         "it to begin again, or choose another --out")
+    return None
+
+
+def damage_of(place: Path) -> str:
+    """What is wrong with a checkpoint's files, in a few words; empty if they are as they were written."""
+    try:
+        info = json.loads((place / INFO).read_text(encoding="utf-8")) if (place / INFO).is_file() else None
+        if not isinstance(info, dict) or not isinstance(info.get("step"), int):
+            return f"{INFO} {'is missing' if info is None else 'has no step'}"
+        known = info.get("sha256")
+        if known is None and set(info) <= UNSIGNED:
+            return ""
+        if not isinstance(known, dict) or known.pop(INFO, None) != _digest(info):
+            return f"{INFO} was changed after it was written"
+        for name in known:
+            if not (place / name).is_file():
+                return f"{name} is missing"
+        with ThreadPoolExecutor() as hashing:
+            found = dict(zip(known, hashing.map(lambda name: _sha256(place / name), known), strict=True))
+        changed = [name for name in known if known[name] != found[name]]
+        return f"{changed[0]} was changed after it was written" if changed else ""
+    except (OSError, ValueError, RecursionError) as error:
+        return in_short(error)
+
+
 def load(state: State, place: Path, alone: bool = False) -> dict:
-    """Loads a checkpoint into `state` and returns its JSON.
+    """Loads a checkpoint into `state` and returns its JSON; `damage_of` is for the caller to ask.
 
     Args:
         alone: True if only this process reads it.
@@ -156,6 +221,36 @@ def all_checkpoints(out: Path) -> list[Path]:
 def last(out: Path) -> Path | None:
     found = all_checkpoints(out)
     return found[-1] if found else None
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, contiguous, copied where two share memory, which safetensors refuses."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(info: dict) -> str:
+    """SHA-256 of state.json's values, without this digest itself."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    number = 2
+    found = path
+    while found.exists():
+        found, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return found
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

@@ -6,15 +6,16 @@ of processes is full sharding. Each process computes its share of the global bat
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jdm.errors import UsageError
+from jdm.errors import RunError, TerminatedError, UsageError, in_short
 from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
 from jdm.sharing import mean_over_processes_, processes
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)  # timeout of a collective, after which a silent process counts as lost
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as "stopped on request"
+WAIT = 3.0  # seconds for another process's error to arrive
 GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
 
 
@@ -50,6 +53,23 @@ def first() -> bool:
 def barrier() -> None:
     if size() > 1:
         dist.barrier()
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """What an action returns in the first process, which alone runs it; its UsageError or RunError in all of them."""
+    if size() == 1:
+        return action()
+    told: list[Any] = [None]
+    if first():
+        try:
+            told = [(action(), None)]
+        except (UsageError, RunError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    result, error = told[0]
+    if error:
+        raise error
+    return result
 
 
 def leave() -> None:
@@ -148,10 +168,52 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
+class LostError(RunError):
+    """Another process ended while this one waited for it."""
+
+
 def lost(error: RuntimeError) -> bool:
     """True if the error is that of a collective which another process did not join."""
     words = ("gloo", "nccl", "peer", "distbackend", "distnetwork", "timed out")
     return size() > 1 and any(word in f"{type(error).__name__} {error}".lower() for word in words)
+
+
+def with_cause(error: Exception) -> Exception:
+    """The error to raise for one that ended this process's part of a run.
+
+    A process that knows its cause tells the others. One that only lost another raises what that one told; the command
+    prints an error outside the first process only if it is `alone` with it.
+    """
+    if size() == 1 or isinstance(error, TerminatedError):
+        return error
+    store = dist.distributed_c10d._get_default_store()
+    own = isinstance(error, UsageError), str(error) if isinstance(error, UsageError | RunError) else in_short(error)
+    try:
+        if not isinstance(error, LostError):
+            store.set(f"failed/{rank()}", json.dumps(own))
+            return error if first() or _told(store, [0]) else _of_process(rank(), *own)
+        for other, usage, message in _told(store, [r for r in range(size()) if r != rank()]):
+            return _of_process(other, usage, message)
+    except RuntimeError:  # the store's process has ended
+        pass
+    return error
+
+
+def _of_process(number: int, usage: bool, message: str) -> Exception:
+    error = (UsageError if usage else RunError)(f"process {number}: {message}")
+    error.alone = True
+    return error
+
+
+def _told(store: dist.Store, ranks: Sequence[int]) -> list[tuple[int, bool, str]]:
+    """What the first of these processes to fail has told, waiting a little for it."""
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        for other in ranks:
+            if store.check([f"failed/{other}"]):
+                return [(other, *json.loads(store.get(f"failed/{other}")))]
+        time.sleep(0.05)
+    return []
 
 
 class Terminator:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
+from jdm.files import replaced
 from jdm.loading import Loaded
 from jdm.models.execution import settle
 from jdm.run import Phase, Run
@@ -22,6 +23,7 @@ from jdm.sharing import Means, batch_mean, part_of, sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
+from jdm.training.folder import MODEL, claimed
 from jdm.training.memory import out_of_memory
 from jdm.training.optimiser import adamw
 from jdm.training.record import Log, record, refuse_another
@@ -46,8 +48,9 @@ class Trainer:
         self.optimizers = {p.name: adamw(p) for p in self.task.phases}
         self.averages = {n: copied_state(self.task.modules[n]) for n in self.task.product.modules}
         self.state = checkpoint.State(self.task.modules, self.optimizers, self.averages, {})
-        if place:
+        if checkpoint.last(run.out):
             refuse_another(run)
+        place = distributed.by_first(lambda: checkpoint.newest_whole(run.out, aside=True))
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
             raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
@@ -56,6 +59,7 @@ class Trainer:
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
+        self.saved = place
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -76,30 +80,33 @@ class Trainer:
         return logs
 
     def save(self, done: int) -> Path:
-        """Writes the checkpoint after `done` steps, unless a tensor of it is not finite.
+        """Writes the checkpoint after `done` steps, unless it was before.
 
         Raises:
-            RunError: one is not; the checkpoint before it stays the last.
+            RunError: a tensor of it is not finite; the checkpoint before it stays the last.
         """
+        if self.saved is not None and self.saved.name == checkpoint.name_of(done):
+            return self.saved
         networks = {**self.task.modules, **{f"{name}'s average": a for name, a in self.averages.items()}}
         bad = next((name for name, held in networks.items() if not checkpoint.finite(held)), "")
         if distributed.agreed(bool(bad)):
             raise RunError(f"the weights{f' of {bad}' if bad else ''} are not finite (NaN or infinity) after step "
                            f"{done}; last good checkpoint: {checkpoint.last(self.run.out) or 'none yet'}; lower the "
                            "learning rates or raise their warm-up, and run again")
-        return checkpoint.save(self.state, self.run.out, done)
+        self.saved = checkpoint.save(self.state, self.run.out, done)
+        return self.saved
 
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
 
         Where networks are sharded the first process builds it from its checkpoint, by itself.
         """
-        folder, best = self.run.out / "model", self.best.place
+        folder, best = self.run.out / MODEL, self.best.place
         if distributed.size() == 1:
             if best:
                 checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
-            with averaged(self.task.modules, self.averages) as modules:
-                self.task.product.write(folder, modules)
+            with averaged(self.task.modules, self.averages) as modules, replaced(folder) as draft:
+                self.task.product.write(draft, modules)
         elif distributed.first():
             export_checkpoint(self.run, folder, best)
         distributed.barrier()
@@ -180,42 +187,54 @@ def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path
         UsageError: the run cannot start. RunError: it failed; the message names the last good checkpoint.
         TerminatedError: SIGTERM came; the step was finished and saved.
     """
+    try:
+        return _trained(run, progress)
+    except Exception as error:
+        if (cause := distributed.with_cause(error)) is not error:
+            raise cause from error
+        raise
+
+
+def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
     trainer, step = None, 0
     try:
-        trainer = Trainer(run)
-        step = trainer.start
-        with distributed.Terminator() as terminator:
-            for step in range(trainer.start, run.steps):
-                if trainer.best.ended:
-                    break
-                logs = trainer.step(step)
-                if progress and distributed.first():
-                    progress(step + 1, logs)
-                if distributed.agreed(terminator.asked):
-                    place = trainer.save(step + 1)
-                    raise TerminatedError(f"asked to end; saved {place}, and the same command goes on from there")
-        return trainer.export()
+        with claimed(run := distributed.join(run)):
+            trainer = Trainer(run)
+            step = trainer.start
+            with distributed.Terminator() as terminator:
+                for step in range(trainer.start, run.steps):
+                    if trainer.best.ended:
+                        break
+                    logs = trainer.step(step)
+                    if progress and distributed.first():
+                        progress(step + 1, logs)
+                    if distributed.agreed(terminator.asked):
+                        raise TerminatedError(f"asked to end; saved {trainer.save(step + 1)}, and the same command "
+                                              "goes on from there")
+            return trainer.export()
     except torch.OutOfMemoryError:
         raise RunError(out_of_memory(run, trainer and trainer.task)) from None
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
-        raise RunError(f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it "
-                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from None
+        raise distributed.LostError(
+            f"another process of this run was lost at step {step} ({in_short(error)}); start it again: it goes on from "
+            f"{checkpoint.last(run.out) or 'the start'}") from None
     except OSError as error:  # the log, the pictures, the exported folder
-        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; free some space or mend the disk and "
-                       f"run again: it goes on from {checkpoint.last(run.out) or 'the start'}") from error
+        raise RunError(f"{error.filename or run.out}: {error.strerror or error}; {remedy(error)} and run again: it "
+                       f"goes on from {checkpoint.last(run.out) or 'the start'}") from error
 
 
 def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path:
     """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
-    place = place or checkpoint.last(run.out)
+    place = place or checkpoint.newest_whole(run.out)
     assert place is not None
     product = run.method.product(Loaded(replace(run, device="cpu")))
     averages = {name: module.eval() for name, module in product.modules.items()}
     checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
                     alone=True)
-    product.write(folder, averages)
+    with replaced(folder) as draft:
+        product.write(draft, averages)
     return folder
 
 

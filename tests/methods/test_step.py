@@ -70,16 +70,11 @@ def test_prompt_picture_and_control_are_one_pictures(name, teacher, tmp_path):
     torch.testing.assert_close(x, exact, atol=1e-5, rtol=1e-5)
 
 
-def test_the_likelihoods_control_is_the_shown_one(teacher, tmp_path):
-    run = tiny.run(tiny.nano_canny(), tmp_path, teacher)
-    step = run.method.task(Loaded(run)).begin(0)
-    assert torch.equal(step.shown, step.c.expand(-1, 3, -1, -1))
-
-
-def test_the_student_draws_from_its_own_control(teacher, student, tmp_path):
+def test_student_and_likelihood_see_one_control(teacher, student, tmp_path):
     run = tiny.run(tiny.nano_canny(), tmp_path, teacher)
     run = replace(run, method=replace(run.method, controlnet=Branch(str(student))))
     step = run.method.task(Loaded(run)).begin(0)
+    assert torch.equal(step.shown, step.c.expand(-1, 3, -1, -1))
     model = StableDiffusion.load(str(student))
     draw = model.generator(model.text(), model.denoiser(controlnet=model.controlnet))
     with torch.no_grad():

@@ -252,6 +252,15 @@ def test_bounded_parts_are_clipped_by_the_batch_mean():
     assert together(parts, {"c": 0.0}, lambda value: value)["c"] is part
 
 
+def test_each_bounded_part_has_its_own_bound():
+    """The mean over the batch is asked once, of the unbounded parts' sum."""
+    parts = {"free": tensor([[2.0, 0.0], [0.0, 4.0]]), **{name: tensor([[90.0, 0.0], [0.0, 90.0]]) for name in "abc"}}
+    asked = []
+    ours = together(parts, {"a": 0.5, "b": 2.0, "c": 0.0}, lambda value: asked.append(float(value)) or value + 1)
+    assert asked == [3.0]
+    assert {name: float(ours[name].norm(dim=1).max()) for name in "abc"} == {"a": 2.0, "b": 8.0, "c": 90.0}
+
+
 def test_descending_ascend_moves_x_along_the_direction():
     x, direction = torch.randn(8, 3, 2, 2).requires_grad_(), torch.randn(8, 3, 2, 2)
     ascend(x, direction).backward()

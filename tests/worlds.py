@@ -143,6 +143,9 @@ class Rows:
     def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         return schedule.noised(self.x.detach(), self.t, self.eps), self.t, self.eps
 
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        return compute()
+
 
 def scene(schedule: NoiseSchedule, real: Any, fake: Any, **more: Any) -> SimpleNamespace:
     """What an engine's terms read of `Networks`, for scores in closed form; likelihoods and rewards read x itself.

@@ -23,6 +23,8 @@ from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import Reference, references
 from jdm.evaluation.sampling import Sampler, generator
 from jdm.files import ASSETS
+from jdm.generator import starting_noise
+from jdm.library import load_model
 from jdm.metrics.consistency import chance
 from jdm.metrics.extractors import ClassifierFeatures
 from jdm.metrics.frechet import Statistics, frechet_distance
@@ -233,6 +235,47 @@ def test_a_generator_ignoring_z_has_no_diversity(classifier):
     questions = Questions.of(PICTURES, None, 3, seed=0)
     sampler_.x = lambda z, y, control=None, renoise=None: torch.zeros_like(z)  # type: ignore[method-assign]
     assert noise_diversity(sampler_, questions, None, ClassifierFeatures(classifier), 3, 4).mean < 1e-5
+
+
+class Asked:
+    """A sampler whose pictures are black, and what it was asked for."""
+
+    nfe = 1
+
+    def __init__(self):
+        self.model, self.asked = sampler().model, []
+
+    def __call__(self, z, y, control=None, batch=64, seed=0):
+        self.asked.append((z, y, control, seed))
+        return torch.zeros(len(z), 3, 32, 32, dtype=torch.uint8)
+
+
+def test_diversity_varies_noise_alone_within_a_group(classifier):
+    questions, asked = Questions.of(PICTURES, Canny(), 5, seed=3), Asked()
+    noise_diversity(asked, questions, Canny(), ClassifierFeatures(classifier), groups=4, draws=3)
+    ((z, y, shown, seed),) = asked.asked
+    assert y == [caption for caption in questions.y[:4] for _ in range(3)]
+    assert torch.equal(shown, torch.stack([c.expand(3, -1, -1) for c in questions.c[:4] for _ in range(3)]))
+    assert seed == 4
+    assert torch.equal(z, starting_noise(tuple(z.shape), 4))  # not the noise of the pictures, which are of seed 3
+    assert len({tuple(row) for row in z.flatten(1).tolist()}) == 12
+
+
+def test_the_floor_is_that_of_n_pictures(classifier):
+    questions, extractor = Questions.of(PICTURES, None, 12, seed=0), ClassifierFeatures(classifier)
+    pictures = PICTURES.batch(torch.arange(12))
+    floors = {"floors": json.dumps({"6": 4.0, "12": 3.0, "24": 2.0, "1000": 1.0})}
+    target = Reference(Statistics.of(extractor.features(pictures), extractor.name, floors))
+    row = evaluation.measured(pictures, questions, None, {extractor.name: target}, [extractor], Asked(), quick=True)
+    assert (row["n"], row["fd_floor"]) == (12, 3.0)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3.0), (0.0, 0.0), (1.0, 1.0)])
+def test_a_guidance_of_zero_is_one(asked, expected, tmp_path):
+    model = load_model(str(save_pipeline(tiny.model(), tmp_path / "guided", card={"guidance": 3.0})))
+    found = evaluation.sampler_of(model, 2, asked)
+    assert found.guidance == found.score.guidance == expected
+    assert evaluation._run_as(found) == {"steps": 2, "guidance": expected}
 
 
 def test_a_generators_pictures_depend_on_the_seed(student):

@@ -22,7 +22,8 @@ def refuse_another(run: Run) -> None:
     """
     if not (run.out / "run.json").exists():
         return  # the tensors themselves still have to fit
-    before = without_cache(read_json(run.out / "run.json", Record, "delete it to go on without it, or choose another --out")["run"])
+    remedy = "delete it to go on without it, or choose another --out"
+    before = without_cache(read_json(run.out / "run.json", Record, remedy)["run"])
     now = without_cache(json.loads(json.dumps(described(run))))
     changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
     if changed:

@@ -96,8 +96,8 @@ def test_the_first_prompts_of_every_style_are_asked(tmp_path):
 
 @pytest.mark.parametrize(("name", "text", "said"), [
     ("none", None, "holds no prompts; give a folder with one JSON list per style"),
-    ("broken.json", "[", "could not be read as prompts"),
-    ("other.json", '{"a": 1}', "must be a list of strings"),
+    ("broken.json", "[", "broken.json is not JSON .*give a list of strings"),
+    ("other.json", '{"a": 1}', "expected `array`, got `object`; give a list of strings"),
     ("empty.txt", "\n", "holds no prompt"),
 ])
 def test_what_holds_no_prompts_is_refused(tmp_path, name, text, said):

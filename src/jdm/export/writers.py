@@ -281,7 +281,10 @@ def _metrics(file: Path) -> dict[str, Any]:
     """Reads the measurements of `jdm evaluate --json`."""
     single_file.refuse_pickle(file)
     remedy = "give a file written by jdm evaluate --json, which has one value for each name"
-    return read_json(file, dict[str, str | float | bool | None], remedy, needed=True)
+    found = read_json(file, dict[str, str | float | bool | None], remedy, needed=True)
+    if not found:
+        raise UsageError(f"{file} is empty; {remedy}")
+    return found
 
 
 def _recast(file: Path, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from jdm.controls import Control
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.errors import UsageError
+from jdm.generator import checked_levels
 from jdm.levels import Levels
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Fake, Networks, Student
@@ -127,6 +128,7 @@ class Distillation:
 
     def _check(self, schedule: NoiseSchedule) -> None:
         """UsageError where the declaration asks for what cannot be computed."""
+        steps = checked_levels(self.student.levels, schedule.n)
         bounded = [name for name, t in self.terms.items() if hasattr(t, "bound")]
         if not self.terms or len(bounded) == len(self.terms):
             raise UsageError("the terms need one without a bound, such as fidelity: bounds are in units of its length")
@@ -137,6 +139,11 @@ class Distillation:
             if float(schedule.alpha(high)) == 0:
                 raise UsageError(f"the levels of term {name} reach {term.levels.high:g}, where no signal is left; "
                                  f"lower --{name}.levels.high")
+            cleanest = float(schedule.t(steps[-1])) if len(steps) > 1 else 1.0
+            if term.levels.low > term.levels.highest(cleanest):
+                raise UsageError(f"the levels of term {name} begin at {term.levels.low:g}, above the student's "
+                                 f"cleanest input, {cleanest:g} (level {steps[-1]}); lower --{name}.levels.low, or set "
+                                 f"--{name}.levels.within all")
 
 
 class Declared:
@@ -181,15 +188,23 @@ class Step:
         self._networks = networks
 
     @cached_property
+    def last(self) -> int:
+        """The denoising step that is drawn: the one whose output is x."""
+        return self.noise.choice("level", len(self._networks.settings.levels))
+
+    @property
+    def content(self) -> float:
+        """t of what the drawn denoising step is given; 1 for the first, whose input is pure noise."""
+        return float(self._networks.schedule.t(self._networks.settings.levels[self.last])) if self.last else 1.0
+
+    @cached_property
     def x(self) -> Tensor:
         """The student's sample, differentiable in its parameters; of several levels, at one that is drawn each step.
 
         The denoising steps before the drawn one run without gradient (backward simulation).
         """
-        generator = self._networks.generator
-        last = self.noise.choice("level", len(generator.levels))
-        return generator.rollout(self.z, self.y, self.shown, last,
-                                 lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
+        return self._networks.generator.rollout(self.z, self.y, self.shown, self.last,
+                                                lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
 
     def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, t, eps) of the detached sample, t uniform on the grid points in [low, high]."""
@@ -214,7 +229,8 @@ class View:
         self.x, self.y, self.logs = step.x.detach(), step.y, {}
         self._estimates: dict[Any, Any] = {}
         if levels is not None:
-            self.x_t, self.t, _ = step.noised(levels.stream, networks.schedule, levels.low, levels.high)
+            self.x_t, self.t, _ = step.noised(levels.stream, networks.schedule, levels.low,
+                                              levels.highest(step.content))
             self.alpha, self.sigma = networks.schedule.alpha(self.t, self.x), networks.schedule.sigma(self.t, self.x)
             # Where a term at these levels asks for both halves of guidance, one pass serves all terms.
             self._paired = any(t.levels == levels and getattr(t, "teacher", None) == ""

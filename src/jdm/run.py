@@ -53,6 +53,7 @@ class Phase:
         repeats: updates per step.
         every: steps between updates.
         clip: bound on the norm of the whole gradient, over all groups.
+        start: the step of the run at which it begins to move.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Phase:
     repeats: int = 1
     every: int = 1
     clip: float = 1.0
+    start: int = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:

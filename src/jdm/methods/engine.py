@@ -85,7 +85,7 @@ class Distillation:
         return self._product(Networks(loaded, self.student, self.branch, controlled=bool(self.teacher)))
 
     def task(self, loaded: Loaded) -> Task:
-        self._check(loaded.teacher.schedule)
+        self._check(loaded.teacher.schedule, loaded.run.steps)
         control, _ = loaded.control, loaded.reward  # a control or reward that cannot be used is found out first
         networks = Networks(loaded, self.student, self.branch, self.fake, controlled=bool(self.teacher))
         for posterior in self.posteriors:
@@ -95,6 +95,8 @@ class Distillation:
         phases = [fake_phase(networks, self.fake)]
         phases += [posterior_phase(networks, p) for p in self.posteriors if isinstance(p, ConsistencyPosterior)]
         phases.append(self._generator_phase(networks))
+        for phase in phases[1:]:
+            phase.start = self.fake.warm_up
         return Task(phases, steps_of(networks, control), networks.modules, self._product(networks),
                     networks.probe(), networks.running)
 
@@ -126,9 +128,12 @@ class Distillation:
         extra = {"reward": next(iter(self.rewards), None), "guide": next(iter(self.guides), None)}
         return networks.product(self.name, self.control, **({} if self.control else extra))
 
-    def _check(self, schedule: NoiseSchedule) -> None:
+    def _check(self, schedule: NoiseSchedule, steps_of_run: int) -> None:
         """UsageError where the declaration asks for what cannot be computed."""
         steps = checked_levels(self.student.levels, schedule.n)
+        if not 0 <= self.fake.warm_up < steps_of_run:
+            raise UsageError(f"the fake score's warm-up must be at least 0 and shorter than the run's {steps_of_run} "
+                             f"steps, got {self.fake.warm_up}; lower --fake.warm-up or raise --steps")
         bounded = [name for name, t in self.terms.items() if hasattr(t, "bound")]
         if not self.terms or len(bounded) == len(self.terms):
             raise UsageError("the terms need one without a bound, such as fidelity: bounds are in units of its length")
@@ -139,11 +144,11 @@ class Distillation:
             if float(schedule.alpha(high)) == 0:
                 raise UsageError(f"the levels of term {name} reach {term.levels.high:g}, where no signal is left; "
                                  f"lower --{name}.levels.high")
-            cleanest = float(schedule.t(steps[-1])) if len(steps) > 1 else 1.0
+            cleanest = 1.0 if len(steps) == 1 else float(schedule.t(min(steps)))
             if term.levels.low > term.levels.highest(cleanest):
                 raise UsageError(f"the levels of term {name} begin at {term.levels.low:g}, above the student's "
-                                 f"cleanest input, {cleanest:g} (level {steps[-1]}); lower --{name}.levels.low, or set "
-                                 f"--{name}.levels.within all")
+                                 f"cleanest input, {cleanest:g} (level {min(steps)}); lower --{name}.levels.low, or "
+                                 f"set --{name}.levels.within all")
 
 
 class Declared:
@@ -316,10 +321,12 @@ def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Te
 
 
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6)."""
+    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or of x0."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, fake.low, fake.high)
-        return (fake_estimate(networks, fake, step, x_t, t).eps - eps).square().mean(), {}
+        found = fake_estimate(networks, fake, step, x_t, t)
+        apart = found.eps - eps if fake.loss == "eps" else found.x0 - step.x.detach()
+        return apart.square().mean(), {}
 
     return Phase("fake", networks.fake_groups(fake), loss, fake.updates, clip=fake.clip)
 

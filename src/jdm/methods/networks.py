@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -93,6 +93,8 @@ class Fake:
         high: largest noise level it is trained at, in [0, 1].
         optimiser: how it moves.
         clip: bound on the norm of its whole gradient.
+        loss: what its error is measured in: eps (JDM Eq. 6), or x0 as Decoupled DMD has it.
+        warm_up: steps at the start of the run in which it alone moves; in no paper.
     """
 
     prompt: bool = True
@@ -103,6 +105,8 @@ class Fake:
     high: float = 1.0
     optimiser: Optimiser = field(default_factory=_fast)
     clip: float = 1.0
+    loss: Literal["eps", "x0"] = "eps"
+    warm_up: int = 0
 
 
 class Networks:

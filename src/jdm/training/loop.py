@@ -94,7 +94,7 @@ class Trainer:
         logs: dict[str, Any] = {}
         begun = self._begun(step, 0) if self.run.accumulate == 1 else None
         for phase in self.task.phases:
-            if step % phase.every:
+            if step < phase.start or step % phase.every:
                 continue
             for repeat in range(phase.repeats):
                 gradients, loss, more = self._gradients(phase, step, repeat, begun)

@@ -43,7 +43,9 @@ class Sampler:
         if self.steps < 1:
             raise UsageError(f"steps must be at least 1, got {self.steps}")
         if own and self.steps != len(own):
-            raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}")
+            raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}; leave out the number "
+                             f"of steps (it runs at levels {', '.join(map(str, own))}), or train a student at "
+                             f"{self.steps} levels: jdm train RECIPE --method.student.levels ...")
         self._many = self.steps > 1 and not own
         self.text = model.text()
         self.net = model.denoiser(controlnet=model.controlnet, also=also)

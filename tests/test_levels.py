@@ -11,8 +11,8 @@ from jdm.data.noise import Noise
 from jdm.errors import UsageError
 from jdm.levels import RENOISING, Levels
 from jdm.methods.diff_instruct import DiffInstruct
-from jdm.methods.engine import Step, View
 from jdm.methods.networks import Student
+from jdm.methods.step import Step, View
 from jdm.schedule import FlowSchedule, NoiseSchedule
 from jdm.terms import Fidelity
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from jdm.levels import RENOISING
 from jdm.methods.engine import Declared, Distillation
 from jdm.methods.networks import Fake, Student
+from jdm.regularisers import MMD, Adversarial, Anchor, MeanVariance
 from jdm.terms import CFGAugmentation, Fidelity
 
 DM, CA = RENOISING["decoupled-hybrid"]
@@ -27,13 +29,18 @@ class DecoupledDMD(Declared):
         fake: the score of the student's samples.
         matching: DM, at any level in the paper's best schedule (decoupled-hybrid); None for CA alone.
         augmentation: CA with weight alpha - 1, at levels cleaner than the generator's input; None for DM alone.
+        regulariser: in place of DM, or beside it.
+        anchor: DP-DMD's first step, for diversity over z; not this paper's.
     """
 
     student: Student = field(default_factory=lambda: Student(levels=(999, 749, 499, 249)))
     fake: Fake = field(default_factory=lambda: Fake(loss="x0"))
     matching: Fidelity | None = field(default_factory=lambda: Fidelity(guidance=1.0, normaliser="none", levels=DM))
     augmentation: CFGAugmentation | None = field(default_factory=lambda: CFGAugmentation(normaliser="none", levels=CA))
+    regulariser: MeanVariance | Adversarial | MMD | None = None
+    anchor: Anchor | None = None
 
     def distillation(self) -> Distillation:
-        terms = {"matching": self.matching, "augmentation": self.augmentation}
-        return Distillation("decoupled-dmd", self.student, self.fake, {k: t for k, t in terms.items() if t is not None})
+        fields = ("matching", "augmentation", "regulariser", "anchor")
+        terms: dict[str, Any] = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return Distillation("decoupled-dmd", self.student, self.fake if self.matching else None, terms)

@@ -14,6 +14,7 @@ from jdm.errors import UsageError
 from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.loading import Loaded
+from jdm.methods.references import References
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.execution import picture_by_picture
 from jdm.models.family import Denoiser, Family, copied, placed, with_merged
@@ -122,6 +123,8 @@ class Networks:
         adapters: the LoRAs that train, by name: "student", "fake", "posterior".
         guides: scores of further teachers, by role.
         posteriors: by the settings they were made from.
+        parts: modules that terms bring, by the term's name.
+        references: what regularisers compare the student's samples with.
     """
 
     def __init__(self, loaded: Loaded, student: Student, branch: Branch | None = None, fake: Fake | None = None,
@@ -134,6 +137,8 @@ class Networks:
         self.loaded, self.settings, self.teacher = loaded, student, loaded.teacher
         self.own = self.teacher.controlnet if controlled else None
         self.real = self.teacher.denoiser(self.teacher.backbone, self.own)
+        self.references = References(loaded, self.real)
+        self.parts: dict[str, nn.Module] = {}
         self.adapters: dict[str, Adapter] = {}
         self.guides: dict[str, ScoreModel] = {}
         self.posteriors: dict[AnyPosterior, Posterior | None] = {}
@@ -199,6 +204,11 @@ class Networks:
         """Load another teacher's score, with its own text encoder and schedule, for guidance on these latents."""
         self.guides[role] = guide(self.loaded, role)
 
+    def add_part(self, name: str, term: Any) -> None:
+        """Make the module that a term brings."""
+        with self.loaded.making():
+            self.parts[name] = placed(term.module(self), self.loaded.run.device)
+
     @property
     def text(self) -> TextEncoder:
         return self.loaded.text()
@@ -260,7 +270,7 @@ class Networks:
             found["fake"] = self.adapters.get("fake", self.fake.net)
             if "fake" in self.adapters:
                 found |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
-        return {name: module for name, module in found.items() if module is not None}
+        return {name: module for name, module in (found | self.parts).items() if module is not None}
 
     def student_groups(self, branch: Branch | None) -> Groups:
         """(parameters, optimiser) of what trains in the student."""
@@ -315,9 +325,8 @@ class Networks:
     @property
     def running(self) -> list[nn.Module]:
         """Every network that runs in a step: student, real and fake score, posteriors, guides, decoder."""
-        if self._fake is None:
-            return [self.student, self.decoder]
-        scores = [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
+        scores = [*self.guides.values()] if self._fake is None else \
+            [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
         return [self.student, self.real, *(score.net for score in scores), self.decoder]  # type: ignore[attr-defined]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from jdm.training import checkpoint, distributed
 from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
 from jdm.training.memory import out_of_memory
+from jdm.training.monitors import Monitors
 from jdm.training.optimiser import adamw
 from jdm.training.record import Log, record, refuse_another
 
@@ -55,6 +57,7 @@ class Trainer:
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
+        self.monitors = Monitors(self.log.path)
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -70,9 +73,16 @@ class Trainer:
             logs |= {f"probe/{k}": v for k, v in measured.items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
+            for warning in self.monitors.note(logs):
+                self.warn(f"step {done}: {warning}")
         if done % run.save_every == 0 or done == run.steps or self.best.ended:
             checkpoint.save(self.state, run.out, done)
         return logs
+
+    def warn(self, text: str) -> None:
+        """Prints a warning, once for all processes."""
+        if distributed.first():
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.

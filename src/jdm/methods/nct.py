@@ -90,7 +90,7 @@ class NCT:
         phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
         return Task([phase], begin, networks.modules | {"multiplier": multiplier},
                     networks.product("nct", self.control, base=self.base),
-                    networks.probe(), [networks.student, networks.decoder])
+                    networks.probe(), networks.running)
 
     def _networks(self, loaded: Loaded) -> Networks:
         return Networks(loaded, Student(self.base_levels, self.base, optimiser=None), self.controlnet)

@@ -325,8 +325,9 @@ class Networks:
     @property
     def running(self) -> list[nn.Module]:
         """Every network that runs in a step: student, real and fake score, posteriors, guides, decoder."""
-        scores = [*self.guides.values()] if self._fake is None else \
-            [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
+        if self._fake is None:
+            return [self.student, self.decoder]
+        scores = [self.fake, *(p.score for p in self.posteriors.values() if p is not None), *self.guides.values()]
         return [self.student, self.real, *(score.net for score in scores), self.decoder]  # type: ignore[attr-defined]
 
 

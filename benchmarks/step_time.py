@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from jdm.loading import Loaded
-from jdm.methods.engine import steps_of
 from jdm.methods.networks import Networks
+from jdm.methods.step import steps_of
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import unit

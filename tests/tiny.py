@@ -15,6 +15,7 @@ from jdm.models.classifier import Classifier, ClassifierConfig
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import find
+from jdm.recipes.scales import FOUR
 from jdm.rewards import PromptClassifier
 from jdm.run import Data, Run
 
@@ -53,17 +54,19 @@ def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
     return teacher.with_networks(controlnet=controlnet)
 
 
-def student(teacher: StableDiffusion, folder: Path) -> Path:
-    """The folder of a one-step student with a ControlNet."""
-    card = {"kind": "one-step", "method": "jdm", "control": "canny", "levels": [625]}
-    return save_pipeline(with_controlnet(teacher), folder, teacher.step_scheduler([625]), card=card)
+def student(teacher: StableDiffusion, folder: Path, levels: tuple[int, ...] = (625,)) -> Path:
+    """The folder of a student with a ControlNet, by default of one step."""
+    kind = "one-step" if len(levels) == 1 else "few-step"
+    card = {"kind": kind, "method": "jdm", "control": "canny", "levels": list(levels)}
+    return save_pipeline(with_controlnet(teacher), folder, teacher.step_scheduler(levels), card=card)
 
 
 def family(folder: Path) -> Path:
-    """The teacher's folder; beside it `controlled`, it with a multi-step ControlNet, and `student`."""
+    """The teacher's folder; beside it `controlled`, it with a multi-step ControlNet, `student` and `student-4`."""
     teacher = model()
     student(teacher, folder / "student")
     save_pipeline(with_controlnet(teacher), folder / "controlled", card={"kind": "many-step", "control": "canny"})
+    student(teacher, folder / "student-4", FOUR)
     return save_pipeline(teacher, folder / "teacher")
 
 
@@ -87,7 +90,9 @@ def _small(settings: Any, teacher: Path, path: str = "") -> Any:
         if is_dataclass(value):
             found[field.name] = _small(value, teacher, f"{name}.")
         elif name in STAND_INS and value:
-            found[field.name] = str(teacher.parent / STAND_INS[name])
+            several = len(getattr(settings, "levels" if name == "student.start" else "base_levels", ())) > 1 \
+                if name in ("student.start", "base") else False
+            found[field.name] = str(teacher.parent / (STAND_INS[name] + "-4" * several))
         elif name == "reward.model":
             found[field.name] = f"{__file__}:Taste"
         elif name == "control" and value in NETWORKS:

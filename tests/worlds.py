@@ -136,6 +136,8 @@ class Rows:
     c: Tensor | None = None
     y: tuple[str, ...] = ()
     progress: float = 0.0
+    content: float = 1.0
+    last: int = 0
 
     shown = property(lambda self: self.c)
     images = None

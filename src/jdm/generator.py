@@ -13,6 +13,8 @@ from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, Prediction, Prompts, Text
 
 Renoise = Callable[[int], Tensor]  # k -> eps_k like z, the fresh noise before step k (k = 1, 2, ...)
+# (the function that estimates x_t, x_t, t, y) -> the estimate to go on with: control at sampling
+Steer = Callable[[Callable[[Tensor], Estimate], Tensor, Tensor, Prompts], Estimate]
 
 
 class Generator:
@@ -38,16 +40,18 @@ class Generator:
         self.text = text
         self.prediction: Prediction = prediction
 
-    def __call__(self, z: Tensor, y: Prompts, control: Tensor | None = None, renoise: Renoise | None = None) -> Tensor:
+    def __call__(self, z: Tensor, y: Prompts, control: Tensor | None = None, renoise: Renoise | None = None,
+                 steer: Steer | None = None) -> Tensor:
         """x [B, ...] like z of the last step, from noise z, prompts y and a control image [B, 3, H, W] in [0, 1].
 
         Raises:
             UsageError: there are several levels and no `renoise`.
         """
         text = self.text(y)
-        x = self._denoised(z, text, control, 0)
+        at = None if steer is None else lambda estimate, x_t, t: steer(estimate, x_t, t, y)
+        x = self._denoised(z, text, control, 0, at)
         for k in range(1, len(self.levels)):
-            x = self._denoised(self._noised(x, k, renoise), text, control, k)
+            x = self._denoised(self._noised(x, k, renoise), text, control, k, at)
         return x
 
     def rollout(self, z: Tensor, y: Prompts, control: Tensor | None, last: int,
@@ -61,10 +65,15 @@ class Generator:
                 x_t = self._noised(self._denoised(x_t, text, control, k), k + 1, renoise)
         return self._denoised(x_t, text, control, last)
 
-    def _denoised(self, x_t: Tensor, text: Text, control: Tensor | None, k: int) -> Tensor:
+    def _denoised(self, x_t: Tensor, text: Text, control: Tensor | None, k: int,
+                  steer: Callable[..., Estimate] | None = None) -> Tensor:
         t = self._t(k, x_t)
-        output = self.net(x_t, self.schedule.timestep(t), text, control)
-        return Estimate.of(output, self.prediction, x_t, t, self.schedule).x0
+
+        def estimate(x_t: Tensor) -> Estimate:
+            output = self.net(x_t, self.schedule.timestep(t), text, control)
+            return Estimate.of(output, self.prediction, x_t, t, self.schedule)
+
+        return (steer(estimate, x_t, t) if steer else estimate(x_t)).x0
 
     def _noised(self, x: Tensor, k: int, renoise: Renoise | None) -> Tensor:
         if renoise is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jdm.errors import UsageError
 from jdm.ranges import NotNegative, Share
@@ -18,14 +19,22 @@ class Levels:
         low: smallest noise level, in [0, 1]; 0 is clean and is itself never drawn.
         high: largest noise level, in [0, 1]; 1 is the teacher's last level.
         stream: name of the random numbers; a term with another stream draws a level and noise of its own.
+        within: all for the whole range; input for levels at most as noisy as the content of the generator's input at
+            the drawn step. The first step's input is pure noise, so that it bounds nothing. A flow's t is bounded
+            before the shift.
     """
 
     low: Share = 0.02
     high: Share = 0.98
     stream: str = "generator"
+    within: Literal["all", "input"] = "all"
 
     def __post_init__(self):
         refuse_empty(self.low, self.high)
+
+    def highest(self, content: float) -> float:
+        """The largest t that is drawn where the generator's input has content at level t = `content`; 1 is noise."""
+        return min(self.high, content) if self.within == "input" else self.high
 
 
 def refuse_empty(low: float, high: float) -> None:
@@ -33,6 +42,15 @@ def refuse_empty(low: float, high: float) -> None:
     if not 0 <= low <= high <= 1 or high == 0:
         raise UsageError(f"noise levels must satisfy 0 <= low <= high <= 1 with high above 0, got low {low} and high "
                          f"{high}")
+
+
+def _pair(dm: Literal["all", "input"], ca: Literal["all", "input"]) -> tuple[Levels, Levels]:
+    return Levels(within=dm), Levels(stream="augmentation", within=ca)
+
+
+# Decoupled DMD's four re-noising schedules: levels of (distribution matching, CFG augmentation).
+RENOISING = {"coupled-shared": (Levels(), Levels()), "decoupled-full": _pair("all", "all"),
+             "decoupled-constrained": _pair("input", "input"), "decoupled-hybrid": _pair("all", "input")}
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Phase:
         repeats: updates per step.
         every: steps between updates.
         clip: bound on the norm of the whole gradient, over all groups.
+        start: the step of the run at which it begins to move.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Phase:
     clip: float = 1.0
     asks_batch: bool = False
     after: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    start: int = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -72,6 +72,12 @@ class Estimate:
         """alpha eps - sigma x0."""
         return self.output if self.prediction == "v_prediction" else self.alpha * self.eps - self.sigma * self.x0
 
+    def read(self, prediction: Prediction) -> Tensor:
+        """What a network of that prediction type would have put out."""
+        if prediction == "flow":
+            return self.eps - self.x0
+        return {"epsilon": self.eps, "v_prediction": self.v, "sample": self.x0}[prediction]
+
     @classmethod
     def of(cls, output: Tensor, prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Estimate:
         """Read a raw network output [B, ...] in its own prediction type."""

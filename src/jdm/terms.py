@@ -18,7 +18,7 @@ from torch import Tensor
 from jdm.errors import UsageError
 from jdm.levels import Bound, Levels
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior
-from jdm.ranges import NotNegative, Whole
+from jdm.ranges import NotNegative, Share, Whole
 from jdm.schedule import NoiseSchedule, precise
 from jdm.score import Estimate, Prompts
 
@@ -42,6 +42,19 @@ def cfg_augmentation(cond: Estimate, uncond: Estimate) -> Tensor:
     The gradient of log p(y | x_t), of whichever teacher the estimates come from. Ascent direction like x_t, detached.
     """
     return (cond.score - uncond.score).detach()
+
+
+def mixed(own: Estimate, others: Sequence[tuple[Estimate, float]]) -> Estimate:
+    """The estimate whose score is (1 - sum of shares) own + share x each other's; `own` itself where there is none.
+
+    Distribution matching's optimum at one t is then the teachers' geometric mixture, the product of p_i(x_t)^share.
+    """
+    if not others:
+        return own
+    eps = (1 - sum(share for _, share in others)) * own.eps
+    for estimate, share in others:
+        eps = eps + share * estimate.eps
+    return Estimate(own.x_t, eps, own.alpha, own.sigma)
 
 
 def condition_alignment(
@@ -156,8 +169,8 @@ class View(Protocol):
     sigma: Tensor
     y: Sequence[str]
 
-    def real(self, guidance: float | None = None) -> Estimate:
-        """The teacher's estimate of x_t, by default at the guidance of the method's fidelity term."""
+    def real(self, guidance: float | None = None, teacher: str = "") -> Estimate:
+        """A teacher's estimate of x_t, by default the run's at the guidance of the method's fidelity term."""
         ...
 
     def fake(self) -> Estimate:
@@ -197,7 +210,7 @@ class NoisyTerm:
             fake score's, a pass cheaper at levels of the term's own; or none.
     """
 
-    models: ClassVar[tuple[str, ...]] = ()  # the fields that name a model to load
+    models: ClassVar[tuple[str, ...]] = ()  # the fields that name a model to load, or several with their shares
 
     weight: NotNegative = 1.0
     levels: Levels = field(default_factory=Levels)
@@ -219,12 +232,17 @@ class Fidelity(NoisyTerm):
 
     Attributes:
         guidance: w of the real score, uncond + w (cond - uncond); 1 is none.
+        also: further teachers of the same latents with their shares; the run's own has what is left of 1.
     """
 
+    models: ClassVar[tuple[str, ...]] = ("also",)
+
     guidance: NotNegative = 2.0
+    also: tuple[tuple[str, Share], ...] = ()
 
     def direction(self, at: View) -> Tensor:
-        real, fake = at.real(self.guidance), at.fake()
+        others = [(at.real(self.guidance, name), share) for name, share in self.also]
+        real, fake = mixed(at.real(self.guidance), others), at.fake()
         at.log(cos_real_fake=cosine(real.eps, fake.eps))
         return self.on_x(distribution_matching(real, fake), at)
 
@@ -237,14 +255,19 @@ class CFGAugmentation(NoisyTerm):
 
     Attributes:
         teacher: another teacher of the same latents, with its own text encoder and schedule; empty for the run's own.
+        also: further teachers with their shares; the first has what is left of 1.
     """
 
-    models: ClassVar[tuple[str, ...]] = ("teacher",)
+    models: ClassVar[tuple[str, ...]] = ("teacher", "also")
 
     teacher: str = ""
+    also: tuple[tuple[str, Share], ...] = ()
 
     def direction(self, at: View) -> Tensor:
-        return self.on_x(cfg_augmentation(*at.guidance_pair(self.teacher)), at)
+        pairs = [(at.guidance_pair(name), share) for name, share in self.also]
+        cond, uncond = (mixed(own, [(pair[k], share) for pair, share in pairs])
+                        for k, own in enumerate(at.guidance_pair(self.teacher)))
+        return self.on_x(cfg_augmentation(cond, uncond), at)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Noise Consistency Training: its noise, its multiplier, its two losses, and a world where its optimum is known."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -70,11 +71,11 @@ def test_a_resumed_multiplier_is_bit_exact(untrained_judge, teacher, tmp_path):
 class Recorded:
     """x = weight tanh(z) + c, and every z it was asked for."""
 
-    def __init__(self):
-        self.weight, self.asked = tensor([1.5]).requires_grad_(), []
+    def __init__(self, steps: int = 1):
+        self.weight, self.asked, self.steps = tensor([1.5]).requires_grad_(), [], steps
 
-    def __call__(self, z: Tensor, y: list[str], control: Tensor | None = None) -> Tensor:
-        self.asked.append(z)
+    def __call__(self, z: Tensor, y: list[str], control: Tensor | None = None, renoise=None) -> Tensor:
+        self.asked.append(z if self.steps == 1 else torch.stack([z, *map(renoise, range(1, self.steps))]))
         return self.weight * z.tanh() + (0 if control is None else control)
 
 
@@ -96,6 +97,18 @@ def test_the_first_level_is_z_the_last_noise():
     loss_of(NCT(levels=4), generator, noises(0.999))
     torch.testing.assert_close(generator.asked[4], batch.eps)  # s = 1
     torch.testing.assert_close(generator.asked[3], diffused(batch.z, batch.eps, torch.full((8,), 0.75)))
+
+
+def test_every_noise_of_several_steps_is_diffused_alike():
+    generator, batch = Recorded(steps=3), noises(0.6)
+    random = torch.Generator().manual_seed(1)
+    pairs = [tuple(torch.randn(8, 3, generator=random).double() for _ in range(2)) for _ in range(2)]
+    batch = replace(batch, fresh=tuple(pairs))
+    loss_of(NCT(levels=4), generator, batch)
+    for asked, s in zip(generator.asked, (0.5, 0.75, 0.0), strict=True):  # sg f(z_k), f(z_k+1), then the boundary
+        at = torch.full((8,), s)
+        exact = [diffused(z, eps, at) for z, eps in [(batch.z, batch.eps), *pairs]]
+        torch.testing.assert_close(asked, torch.stack(exact))
 
 
 def test_each_switch_removes_exactly_its_own_loss():
@@ -199,7 +212,7 @@ def everything() -> Noises:
 
 
 def adapter(M: Tensor, N: Tensor):
-    return SimpleNamespace(generator=lambda z, y, c: z @ M.T + c @ N.T)
+    return SimpleNamespace(generator=lambda z, y, c, renoise=None: z @ M.T + c @ N.T)
 
 
 def trained(method: NCT, multiplier: Multiplier, steps: int, optimiser=torch.optim.Adam, lr=0.05):

@@ -12,8 +12,9 @@ from jdm.errors import UsageError
 from jdm.levels import Bound
 from jdm.loading import Loaded
 from jdm.methods.diff_instruct import DiffInstruct
-from jdm.methods.engine import Distillation, guidance_of
+from jdm.methods.engine import Distillation
 from jdm.methods.networks import Fake, Student, guide
+from jdm.methods.step import guidance_of
 from jdm.methods.text_to_image import TextToImage
 from jdm.models.execution import picture_by_picture
 from jdm.models.folder import save_pipeline

@@ -16,6 +16,8 @@ from jdm.library import load_model
 from jdm.models import nano
 from jdm.models.folder import save_pipeline
 from jdm.models.schedulers import evenly_spaced, step_scheduler
+from jdm.recipes import find
+from jdm.training.loop import train
 
 EVEN, UNEVEN = (999, 749, 499, 249), (999, 600, 100)
 PROMPTS = ["an ankle boot", "a coat"]
@@ -55,12 +57,34 @@ def test_stock_diffusers_draws_a_few_step_students_pictures(levels, folders, mon
     assert (ours - other).abs().max() > 1e-2, "noise that changes nothing would prove nothing"
 
 
+@pytest.mark.parametrize("name", ["canny-4", "ddmd-4"])
+def test_a_trained_students_folder_runs_in_diffusers(name, teacher, tmp_path, untrained_judge, monkeypatch):
+    """With a ControlNet in every step, and without one."""
+    folder = train(tiny.run(find(f"nano-{name}")(), tmp_path, teacher))
+    model = load_model(str(folder))
+    assert model.levels == EVEN
+    assert (model.controlnet is not None) == (name == "canny-4")
+    shape = model.latent_shape(2, 32)
+    z, noises = starting_noise(shape, 5), [fresh_noise(shape, 5, k) for k in range(1, 4)]
+    shown = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) if model.controlnet else None
+    given = iter(noises)
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(given))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    told = {} if shown is None else {"image": shown}
+    stock = pipe(PROMPTS, latents=z.clone(), num_inference_steps=4, guidance_scale=1.0, output_type="latent", **told)
+    assert pipe.scheduler.timesteps.tolist() == list(EVEN)
+    with torch.no_grad():
+        ours = Sampler(model).x(z, PROMPTS, shown, lambda k: noises[k - 1])
+    assert (stock.images - ours).abs().max() < 1e-4
+
+
 def test_the_folder_says_how_it_draws(folders):
     model = load_model(str(folders[EVEN]))
     assert model.levels == EVEN
     assert default_steps(model) == Sampler(model).steps == Sampler(model).nfe == 4
     assert default_steps(tiny.model()) == 50
-    with pytest.raises(UsageError, match="this model draws in 4 steps; asked for 1"):
+    with pytest.raises(UsageError, match=r"draws in 4 steps; asked for 1; leave out .* \(it runs at levels 999, 749, "):
         Sampler(model, 1)
 
 

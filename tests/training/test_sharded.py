@@ -53,7 +53,7 @@ class Touch:
     lambda ran: Touch(torch.load, str(ran)), lambda ran: Touch(getattr, torch.Size, "numel"),
     lambda ran: nn.Linear(1, 1),
     lambda ran: [1], lambda ran: None, lambda ran: BytesStorageMetadata(), lambda ran: MetadataIndex("x"),
-], ids=str)
+], ids=range(11))
 def test_a_hostile_index_builds_nothing(hostile, place, tmp_path):
     (place / ".metadata").write_bytes(pickle.dumps(hostile(tmp_path / "RAN")))
     with pytest.raises(UsageError, match=r"step-0000001 is damaged .* delete it"):

@@ -225,6 +225,12 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
                         "and grid.png to (default: %(default)s)")
     _sampler_flags(parser)
+    steering = parser.add_argument_group("control of a model that has not learnt it, while it samples")
+    steering.add_argument("--steer", metavar="CONTROL", help="control to steer to, measured on --image, such as canny")
+    steering.add_argument("--posterior", metavar="MODEL", help="folder of the posterior p(x | x_t) that jdm train "
+                          "nano-posterior left, one pass more a step (default: the model's own x0, differentiated)")
+    steering.add_argument("--steer-weight", type=float, metavar="W", help="factor on the gradient, above 0 "
+                          "(default: 1)")
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jdm.controls import checked, load_control
 from jdm.data import pictures
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler, warn_of_misfit
+from jdm.evaluation.steering import Steering, frozen_posterior, likelihood
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
 from jdm.models.family import Family, placed
@@ -34,13 +36,15 @@ def command(asked: argparse.Namespace) -> int:
         if len(asked.size) > 2:
             raise UsageError(f"--size is a side, or height and width; got {len(asked.size)} numbers")
         model = model.at(sized([asked.size[0], asked.size[-1]]))
-    shown = shown_control(model, asked.image, asked.control_map, asked.control)
+    steering = steering_of(asked, model)
+    unseen = steering is not None and model.controlnet is None  # the picture is steered to, and shown to nothing
+    shown = shown_control(model, None if unseen else asked.image, asked.control_map, asked.control)
     also = [load_controlnet(name, model) for name in asked.also]
     if also:
         shown = _with_further(shown, [spec for _, spec in also], asked)
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
     sampler = Sampler(model, asked.steps, guidance,
-                      [placed(net, asked.device) for net, _ in also], asked.strength)
+                      [placed(net, asked.device) for net, _ in also], asked.strength, steering=steering)
     checks.writable(out)
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),
@@ -90,6 +94,34 @@ def shown_control(model: Family, image: str | None, control_map: str | None,
     if not spec:
         raise UsageError("this model does not say which control it draws to; name it with --control canny")
     return _measured(spec, image, model.size)
+
+
+def steering_of(asked: argparse.Namespace, model: Family) -> Steering | None:
+    """What the flags steer to; None without --steer.
+
+    Raises:
+        UsageError: the flags do not go together, or the posterior works on other latents.
+    """
+    if not asked.steer:
+        if asked.posterior or asked.steer_weight is not None:
+            raise UsageError("--posterior and --steer-weight need a control to steer to; add --steer, such as --steer "
+                             "canny")
+        return None
+    weight = 1.0 if asked.steer_weight is None else asked.steer_weight
+    if not 0 < weight < math.inf:
+        raise UsageError(f"--steer-weight must be above 0 and finite, got {weight:g}")
+    if not asked.image:
+        raise UsageError("--steer measures its control on a picture; give one with --image")
+    control = checked(load_control(asked.steer), model.size)
+    image = unit(from_bytes(pictures.load_picture(asked.image, model.size)))[None].to(asked.device)
+    posterior = None
+    if asked.posterior:
+        found = load_model(asked.posterior).at(model.size).to(asked.device)
+        if found.latent_shape(1, model.size) != model.latent_shape(1, model.size):
+            raise UsageError(f"{asked.posterior} works on other latents than {asked.model}; train a posterior for this "
+                             "model: jdm train nano-posterior")
+        posterior = frozen_posterior(found, model.schedule)
+    return Steering(likelihood(control, model.space, control.h(image), image), posterior, weight)
 
 
 def _with_further(shown: Tensor | None, specs: Sequence[str | None], asked: argparse.Namespace) -> Tensor:

@@ -14,11 +14,13 @@ from torch.nn import functional
 from jdm.controls import Control
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, TeacherWarning, UsageError
+from jdm.evaluation.steering import Steering
 from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
 from jdm.library import SHIPPED, load_model
 from jdm.models.family import Family
 from jdm.models.schedulers import ddim_scheduler
 from jdm.models.teacher_check import doubts
+from jdm.score import Estimate
 from jdm.size import Size, height_width, size_of
 from jdm.space import from_bytes, to_bytes
 
@@ -34,20 +36,24 @@ class Sampler:
             follow the model's own along the channels.
         strengths: factor on each ControlNet's residuals, the model's own first; by default 1.
         generator: run in place of the model's own, such as a student's in training.
+        steering: control at sampling, for a model that has not learnt it.
 
     Raises:
         UsageError: the model has no such number of steps, or fewer ControlNets than strengths.
     """
 
     def __init__(self, model: Family, steps: int | None = None, guidance: float = 1.0, also: Sequence[nn.Module] = (),
-                 strengths: Sequence[float] = (), generator: Generator | None = None):
-        self.model, self.guidance = model, guidance
+                 strengths: Sequence[float] = (), generator: Generator | None = None,
+                 steering: Steering | None = None):
+        self.model, self.guidance, self.steering = model, guidance, steering
         own = model.levels if generator is None else generator.levels
         self.steps = steps if steps is not None else len(own) if own else default_steps(model)
         if self.steps < 1:
             raise UsageError(f"steps must be at least 1, got {self.steps}")
         if own and self.steps != len(own):
-            raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}")
+            raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}; leave out the number "
+                             f"of steps (it runs at levels {', '.join(map(str, own))}), or train a student at "
+                             f"{self.steps} levels: jdm train RECIPE --method.student.levels ...")
         self._many = self.steps > 1 and not own
         self.text = model.text()
         self.net = model.denoiser(controlnet=model.controlnet, also=also)
@@ -62,19 +68,25 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        """Network function evaluations per picture; a guided step counts two."""
-        return self.steps * (2 if self._many and self.guidance != 1 else 1)
+        """Network function evaluations per picture; a guided step counts two, one steered by a posterior one more."""
+        more = self.steering is not None and self.steering.posterior is not None
+        return self.steps * ((2 if self._many and self.guidance != 1 else 1) + more)
 
     def x(self, z: Tensor, y: Sequence[str], control: Tensor | None = None, renoise: Renoise | None = None) -> Tensor:
         """Model-space samples [B, ...] like z; a student of several steps needs `renoise`, as `Generator` does."""
         if not self._many:
-            return self.generator(z, y, control, renoise)
+            return self.generator(z, y, control, renoise, self.steering)
         scheduler = self._scheduler
         _set_steps(scheduler, self.steps)
         x_t = z * scheduler.init_noise_sigma
         for index in scheduler.timesteps:
             t = self.model.schedule.t(index).expand(len(z)).to(z.device)
-            x_t = scheduler.step(self.score.guided(x_t, t, y, control).output, index, x_t).prev_sample
+
+            def estimate(x_t: Tensor, t: Tensor = t) -> Estimate:
+                return self.score.guided(x_t, t, y, control)
+
+            found = self.steering(estimate, x_t, t, y) if self.steering else estimate(x_t)
+            x_t = scheduler.step(found.read(self.model.prediction), index, x_t).prev_sample
         return x_t
 
     @torch.no_grad()

@@ -6,27 +6,24 @@ score, phase "posterior" trains p(x | x_t) on x, and phase "generator" moves x a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jdm.controls import Control
-from jdm.data.batches import Batches
-from jdm.data.noise import Noise
 from jdm.errors import UsageError
+from jdm.generator import checked_levels
 from jdm.levels import Levels
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Fake, Networks, Student
+from jdm.methods.step import Step, View, fake_estimate, steps_of
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
-from jdm.schedule import NoiseSchedule, matched, precise
-from jdm.score import Estimate, ScoreModel
+from jdm.schedule import NoiseSchedule
 from jdm.sharing import batch_mean
-from jdm.space import from_bytes, unit
-from jdm.terms import AnyPosterior, Term, ascend, condition_alignment, cosine, sum_of, together
+from jdm.terms import AnyPosterior, CFGAugmentation, Fidelity, Term, ascend, cosine, sum_of, together
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Distillation:
 
     Attributes:
         name: of the method, for the model's card.
+        fake: the score of the student's samples; None where no term reads it.
         terms: by name; the student moves along their sum.
         control: by name or import path; empty for a student without control.
         branch: the student's ControlNet; None for a student without one.
@@ -43,7 +41,7 @@ class Distillation:
 
     name: str
     student: Student
-    fake: Fake
+    fake: Fake | None
     terms: Mapping[str, Term]
     control: str = ""
     branch: Branch | None = None
@@ -83,18 +81,25 @@ class Distillation:
         return self._product(Networks(loaded, self.student, self.branch, controlled=bool(self.teacher)))
 
     def task(self, loaded: Loaded) -> Task:
-        self._check(loaded.teacher.schedule)
+        self._check(loaded.teacher.schedule, loaded.run.steps)
         control, _ = loaded.control, loaded.reward  # a control or reward that cannot be used is found out first
         networks = Networks(loaded, self.student, self.branch, self.fake, controlled=bool(self.teacher))
         for posterior in self.posteriors:
             networks.add_posterior(posterior)
         for name in self.guides:
             networks.add_guide(f"guide {name}")
-        phases = [fake_phase(networks, self.fake)]
+        phases = [fake_phase(networks, self.fake)] if self.fake else []
         phases += [posterior_phase(networks, p) for p in self.posteriors if isinstance(p, ConsistencyPosterior)]
+        for name, term in self.terms.items():
+            if hasattr(term, "module"):
+                networks.add_part(name, term)
+                phases.append(self._term_phase(networks, name, term))
         phases.append(self._generator_phase(networks))
+        for phase in phases[1:]:
+            phase.start = self.fake.warm_up if self.fake else 0
+        scores = [] if self.fake else [networks.real, *(guide.net for guide in networks.guides.values())]
         return Task(phases, steps_of(networks, control), networks.modules, self._product(networks),
-                    networks.probe(), networks.running)
+                    networks.probe(), [*networks.running, *scores])
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""
@@ -103,6 +108,10 @@ class Distillation:
         bounded = together(parts, bounds, batch_mean)
         logs = logs | {name: rms(part) for name, part in bounded.items()}
         logs |= {f"{name}_raw": rms(parts[name]) for name in bounds}
+        matching, augmentation = (next((n for n, t in self.terms.items() if isinstance(t, kind)), "")
+                                  for kind in (Fidelity, CFGAugmentation))
+        if matching and augmentation:
+            logs["dm_over_ca"] = logs[matching] / logs[augmentation].clamp(min=1e-12)
         first, *others = bounded
         logs |= {f"cos_{first}_{name}": cosine(bounded[first], bounded[name]) for name in others}
         return sum_of(list(bounded.values())), logs
@@ -120,26 +129,47 @@ class Distillation:
     def _generator_phase(self, networks: Networks) -> Phase:
         def loss(step: Step, _: int) -> tuple[Tensor, dict[str, Any]]:
             along, logs = self.direction(networks, step)
-            return ascend(step.x, along), logs | {"std_x": step.x.detach().std()}
+            return ascend(step.x, along), logs | health(step.x.detach())
 
         return Phase("generator", networks.student_groups(self.branch), loss, clip=self.student.clip, asks_batch=True)
+
+    def _term_phase(self, networks: Networks, name: str, term: Any) -> Phase:
+        """The module that a term brings descends the term's own loss, on the student's samples as they are."""
+        def loss(step: Step, _: int) -> tuple[Tensor, dict[str, Any]]:
+            at = View(step, networks, self, term.levels)
+            return term.loss(at), at.logs
+
+        return Phase(name, [(list(networks.parts[name].parameters()), term.optimiser)], loss, clip=term.clip)
 
     def _product(self, networks: Networks) -> Product:
         extra = {"reward": next(iter(self.rewards), None), "guide": next(iter(self.guides), None)}
         return networks.product(self.name, self.control, **({} if self.control else extra))
 
-    def _check(self, schedule: NoiseSchedule) -> None:
+    def _check(self, schedule: NoiseSchedule, steps_of_run: int) -> None:
         """UsageError where the declaration asks for what cannot be computed."""
+        steps = checked_levels(self.student.levels, schedule.n)
+        if self.fake and not 0 <= self.fake.warm_up < steps_of_run:
+            raise UsageError(f"the fake score's warm-up must be at least 0 and shorter than the run's {steps_of_run} "
+                             f"steps, got {self.fake.warm_up}; lower --fake.warm-up or raise --steps")
         bounded = [name for name, t in self.terms.items() if hasattr(t, "bound")]
         if not self.terms or len(bounded) == len(self.terms):
             raise UsageError("the terms need one without a bound, such as fidelity: bounds are in units of its length")
         for name, term in self.terms.items():
+            shares = [share for _, share in getattr(term, "also", ())]
+            if not all(share > 0 for share in shares) or sum(shares) > 1:
+                raise UsageError(f"the shares of further teachers must be above 0 and at most 1 together, got "
+                                 f"{', '.join(f'{share:g}' for share in shares)}; lower --{name}.also")
             if term.levels is None:
                 continue
             high = torch.tensor([float(term.levels.high)], dtype=torch.float64)
             if float(schedule.alpha(high)) == 0:
                 raise UsageError(f"the levels of term {name} reach {term.levels.high:g}, where no signal is left; "
                                  f"lower --{name}.levels.high")
+            cleanest = 1.0 if len(steps) == 1 else float(schedule.t(min(steps)))
+            if term.levels.low > term.levels.highest(cleanest):
+                raise UsageError(f"the levels of term {name} begin at {term.levels.low:g}, above the student's "
+                                 f"cleanest input, {cleanest:g} (level {min(steps)}); lower --{name}.levels.low, or "
+                                 f"set --{name}.levels.within all")
 
 
 class Declared:
@@ -159,169 +189,13 @@ class Declared:
         return self.distillation().task(loaded)
 
 
-class Step:
-    """One step's batch. (y, c) come from ONE picture; x = G(z, y, c) is computed once, with its graph.
-
-    Attributes:
-        y: prompts.
-        c: control [B, k, H, W] or None.
-        shown: the control as the ControlNet takes it, [B, 3, H, W] in [0, 1], or None.
-        images: the pictures c came from, [B, 3, H, W] in [0, 1].
-        z: generator noise.
-        noise: every other random number of the step, by stream name.
-        progress: share of the run that is done, in [0, 1).
-    """
-
-    def __init__(self, networks: Networks, batches: Batches, control: Control | None, step: int):
-        run = networks.loaded.run
-        self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
-        rows, images = batches(step)
-        self.images = unit(from_bytes(images)).to(run.device)
-        self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
-        self.c = None if control is None else control.h(self.images)
-        self.shown = None if control is None or self.c is None else control.image(self.c)
-        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
-        self._networks = networks
-        self._x: Tensor | None = None
-        self._has_graph, self._known = False, {}
-
-    @property
-    def x(self) -> Tensor:
-        """The student's sample, differentiable in its parameters; of several levels, at one that is drawn each step.
-
-        The denoising steps before the drawn one run without gradient (backward simulation). Where gradients are off,
-        so is this one's.
-        """
-        graph = torch.is_grad_enabled()
-        if self._x is None or (graph and not self._has_graph):
-            self._x, self._has_graph = self._drawn(), graph
-        return self._x
-
-    def _drawn(self) -> Tensor:
-        generator = self._networks.generator
-        last = self.noise.choice("level", len(generator.levels))
-        return generator.rollout(self.z, self.y, self.shown, last,
-                                 lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
-
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A value of this step, computed where it is first asked for."""
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
-
-    def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, t, eps) of the detached sample, t uniform on the grid points in [low, high]."""
-        x = self.x.detach()
-        t = schedule.grid(self.noise.uniform(f"t/{stream}", len(x)), low, high)
-        eps = self.noise.normal(f"eps/{stream}", x.shape)
-        return schedule.noised(x, t, eps), t, eps
-
-
-def steps_of(networks: Networks, control: Control | None) -> Callable[[int], Step]:
-    """step number -> its Step."""
-    run = networks.loaded.run
-    batches = Batches(networks.loaded.pictures, run.batch, run.seed)
-    return lambda step: Step(networks, batches, control, step)
-
-
-class View:
-    """A step's sample at one term's levels, with every estimate of it computed once; a `jdm.terms.View`."""
-
-    def __init__(self, step: Step, networks: Networks, distillation: Distillation, levels: Levels | None):
-        self.step, self.networks, self.of = step, networks, distillation
-        self.x, self.y, self.logs = step.x.detach(), step.y, {}
-        self._estimates: dict[Any, Any] = {}
-        if levels is not None:
-            self.x_t, self.t, _ = step.noised(levels.stream, networks.schedule, levels.low, levels.high)
-            self.alpha, self.sigma = networks.schedule.alpha(self.t, self.x), networks.schedule.sigma(self.t, self.x)
-            # Where a term at these levels asks for both halves of guidance, one pass serves all terms.
-            self._paired = any(t.levels == levels and getattr(t, "teacher", None) == ""
-                               for t in distillation.terms.values())
-
-    def log(self, **values: Tensor) -> None:
-        self.logs |= values
-
-    def real(self, guidance: float | None = None) -> Estimate:
-        w = self.of.guidance if guidance is None else guidance
-        return self._once(("real", w), lambda: self._real(w))
-
-    def fake(self) -> Estimate:
-        return self._once("fake", self._fake)
-
-    def guidance_pair(self, teacher: str) -> tuple[Estimate, Estimate]:
-        return self._once(("pair", teacher), lambda: self._pair(teacher))
-
-    def likelihood(self, reference: bool) -> Callable[[Tensor], Tensor]:
-        step, networks, control = self.step, self.networks, self.networks.control
-        assert control is not None
-        assert step.c is not None
-        c, pictures = step.c, step.images if reference else None
-
-        def log_prob(x: Tensor, rows: slice) -> Tensor:
-            near = None if pictures is None else pictures[rows]
-            return control.log_prob(unit(networks.space.decode(x)), c[rows], near)
-
-        return networks.of_pictures(log_prob)
-
-    def reward(self) -> Callable[[Tensor], Tensor]:
-        networks, reward = self.networks, self.networks.reward
-        assert reward is not None
-
-        def rewards(x: Tensor, rows: slice) -> Tensor:
-            return reward(unit(networks.space.decode(x)), self.y[rows])
-
-        with torch.no_grad():
-            self.log(reward=rewards(self.x, slice(None)).mean())
-        return networks.of_pictures(rewards)
-
-    def through_posterior(self, value: Callable[[Tensor], Tensor], posterior: AnyPosterior, draws: int = 0) -> Tensor:
-        f = self.networks.posteriors[posterior] or (lambda x_t, t, y: self._fake_at(x_t, t).x0)
-        noises = [self.step.noise.normal(f"eps/draw/{k}", self.x_t.shape) for k in range(draws)]
-        return condition_alignment(value, f, self.x_t, self.t, self.y, self.networks.schedule, noises)
-
-    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        if key not in self._estimates:
-            with torch.no_grad():
-                self._estimates[key] = compute()
-        return self._estimates[key]
-
-    def _real(self, guidance: float) -> Estimate:
-        score, blind = self.networks.real_score(guidance), not self.of.fake.prompt
-        if self._paired and (blind or guidance == 1):
-            return self.guidance_pair("")[1 if blind else 0]
-        if blind:
-            return score(self.x_t, self.t, [""] * len(self.x))
-        return score.guided(self.x_t, self.t, self.y, self._shown)
-
-    def _fake(self) -> Estimate:
-        return self._fake_at(self.x_t, self.t)
-
-    def _fake_at(self, x_t: Tensor, t: Tensor) -> Estimate:
-        return fake_estimate(self.networks, self.of.fake, self.step, x_t, t)
-
-    def _pair(self, teacher: str) -> tuple[Estimate, Estimate]:
-        if not teacher:
-            score = self.networks.real_score(1.0)
-            return score.conditional_and_unconditional(self.x_t, self.t, self.y, self._shown)
-        return guidance_of(self.networks.guides[f"guide {teacher}"], self.networks.schedule, self.x_t, self.t, self.y)
-
-    @property
-    def _shown(self) -> Tensor | None:
-        """The control, for a teacher that sees it."""
-        return self.step.shown if self.networks.real_sees_control else None
-
-
-def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Tensor) -> Estimate:
-    """The fake score's estimate of x_t, given what it is trained with: the prompt, the control, or neither."""
-    y = step.y if fake.prompt else [""] * len(x_t)
-    return networks.fake(x_t, t, y, step.shown if networks.fake_sees_control else None)
-
-
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6)."""
+    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or of x0."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, fake.low, fake.high)
-        return (fake_estimate(networks, fake, step, x_t, t).eps - eps).square().mean(), {}
+        found = fake_estimate(networks, fake, step, x_t, t)
+        apart = found.eps - eps if fake.loss == "eps" else found.x0 - step.x.detach()
+        return apart.square().mean(), {}
 
     return Phase("fake", networks.fake_groups(fake), loss, fake.updates, clip=fake.clip)
 
@@ -340,19 +214,9 @@ def posterior_phase(networks: Networks, settings: ConsistencyPosterior) -> Phase
     return Phase("posterior", [(lora, settings.optimiser)], loss, clip=settings.clip)
 
 
-def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,
-                y: list[str]) -> tuple[Estimate, Estimate]:
-    """A guide's conditional and unconditional estimates of x_t, read at this schedule's (alpha, sigma).
-
-    Two schedules meet at equal signal-to-noise ratio: the guide sees x_t rescaled to its own alpha there. Its levels
-    are discrete, so the ratios agree to half a level.
-    """
-    alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
-    own = matched(guide.schedule, schedule, t)
-    scale = guide.schedule.alpha(own, x_t) / alpha
-    both = guide.conditional_and_unconditional(x_t * scale, own, y)
-    cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
-    return cond, uncond
+def health(x: Tensor) -> dict[str, Tensor]:
+    """For the log: std of x [B, ...] over all of it, the share beyond 4, and its std over the samples of the batch."""
+    return {"std_x": x.std(), "saturation": (x.abs() > 4).float().mean(), "spread_x": x.std(0, correction=0).mean()}
 
 
 def rms(direction: Tensor) -> Tensor:
@@ -362,4 +226,6 @@ def rms(direction: Tensor) -> Tensor:
 
 def _models(term: Term) -> list[str]:
     """Names of the models a term reads beside the run's own."""
-    return [name for key in getattr(term, "models", ()) if (name := getattr(term, key))]
+    values = [getattr(term, key) for key in getattr(term, "models", ())]
+    named = [(value,) if isinstance(value, str) else (name for name, _ in value) for value in values]
+    return [name for names in named for name in names if name]

@@ -1,4 +1,4 @@
-"""Noise Consistency Training (arXiv 2506.19741): an adapter on a frozen one-step generator; no teacher, no pictures."""
+"""Noise Consistency Training (arXiv 2506.19741): an adapter on a frozen generator; no teacher, no pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class NCT:
     """min L_con subject to L_bound < xi; L_con = d(f_phi(z_k+1, c), sg f_phi(z_k, c)), L_bound = d(f_phi(z, c), f(z)).
 
     x = f(z) is the frozen generator's own sample and c = h(x) its control, which need not be differentiable. The noise
-    is what diffuses: z_s = sqrt(1 - s^2) z + s eps, at both levels with the SAME z and eps.
+    is what diffuses: z_s = sqrt(1 - s^2) z + s eps, at both levels with the SAME z and eps. Paper: one step; here: on a
+    generator of several the noise is z and every fresh eps_k together, all diffused to the one s, so that nothing of
+    x's own noise is left at s = 1; the gradient goes through every step.
 
     Attributes:
         control: a control by name, or an import path, "my_controls.py:Posterize".
@@ -102,12 +104,13 @@ class NCT:
         generator = networks.generator
 
         def at(level: Tensor) -> Tensor:
-            return generator(diffused(noises.z, noises.eps, level / self.levels), noises.y, noises.shown)
+            (z, *fresh), s = noises.all, level / self.levels
+            return generator(diffused(*z, s), noises.y, noises.shown, lambda step: diffused(*fresh[step - 1], s))
 
         with torch.no_grad():
             before = at(k)
         consistency = self.distance(at(k + 1), before)
-        bound = self.distance(generator(noises.z, noises.y, noises.shown), noises.x)
+        bound = self.distance(generator(noises.z, noises.y, noises.shown, noises.renoise), noises.x)
         kept = [consistency] * self.consistency + [multiplier.value * bound] * self.boundary
         return torch.stack(kept).sum(), {"consistency_loss": consistency.detach(), "boundary_loss": bound.detach()}
 
@@ -124,7 +127,11 @@ class NCT:
 
 @dataclass(frozen=True)
 class Noises:
-    """One step of NCT: prompts, noise, the frozen generator's samples x and their control."""
+    """One step of NCT: prompts, noise, the frozen generator's samples x and their control.
+
+    Attributes:
+        fresh: (eps_k, the noise that diffuses it) of each further step of the generator.
+    """
 
     y: list[str]
     z: Tensor
@@ -132,6 +139,16 @@ class Noises:
     uniform: Tensor
     x: Tensor
     shown: Tensor
+    fresh: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def all(self) -> list[tuple[Tensor, Tensor]]:
+        """(noise, what diffuses it): of z, then of every further step."""
+        return [(self.z, self.eps), *self.fresh]
+
+    def renoise(self, k: int) -> Tensor:
+        """eps_k, the generator's fresh noise before step k."""
+        return self.fresh[k - 1][0]
 
     @classmethod
     @torch.no_grad()
@@ -142,9 +159,12 @@ class Noises:
         y = prompts.prompts(rows, noise.uniform("caption", len(rows)).cpu())
         shape = networks.teacher.latent_shape(len(rows), run.data.size)
         z = noise.normal("z", shape)
-        x = networks.generator(z, y)
+        generator = networks.generator
+        fresh = tuple((noise.normal(f"eps/level/{k}", shape), noise.normal(f"eps/level/{k}/diffused", shape))
+                      for k in range(1, len(generator.levels)))
+        x = generator(z, y, renoise=lambda k: fresh[k - 1][0])
         shown = control.image(control.h(unit(networks.space.decode(x)).clamp(0, 1)))
-        return cls(y, z, noise.normal("eps", shape), noise.uniform("k", len(rows)), x, shown)
+        return cls(y, z, noise.normal("eps", shape), noise.uniform("k", len(rows)), x, shown, fresh)
 
 
 def diffused(z: Tensor, eps: Tensor, s: Tensor) -> Tensor:

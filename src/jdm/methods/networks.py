@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from jdm.evaluation.evaluate import validation_probe
 from jdm.generator import Generator
 from jdm.levels import refuse_empty
 from jdm.loading import Loaded
+from jdm.methods.references import References
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.execution import picture_by_picture
 from jdm.models.family import Denoiser, Family, copied, placed, with_merged
@@ -95,6 +96,8 @@ class Fake:
         high: largest noise level it is trained at, in [0, 1].
         optimiser: how it moves.
         clip: bound on the norm of its whole gradient.
+        loss: what its error is measured in: eps (JDM Eq. 6), or x0 as Decoupled DMD has it.
+        warm_up: steps at the start of the run in which it alone moves; in no paper.
     """
 
     prompt: bool = True
@@ -105,6 +108,8 @@ class Fake:
     high: Share = 1.0
     optimiser: Optimiser = field(default_factory=_fast)
     clip: Positive = 1.0
+    loss: Literal["eps", "x0"] = "eps"
+    warm_up: Whole = 0
 
     def __post_init__(self):
         refuse_empty(self.low, self.high)
@@ -123,6 +128,8 @@ class Networks:
         adapters: the LoRAs that train, by name: "student", "fake", "posterior".
         guides: scores of further teachers, by role.
         posteriors: by the settings they were made from.
+        parts: modules that terms bring, by the term's name.
+        references: what regularisers compare the student's samples with.
     """
 
     def __init__(self, loaded: Loaded, student: Student, branch: Branch | None = None, fake: Fake | None = None,
@@ -135,6 +142,8 @@ class Networks:
         self.loaded, self.settings, self.teacher = loaded, student, loaded.teacher
         self.own = self.teacher.controlnet if controlled else None
         self.real = self.teacher.denoiser(self.teacher.backbone, self.own)
+        self.references = References(loaded, self.real)
+        self.parts: dict[str, nn.Module] = {}
         self.adapters: dict[str, Adapter] = {}
         self.guides: dict[str, ScoreModel] = {}
         self.posteriors: dict[AnyPosterior, Posterior | None] = {}
@@ -200,6 +209,11 @@ class Networks:
         """Load another teacher's score, with its own text encoder and schedule, for guidance on these latents."""
         self.guides[role] = guide(self.loaded, role)
 
+    def add_part(self, name: str, term: Any) -> None:
+        """Make the module that a term brings."""
+        with self.loaded.making():
+            self.parts[name] = placed(term.module(self), self.loaded.run.device)
+
     @property
     def text(self) -> TextEncoder:
         return self.loaded.text()
@@ -261,7 +275,7 @@ class Networks:
             found["fake"] = self.adapters.get("fake", self.fake.net)
             if "fake" in self.adapters:
                 found |= {"fake_controlnet": self.fake.net.controlnet, "posterior": self.adapters.get("posterior")}
-        return {name: module for name, module in found.items() if module is not None}
+        return {name: module for name, module in (found | self.parts).items() if module is not None}
 
     def student_groups(self, branch: Branch | None) -> Groups:
         """(parameters, optimiser) of what trains in the student."""

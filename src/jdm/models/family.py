@@ -58,6 +58,25 @@ class Denoiser(nn.Module):
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def features(self, x_t: Tensor, timestep: Tensor, text: Text) -> list[Tensor]:
+        """Outputs [B, C, h, w] of the `feature_layers` on the way to the denoiser's own; differentiable in x_t."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(output if isinstance(output, Tensor) else output[0])
+
+        hooks = [layer.register_forward_hook(keep) for layer in self.feature_layers()]
+        try:
+            self(x_t, timestep, text)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def feature_layers(self) -> list[nn.Module]:
+        """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""
+        raise NotImplementedError
+
     def shard_units(self) -> list[nn.Module]:
         """The modules FSDP2 shards, each as a unit: a network's blocks, then the network itself."""
         raise NotImplementedError

@@ -49,6 +49,10 @@ class UNetDenoiser(Denoiser):
         return self.backbone(x_t, timestep, down_block_additional_residuals=tuple(sums[:-1]),
                              mid_block_additional_residual=sums[-1], **told)[0]
 
+    def feature_layers(self) -> list[nn.Module]:
+        backbone = cast(UNet2DConditionModel, self.backbone)
+        return [*backbone.down_blocks, cast(nn.Module, backbone.mid_block)]
+
     def shard_units(self) -> list[nn.Module]:
         units: list[Any] = []
         for net in cast(list[Any], [self.backbone, *self.controlnets]):  # a ControlNet has no up_blocks

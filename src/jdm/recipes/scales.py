@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jdm.levels import Bound, Levels
+from jdm.levels import RENOISING, Bound, Levels
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Branch, Fake, Student
@@ -19,6 +19,7 @@ from jdm.terms import CFGAugmentation, Condition, Fidelity
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "stabilityai/stable-diffusion-2-1-base"
 OWN = Levels(0.02, 0.98, "condition")  # a level and noise of the condition term's own
+FOUR = (999, 749, 499, 249)  # the levels of a student of four steps
 LOW = Levels(0.02, 0.3, "condition")  # the levels at which the posterior's one sample points the right way
 
 
@@ -87,6 +88,12 @@ class Scale:
         condition = self.condition(**{"weight": 4.0, "levels": LOW, "normaliser": "fake", "bound": Bound(2.0, 0.8),
                                       **changes})
         return self.jdm(condition, student=Student(start=start, optimiser=self.student if trains else None))
+
+    def hybrid(self, method: JDM) -> JDM:
+        """The method in four steps, its guidance apart at levels cleaner than the generator's input."""
+        augmentation = CFGAugmentation(weight=self.guidance - 1, levels=RENOISING["decoupled-hybrid"][1])
+        return replace(method, student=replace(method.student, levels=FOUR), augmentation=augmentation,
+                       fidelity=replace(method.fidelity, guidance=1.0))
 
     def fakes(self, **changes: Any) -> Fake:
         """The fake score at the scale's rate."""

@@ -1,10 +1,12 @@
-"""Students: generators that answer in one step, with a control or with text alone."""
+"""Students: generators that answer in one step or a few, with a control or with text alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from jdm.recipes.scales import SD15_SCALE, Scale
+from jdm.methods.decoupled_dmd import DecoupledDMD
+from jdm.recipes.scales import FOUR, SD15_SCALE, Scale
+from jdm.recipes.yardsticks import nct
 from jdm.run import Data, Run
 from jdm.terms import Reward
 
@@ -22,6 +24,30 @@ def shared(s: Scale) -> Run:
 def diff_instruct(s: Scale) -> Run:
     """The one-step student without control: Diff-Instruct."""
     return s.run(f"{s.name}-diff-instruct", s.diff_instruct(), steps=6000)
+
+
+def ddmd_4(s: Scale) -> Run:
+    """The four-step student without control: Decoupled DMD, hybrid schedule."""
+    plain = DecoupledDMD()
+    augmentation = None if plain.augmentation is None else replace(plain.augmentation, weight=s.guidance - 1)
+    method = replace(plain, student=replace(plain.student, optimiser=s.student), fake=s.fakes(loss="x0"),
+                     augmentation=augmentation)
+    return s.run(f"{s.name}-ddmd-4", method, steps=6000)
+
+
+def canny_4(s: Scale) -> Run:
+    """The four-step canny student: Joint Distribution Matching, hybrid schedule."""
+    return s.run(f"{s.name}-canny-4", s.hybrid(s.jdm()), steps=6000)
+
+
+def adapter_4(s: Scale) -> Run:
+    """A ControlNet by Joint Distribution Matching on the frozen four-step student."""
+    return s.run(f"{s.name}-adapter-4", s.hybrid(s.frozen(s.model("ddmd-4"))))
+
+
+def nct_4(s: Scale) -> Run:
+    """A ControlNet by Noise Consistency Training on the frozen four-step student."""
+    return s.run(f"{s.name}-nct-4", replace(nct(s).method, base=s.model("ddmd-4"), base_levels=FOUR))
 
 
 def text_reward(s: Scale) -> Run:

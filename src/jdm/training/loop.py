@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
 from jdm.training.folder import MODEL, claimed
 from jdm.training.memory import out_of_memory
+from jdm.training.monitors import Monitors
 from jdm.training.optimiser import adamw
 from jdm.training.record import Log, record, refuse_another
 
@@ -60,6 +62,7 @@ class Trainer:
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
         self.saved = place
+        self.monitors = Monitors(self.log.path)
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -75,6 +78,8 @@ class Trainer:
             logs |= {f"probe/{k}": v for k, v in measured.items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
+            for warning in self.monitors.note(logs):
+                self.warn(f"step {done}: {warning}")
         if done % run.save_every == 0 or done == run.steps or self.best.ended:
             self.save(done)
         return logs
@@ -96,6 +101,11 @@ class Trainer:
         self.saved = checkpoint.save(self.state, self.run.out, done)
         return self.saved
 
+    def warn(self, text: str) -> None:
+        """Prints a warning, once for all processes."""
+        if distributed.first():
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def export(self) -> Path:
         """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
 
@@ -116,7 +126,7 @@ class Trainer:
         logs: dict[str, Any] = {}
         begun = self._begun(step, 0) if self.run.accumulate == 1 else None
         for phase in self.task.phases:
-            if step % phase.every:
+            if step < phase.start or step % phase.every:
                 continue
             for repeat in range(phase.repeats):
                 gradients, loss, more = self._gradients(phase, step, repeat, begun)

@@ -1,0 +1,244 @@
+"""One step of a distillation as its terms see it: the batch, the student's sample, and every estimate of that.
+
+(y, c) come from one picture; x = G(z, y, c) is drawn once; a `View` is x at one term's noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jdm.controls import Control
+from jdm.data.batches import Batches
+from jdm.data.noise import Noise
+from jdm.levels import Levels
+from jdm.methods.networks import Fake, Networks
+from jdm.schedule import NoiseSchedule, matched, precise
+from jdm.score import Estimate, ScoreModel
+from jdm.space import from_bytes, unit
+from jdm.terms import AnyPosterior, Term, condition_alignment
+
+if TYPE_CHECKING:
+    from jdm.methods.engine import Distillation
+
+
+class Step:
+    """One step's batch. (y, c) come from ONE picture; x = G(z, y, c) is computed once, with its graph.
+
+    Attributes:
+        y: prompts.
+        c: control [B, k, H, W] or None.
+        shown: the control as the ControlNet takes it, [B, 3, H, W] in [0, 1], or None.
+        images: the pictures c came from, [B, 3, H, W] in [0, 1].
+        z: generator noise.
+        noise: every other random number of the step, by stream name.
+        progress: share of the run that is done, in [0, 1).
+    """
+
+    def __init__(self, networks: Networks, batches: Batches, control: Control | None, step: int):
+        run = networks.loaded.run
+        self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
+        rows, images = batches(step)
+        self.images = unit(from_bytes(images)).to(run.device)
+        self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
+        self.c = None if control is None else control.h(self.images)
+        self.shown = None if control is None or self.c is None else control.image(self.c)
+        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
+        self._networks = networks
+        self._x: Tensor | None = None
+        self._has_graph, self._known = False, {}
+
+    @cached_property
+    def last(self) -> int:
+        """The denoising step that is drawn: the one whose output is x."""
+        return self.noise.choice("level", len(self._networks.settings.levels))
+
+    @property
+    def content(self) -> float:
+        """t of what the drawn denoising step is given; 1 for the first, whose input is pure noise."""
+        return float(self._networks.schedule.t(self._networks.settings.levels[self.last])) if self.last else 1.0
+
+    @property
+    def x(self) -> Tensor:
+        """The student's sample, differentiable in its parameters; of several levels, at one that is drawn each step.
+
+        The denoising steps before the drawn one run without gradient (backward simulation). Where gradients are off,
+        so is this one's.
+        """
+        graph = torch.is_grad_enabled()
+        if self._x is None or (graph and not self._has_graph):
+            self._x, self._has_graph = self._drawn(), graph
+        return self._x
+
+    def _drawn(self) -> Tensor:
+        return self._networks.generator.rollout(self.z, self.y, self.shown, self.last,
+                                                lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A value of this step, computed where it is first asked for."""
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
+
+    def noised(self, stream: str, schedule: NoiseSchedule, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, t, eps) of the detached sample, t uniform on the grid points in [low, high]."""
+        x = self.x.detach()
+        t = schedule.grid(self.noise.uniform(f"t/{stream}", len(x)), low, high)
+        eps = self.noise.normal(f"eps/{stream}", x.shape)
+        return schedule.noised(x, t, eps), t, eps
+
+
+def steps_of(networks: Networks, control: Control | None) -> Callable[[int], Step]:
+    """step number -> its Step."""
+    run = networks.loaded.run
+    batches = Batches(networks.loaded.pictures, run.batch, run.seed)
+    return lambda step: Step(networks, batches, control, step)
+
+
+class View:
+    """A step's sample at one term's levels, with every estimate of it computed once; a `jdm.terms.View`."""
+
+    def __init__(self, step: Step, networks: Networks, distillation: Distillation, levels: Levels | None):
+        self.step, self.networks, self.of = step, networks, distillation
+        self.x, self.y, self.logs = step.x.detach(), step.y, {}
+        self._estimates: dict[Any, Any] = {}
+        if levels is not None:
+            self.x_t, self.t, _ = step.noised(levels.stream, networks.schedule, levels.low,
+                                              levels.highest(step.content))
+            self.alpha, self.sigma = networks.schedule.alpha(self.t, self.x), networks.schedule.sigma(self.t, self.x)
+            # Where a term at these levels asks for both halves of guidance, one pass serves all terms.
+            self._paired = any(t.levels == levels and getattr(t, "teacher", None) == ""
+                               for t in distillation.terms.values())
+
+    def log(self, **values: Tensor) -> None:
+        self.logs |= values
+
+    def real(self, guidance: float | None = None, teacher: str = "") -> Estimate:
+        w = self.of.guidance if guidance is None else guidance
+        return self._once(("real", w, teacher), lambda: self._other(w, teacher) if teacher else self._real(w))
+
+    def fake(self) -> Estimate:
+        return self._once("fake", self._fake)
+
+    def guidance_pair(self, teacher: str) -> tuple[Estimate, Estimate]:
+        return self._once(("pair", teacher), lambda: self._pair(teacher))
+
+    def likelihood(self, reference: bool) -> Callable[[Tensor], Tensor]:
+        step, networks, control = self.step, self.networks, self.networks.control
+        assert control is not None
+        assert step.c is not None
+        c, pictures = step.c, step.images if reference else None
+
+        def log_prob(x: Tensor, rows: slice) -> Tensor:
+            near = None if pictures is None else pictures[rows]
+            return control.log_prob(unit(networks.space.decode(x)), c[rows], near)
+
+        return networks.of_pictures(log_prob)
+
+    def reward(self) -> Callable[[Tensor], Tensor]:
+        networks, reward = self.networks, self.networks.reward
+        assert reward is not None
+
+        def rewards(x: Tensor, rows: slice) -> Tensor:
+            return reward(unit(networks.space.decode(x)), self.y[rows])
+
+        with torch.no_grad():
+            self.log(reward=rewards(self.x, slice(None)).mean())
+        return networks.of_pictures(rewards)
+
+    def through_posterior(self, value: Callable[[Tensor], Tensor], posterior: AnyPosterior, draws: int = 0) -> Tensor:
+        f = self.networks.posteriors[posterior] or (lambda x_t, t, y: self._fake_at(x_t, t).x0)
+        noises = [self.step.noise.normal(f"eps/draw/{k}", self.x_t.shape) for k in range(draws)]
+        return condition_alignment(value, f, self.x_t, self.t, self.y, self.networks.schedule, noises)
+
+    @property
+    def first(self) -> bool:
+        """Whether x is the output of the student's first step."""
+        return self.step.last == 0
+
+    def module(self, term: Term) -> nn.Module:
+        """The module that this term brings."""
+        return self.networks.parts[next(name for name, t in self.of.terms.items() if t is term)]
+
+    def features(self, x_t: Tensor) -> list[Tensor]:
+        """The teacher's features of an x_t at this t, differentiable in it."""
+        return self.networks.references.features(x_t, self.t, self.y)
+
+    def pictures(self) -> Tensor:
+        """x of the step's real pictures."""
+        return self._once("pictures", lambda: self.networks.teacher.space.encode(2 * self.step.images - 1))
+
+    def noised(self, x: Tensor, name: str) -> Tensor:
+        """x_t of another x at this t, with noise of that name."""
+        return self.networks.schedule.noised(x, self.t, self.step.noise.normal(f"eps/{name}", x.shape))
+
+    def teacher_samples(self, steps: int, guidance: float, n: int | None = None, taken: int | None = None) -> Tensor:
+        """x0 of the teacher after `taken` of `steps` DDIM steps, from the first n of the student's z and prompts."""
+        return self.networks.references.sampled(self.step.z[:n], self.y[:n], steps, guidance, taken)
+
+    def data_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the data's components."""
+        return self.networks.references.moments
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._estimates:
+            with torch.no_grad():
+                self._estimates[key] = compute()
+        return self._estimates[key]
+
+    def _real(self, guidance: float) -> Estimate:
+        score, blind = self.networks.real_score(guidance), self.of.fake is not None and not self.of.fake.prompt
+        if self._paired and (blind or guidance == 1):
+            return self.guidance_pair("")[1 if blind else 0]
+        if blind:
+            return score(self.x_t, self.t, [""] * len(self.x))
+        return score.guided(self.x_t, self.t, self.y, self._shown)
+
+    def _other(self, guidance: float, teacher: str) -> Estimate:
+        """Another teacher's estimate, told what the fake score is told."""
+        cond, uncond = self.guidance_pair(teacher)
+        w = guidance if self.of.fake is None or self.of.fake.prompt else 0.0
+        return Estimate(cond.x_t, uncond.eps + w * (cond.eps - uncond.eps), cond.alpha, cond.sigma)
+
+    def _fake(self) -> Estimate:
+        return self._fake_at(self.x_t, self.t)
+
+    def _fake_at(self, x_t: Tensor, t: Tensor) -> Estimate:
+        assert self.of.fake is not None
+        return fake_estimate(self.networks, self.of.fake, self.step, x_t, t)
+
+    def _pair(self, teacher: str) -> tuple[Estimate, Estimate]:
+        if not teacher:
+            score = self.networks.real_score(1.0)
+            return score.conditional_and_unconditional(self.x_t, self.t, self.y, self._shown)
+        return guidance_of(self.networks.guides[f"guide {teacher}"], self.networks.schedule, self.x_t, self.t, self.y)
+
+    @property
+    def _shown(self) -> Tensor | None:
+        """The control, for a teacher that sees it."""
+        return self.step.shown if self.networks.real_sees_control else None
+
+
+def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Tensor) -> Estimate:
+    """The fake score's estimate of x_t, given what it is trained with: the prompt, the control, or neither."""
+    y = step.y if fake.prompt else [""] * len(x_t)
+    return networks.fake(x_t, t, y, step.shown if networks.fake_sees_control else None)
+
+
+def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,
+                y: list[str]) -> tuple[Estimate, Estimate]:
+    """A guide's conditional and unconditional estimates of x_t, read at this schedule's (alpha, sigma).
+
+    Two schedules meet at equal signal-to-noise ratio: the guide sees x_t rescaled to its own alpha there. Its levels
+    are discrete, so the ratios agree to half a level.
+    """
+    alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
+    own = matched(guide.schedule, schedule, t)
+    scale = guide.schedule.alpha(own, x_t) / alpha
+    both = guide.conditional_and_unconditional(x_t * scale, own, y)
+    cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
+    return cond, uncond

@@ -15,16 +15,16 @@ from jdm.models import nano
 
 CODE = """
 from jdm.models import nano
-print(sorted(nano.tokenizer(["a photo of an ankle boot", "one t-shirt", "two to ten photos"]).get_vocab().items()))
+print(sorted(nano.tokenizer(["a photo of an ankle boot", "one t-shirt", "two to ten photos"], 16).get_vocab().items()))
 """
 
 
 def test_every_word_of_the_captions_is_one_token_and_any_text_still_works():
     captions = [c for row in load_pictures("fashion-mnist", "test[:2]", 32).captions for c in row]
-    tokens = nano.tokenizer(captions)
+    tokens = nano.tokenizer(captions, 16)
     for caption in captions:
         assert len(tokens.tokenize(caption)) == len(caption.replace("t-shirt", "t - shirt").split())
-        assert len(tokens(caption).input_ids) <= nano.TOKENS
+        assert len(tokens(caption).input_ids) <= 16
     assert "".join(tokens.tokenize("Zebra!")) == "zebra</w>!</w>"
 
 
@@ -47,4 +47,4 @@ def test_two_processes_make_the_same_vocabulary():
 
 
 def test_the_unet_has_at_most_4_million_parameters():
-    assert sum(p.numel() for p in nano.unet().parameters()) <= 4_000_000
+    assert sum(p.numel() for p in nano.unet(nano.TeacherConfig(), (8, 8, 8)).parameters()) <= 4_000_000

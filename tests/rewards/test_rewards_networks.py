@@ -26,7 +26,8 @@ from jdm.rewards.pick_score import PickScore
 
 SIDE, WIDTH = 28, 16
 PROMPTS = ["a photo of a coat", "an ankle boot"]
-TOKENS = nano.tokenizer(PROMPTS)
+LENGTH = 16
+TOKENS = nano.tokenizer(PROMPTS, LENGTH)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,7 +50,7 @@ def clip_config() -> CLIPConfig:
     """Two layers of each tower, of different widths and heads."""
     ids = {name: getattr(TOKENS, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(TOKENS), "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "max_position_embeddings": nano.TOKENS, "hidden_act": "gelu", **ids}
+            "num_attention_heads": 3, "max_position_embeddings": LENGTH, "hidden_act": "gelu", **ids}
     vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
               "image_size": SIDE, "patch_size": 7, "hidden_act": "gelu", "projection_dim": WIDTH}
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
@@ -218,7 +219,7 @@ def open_clip() -> OpenClip:
 def test_hpsv2_reads_open_clip_weights_and_gives_the_cosine_of_a_network_of_those_names(open_clip, clip, tmp_path):
     torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
     images = pictures(40, 22).double()
-    ids = TOKENS(PROMPTS, padding="max_length", max_length=nano.TOKENS, return_tensors="pt").input_ids
+    ids = TOKENS(PROMPTS, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     with torch.no_grad():
         seen = open_clip.image(clip_pixels(images, SIDE, torch.float64, whole=True))
         expected = nn.functional.cosine_similarity(seen, open_clip.text(ids, TOKENS.eos_token_id))

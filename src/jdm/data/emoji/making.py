@@ -8,7 +8,9 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,10 +86,19 @@ def _drawn(emoji: dict[str, Emoji], tarballs: dict[Package, bytes], size: int, c
     jobs = [(emoji[code], style, source) for style, sources in _sources(emoji, tarballs).items()
             for code, source in sources.items() if code in emoji]
     groups = [jobs[i:i + 100] for i in range(0, len(jobs), 100)]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    # Processes, because resvg-py holds Python's lock while it draws.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _work_for_parent) as pool:
         for done, made in enumerate(pool.map(_draw, groups, [size] * len(groups), [copies] * len(groups))):
             progress("drawings", done + 1, len(groups))
             yield from made
+
+
+def _work_for_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends this process when the parent has ended in any way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _draw(jobs: Sequence[tuple[Emoji, str, str | bytes]], size: int, copies: int) -> list[Drawn]:

@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     if asked.command is None:
         parser.print_help()
         return 0
-    if asked.command != "recipes":  # the one command that loads no model
+    if asked.command not in ("recipes", "data"):  # those load no model
         _silence_diffusers()
     return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
 

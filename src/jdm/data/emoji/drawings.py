@@ -86,7 +86,7 @@ def _opened(source: str | bytes, side: int) -> Image.Image:
                              ) from None
         source = bytes(resvg_py.svg_to_bytes(svg_string=source, width=side, height=side, skip_system_fonts=True))
     image = Image.open(io.BytesIO(source)).convert("RGBA")
-    white = Image.new("RGBA", (max(image.size),) * 2, "white")
+    white = Image.new("RGBA", (max(image.size), max(image.size)), "white")
     white.alpha_composite(image, ((white.width - image.width) // 2, (white.height - image.height) // 2))
     return white.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 

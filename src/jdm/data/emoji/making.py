@@ -49,7 +49,8 @@ def make(out: Path, size: int, copies: int, progress: Callable[[str, int, int], 
 
     Args:
         size: side of the pictures in pixels.
-        copies: drawings of each training picture: as it is, and moved. Of other pictures there is one.
+        copies: drawings of each training picture: as it is, and moved. There is one of held-out pictures and of those
+            with a skin tone.
         progress: (what, how many are done, of how many).
         get: URL -> contents; the network's by default.
 
@@ -69,7 +70,8 @@ def make(out: Path, size: int, copies: int, progress: Callable[[str, int, int], 
     distances = _close_pairs(drawn, NEAR)
     groups = joined({one.emoji.thing for one in drawn},
                     ((drawn[a].emoji.thing, drawn[b].emoji.thing) for a, b, d in distances if d < ONE))
-    splits = [split_of(one.emoji.thing, groups) for one in drawn]
+    sizes = Counter(groups[one.emoji.thing] for one in drawn)
+    splits = [split_of(root, sizes[root]) for root in (groups[one.emoji.thing] for one in drawn)]
     for split in ("train", "validation", "test"):
         progress(f"{split} shards", 0, 0)
         _write_shards(out, split, [one for one, s in zip(drawn, splits, strict=True) if s == split])
@@ -102,7 +104,9 @@ def _work_for_parent() -> None:
 
 
 def _draw(jobs: Sequence[tuple[Emoji, str, str | bytes]], size: int, copies: int) -> list[Drawn]:
-    return [Drawn(one, style, *drawings(one, style, source, size, copies)) for one, style, source in jobs]
+    # Skin tones are drawn once: five of six pictures of people have one, and would be most of the data.
+    return [Drawn(one, style, *drawings(one, style, source, size, 1 if one.has_skin_tone else copies))
+            for one, style, source in jobs]
 
 
 def _sources(emoji: dict[str, Emoji], tarballs: dict[Package, bytes]) -> dict[str, dict[str, str | bytes]]:

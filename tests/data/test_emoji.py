@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from jdm.data.emoji import making
@@ -17,7 +18,7 @@ from jdm.data.emoji.captions import captions
 from jdm.data.emoji.drawings import drawings, may_be_mirrored, vectors
 from jdm.data.emoji.packages import LICENCES, NAMES, STYLES, fetched, members, notice
 from jdm.data.emoji.things import Emoji, all_emoji, joined, normalised, split_of
-from jdm.data.sources import load_pictures
+from jdm.data.sources import PACKAGED_EMOJI, load_pictures
 from jdm.errors import UsageError
 
 FOX = Emoji("1f98a", "fox", "animals & nature", "animal mammal", "fox")
@@ -288,3 +289,14 @@ def test_missing_emoji_name_their_command(tmp_path, monkeypatch):
     monkeypatch.setenv("EMOJI", str(tmp_path))
     with pytest.raises(UsageError, match=r"train pictures are not in .*make them there with: jdm data emoji"):
         load_pictures("emoji", "train", 64)
+
+
+def test_shipped_test_split_is_small_and_licensed(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (shard,) = PACKAGED_EMOJI.glob("*.tar")
+    assert shard.stat().st_size <= 8_000_000
+    assert (PACKAGED_EMOJI / "NOTICE.txt").read_text() == notice()
+    pictures = load_pictures("emoji", "test", 64)
+    assert len(pictures) == len(pictures.captions) == 1383
+    assert pictures.batch(torch.arange(4)).shape == (4, 3, 64, 64)
+    assert {texts[-1] for texts in pictures.captions} == {f"{package.style} style" for package in STYLES}

@@ -8,7 +8,8 @@ from jdm.models import nano
 
 SIDE, WIDTH = 28, 16
 PROMPTS = ["a photo of a coat", "an ankle boot"]
-TOKENS = nano.tokenizer(PROMPTS)
+LENGTH = 16
+TOKENS = nano.tokenizer(PROMPTS, LENGTH)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -31,7 +32,7 @@ def clip_config() -> CLIPConfig:
     """Two layers of each tower, of different widths and heads."""
     ids = {name: getattr(TOKENS, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(TOKENS), "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "max_position_embeddings": nano.TOKENS, "hidden_act": "gelu", **ids}
+            "num_attention_heads": 3, "max_position_embeddings": LENGTH, "hidden_act": "gelu", **ids}
     vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
               "image_size": SIDE, "patch_size": 7, "hidden_act": "gelu", "projection_dim": WIDTH}
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)

@@ -25,22 +25,23 @@ STAND_INS = {"student.start": "student", "controlnet.start": "student", "base": 
              "guidance.teacher": "teacher", "condition.posterior.model": "teacher", "vae": "teacher/vae"}
 nano_canny, nano_diff_instruct = find("nano-canny"), find("nano-diff-instruct")
 nano_controlnet, nano_text_reward = find("nano-controlnet"), find("nano-text-reward")
+VAE, TEACHER = nano.VAEConfig(), nano.TeacherConfig()
 NETWORKS = ("hed", "depth")  # controls whose weights would be fetched
 
 
 def model() -> StableDiffusion:
     """Random weights in nano-sd's shapes, with two pictures' worth of width."""
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=nano.LATENT_CHANNELS, out_channels=nano.LATENT_CHANNELS,
+        sample_size=8, in_channels=VAE.latent_channels, out_channels=VAE.latent_channels,
         block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=nano.TEXT_WIDTH)
+        cross_attention_dim=TEACHER.text_width)
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=nano.LATENT_CHANNELS, sample_size=nano.SIZE,
+        in_channels=3, out_channels=3, latent_channels=VAE.latent_channels, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
-    tokenizer = nano.tokenizer(["a photo of an ankle boot", "a coat", "one dress"])
-    parts = StableDiffusion(unet, vae, nano.text_encoder(tokenizer), tokenizer, nano.SCHEDULER)
+    tokenizer = nano.tokenizer(["a photo of an ankle boot", "a coat", "one dress"], TEACHER.tokens)
+    parts = StableDiffusion(unet, vae, nano.text_encoder(TEACHER, tokenizer), tokenizer, nano.SCHEDULER)
     for part in parts.modules().values():
         part.eval().requires_grad_(False)
     return parts

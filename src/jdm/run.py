@@ -156,7 +156,8 @@ class Data:
     """The pictures and captions of a run.
 
     Attributes:
-        source: "fashion-mnist", a folder of captioned pictures, .tar shards of them, or a Hugging Face dataset id.
+        source: "fashion-mnist", "emoji", a folder of captioned pictures, .tar shards of them, a folder of shards named
+            by their split (train*.tar, validation*.tar, test*.tar), or a Hugging Face dataset id.
         size: Side, or height and width, in pixels. Each picture is resized to cover it, then cropped at the centre.
         split: Pictures to train on: a split's name or a slice of one, such as train[:1000].
         validation: Pictures for the probes during training, written like `split`.

@@ -16,7 +16,6 @@ from jdm.cost.counting import FORMULAS
 from jdm.cost.estimate import Rehearsal, estimate
 from jdm.cost.gpus import GPUS
 from jdm.library import load_model
-from jdm.models import nano
 from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
@@ -48,8 +47,9 @@ def measured(request, tmp_path_factory):
         torch.manual_seed(0)
         teacher = tiny.model()
         unet = UNet2DConditionModel(
-            sample_size=8, in_channels=nano.LATENT_CHANNELS, out_channels=nano.LATENT_CHANNELS, attention_head_dim=4,
-            block_out_channels=(64, 128), layers_per_block=2, cross_attention_dim=nano.TEXT_WIDTH,
+            sample_size=8, in_channels=tiny.VAE.latent_channels, out_channels=tiny.VAE.latent_channels,
+            attention_head_dim=4, block_out_channels=(64, 128), layers_per_block=2,
+            cross_attention_dim=tiny.TEACHER.text_width,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
         unet.eval().requires_grad_(False)

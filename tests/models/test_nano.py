@@ -6,25 +6,28 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.files import ASSETS
+from jdm.library import load_model
 from jdm.models import nano
 
 CODE = """
+from jdm.library import load_model
 from jdm.models import nano
-print(sorted(nano.tokenizer(["a photo of an ankle boot", "one t-shirt", "two to ten photos"]).get_vocab().items()))
+print(sorted(nano.tokenizer(["a photo of an ankle boot", "one t-shirt", "two to ten photos"], 16).get_vocab().items()))
 """
 
 
 def test_caption_words_are_one_token_each():
     captions = [c for row in load_pictures("fashion-mnist", "test[:2]", 32).captions for c in row]
-    tokens = nano.tokenizer(captions)
+    tokens = nano.tokenizer(captions, 16)
     for caption in captions:
         assert len(tokens.tokenize(caption)) == len(caption.replace("t-shirt", "t - shirt").split())
-        assert len(tokens(caption).input_ids) <= nano.TOKENS
+        assert len(tokens(caption).input_ids) <= 16
     assert "".join(tokens.tokenize("Zebra!")) == "zebra</w>!</w>"
 
 
@@ -47,4 +50,41 @@ def test_two_processes_make_the_same_vocabulary():
 
 
 def test_the_unet_has_at_most_4_million_parameters():
-    assert sum(p.numel() for p in nano.unet().parameters()) <= 4_000_000
+    assert sum(p.numel() for p in nano.unet(nano.TeacherConfig(), (8, 8, 8)).parameters()) <= 4_000_000
+
+
+def test_defaults_are_nano_sds_sizes():
+    shipped = load_model("nano-sd")
+    ours = nano.unet(nano.TeacherConfig(), (8, 8, 8)), nano.vae(nano.VAEConfig(), 32)
+    for made, known in zip(ours, (shipped.unet, shipped.vae), strict=True):
+        assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in known.named_parameters()}
+
+
+@pytest.mark.parametrize(("widths", "latent"), [((8, 8), (6, 8, 12)), ((8, 8, 8, 16), (6, 2, 3))])
+def test_every_level_but_the_last_halves(widths, latent):
+    config = nano.VAEConfig(6, widths)
+    pixels = torch.zeros(1, 3, 16, 24)
+    vae = nano.vae(config, (16, 24))
+    code = vae.encode(pixels).latent_dist.mean
+    assert tuple(code.shape[1:]) == config.latent_shape((16, 24)) == latent
+    assert vae.decode(code).sample.shape == pixels.shape
+
+
+def test_size_must_fit_the_levels():
+    with pytest.raises(UsageError, match=r"size must be a multiple of 8 for an autoencoder of 4 levels, got 36 x 36"):
+        nano.vae(nano.VAEConfig(4, (8, 8, 8, 8)), 36)
+
+
+def test_teacher_sizes_fit_together():
+    config = nano.TeacherConfig(widths=(16, 16, 32), text_width=24, text_layers=1, tokens=20, merges=5)
+    tokens = nano.tokenizer(["fox, 3d style", "owl, flat style"], config.tokens, config.merges)
+    ids = tokens("a fox", padding="max_length", truncation=True, return_tensors="pt").input_ids
+    states = nano.text_encoder(config, tokens)(ids)[0]
+    assert states.shape == (1, 20, 24)
+    assert nano.unet(config, (4, 8, 8))(torch.zeros(1, 4, 8, 8), 5, states).sample.shape == (1, 4, 8, 8)
+
+
+def test_bound_on_merges_keeps_the_most_frequent():
+    tokens = nano.tokenizer(["fox fox fox", "owl"], 16, merges=2)
+    assert tokens.tokenize("fox owl") == ["fox</w>", "o", "w", "l</w>"]
+    assert len(tokens) == 2 * 256 + 2 + 2

@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from jdm.errors import UsageError
-from jdm.models import nano
 from jdm.rewards import checked_reward, load_reward
 from jdm.rewards.aesthetic import Aesthetic
 from jdm.rewards.hpsv2 import HPSv2, vit_h_14
@@ -22,7 +21,7 @@ from jdm.rewards.hpsv2 import renamed as from_open_clip
 from jdm.rewards.image_reward import ImageReward
 from jdm.rewards.networks import clip_pixels, score_head
 from jdm.rewards.pick_score import PickScore
-from scoring import PROMPTS, SIDE, TOKENS, WIDTH, clip_config, gradient_is_right, pictures, seeded, stirred
+from scoring import LENGTH, PROMPTS, SIDE, TOKENS, WIDTH, clip_config, gradient_is_right, pictures, seeded, stirred
 
 # Pictures
 
@@ -163,7 +162,7 @@ def open_clip() -> OpenClip:
 def test_hpsv2_reads_open_clip_weights(open_clip, clip, tmp_path):
     torch.save({"state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
     images = pictures(40, 22).double()
-    ids = TOKENS(PROMPTS, padding="max_length", max_length=nano.TOKENS, return_tensors="pt").input_ids
+    ids = TOKENS(PROMPTS, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     with torch.no_grad():
         seen = open_clip.image(clip_pixels(images, SIDE, torch.float64, whole=True))
         expected = nn.functional.cosine_similarity(seen, open_clip.text(ids, TOKENS.eos_token_id))

@@ -30,6 +30,7 @@ NARROWEST = 40  # columns that a help page is rendered for at least
 # Names that flags accept, written here too because the modules that own them import torch; tests compare them.
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers
 GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
+DATA_SETS = ("emoji",)  # of jdm.data
 REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")  # of jdm.reproduce
 
 
@@ -78,7 +79,7 @@ def _run(arguments: list[str]) -> int:
     if asked.command is None:
         parser.print_help()
         return 0
-    if asked.command != "recipes":  # the one command that loads no model
+    if asked.command not in ("recipes", "data"):  # those load no model
         _silence_diffusers()
     try:
         return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
@@ -159,6 +160,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
     command("export", "write a run's model as a folder that other programs load", _export_flags)
     command("reproduce", "reproduce a table or figure of the paper beside the published one", _reproduce_flags)
+    command("data", "make a data set to train on, from public packages: emoji pictures with captions", _data_flags)
     command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
     return parser, made
 
@@ -237,8 +239,8 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     parser.add_argument("--n", type=_positive, default=1000, help="number of pictures to measure; with --prompts, "
                         "number of each style (default: %(default)s)")
-    parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, a folder of "
-                        "captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
+    parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, emoji, a "
+                        "folder of captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
     parser.add_argument("--split", default="test", help="split of the data, or a slice of one, such as test[:1000] "
                         "(default: %(default)s)")
     parser.add_argument("--teacher", default="nano-sd", metavar="MODEL", help="model whose samples without control the "
@@ -301,6 +303,16 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
                         help="only list the cells, which are filled, and the cost of the others")
     parser.add_argument("--no-run", action="store_true", help="write the page from the cells that are already filled")
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", type=_among(DATA_SETS), help="data set to make: emoji")
+    parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; data/emoji is "
+                        "where the emoji recipes look. Packages are kept in its folder packages")
+    parser.add_argument("--size", type=_positive, default=64, help="side of the pictures in pixels (default: "
+                        "%(default)s)")
+    parser.add_argument("--drawings", type=_positive, default=4, help="drawings of each training picture: one as it "
+                        "is, the others shifted, turned, smaller or mirrored (default: %(default)s)")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:

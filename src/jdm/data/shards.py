@@ -39,7 +39,7 @@ class Shards:
 
     def __init__(self, source: str):
         import fsspec
-        from datasets import Dataset, Features, Value
+        from datasets import Dataset, Features, List, Value
 
         try:
             self.store, _ = fsspec.core.url_to_fs(source)
@@ -54,12 +54,12 @@ class Shards:
             raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
         kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
-                          "name": Value("string"), "caption": Value("string")})
+                          "name": Value("string"), "captions": List(Value("string"))})
         try:
             table = Dataset.from_generator(_members, features=kinds, gen_kwargs={"source": source, "shards": known})
         except Exception as error:
             raise UsageError(_root_message(error)) from None
-        self.table, self.captions = table, list(table["caption"])
+        self.table, self.captions = table, [tuple(row) for row in table["captions"]]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -150,23 +150,27 @@ def _sample(tar: tarfile.TarFile, shard: str, key: str, files: list[tarfile.TarI
     picture = next((file for suffix, file in by_suffix.items() if suffix in SUFFIXES), None)
     if picture is None:  # its download failed when the shard was written; only the text remains
         return None
-    caption = ""
+    captions: list[str] = []
     for suffix in (".txt", ".json"):
-        if not caption and suffix in by_suffix and (data := tar.extractfile(by_suffix[suffix])):
+        if not captions and suffix in by_suffix and (data := tar.extractfile(by_suffix[suffix])):
             text = data.read().decode("utf-8", errors="replace")
-            caption = text.strip() if suffix == ".txt" else _json_caption(text)
-    if not caption:
+            captions = [c for c in ([text] if suffix == ".txt" else _json_captions(text)) if c.strip()]
+    if not captions:
         raise UsageError(f"{shard}: {picture.name} has no caption; put {PurePosixPath(key).name}.txt beside it, or a "
-                         f"{PurePosixPath(key).name}.json with a caption")
-    return {"start": picture.offset_data, "bytes": picture.size, "name": picture.name, "caption": caption}
+                         f"{PurePosixPath(key).name}.json with a caption or captions")
+    return {"start": picture.offset_data, "bytes": picture.size, "name": picture.name,
+            "captions": [caption.strip() for caption in captions]}
 
 
-def _json_caption(text: str) -> str:
+def _json_captions(text: str) -> list[str]:
+    """The list `captions`, of which training draws one at a time, or else the one `caption` or `text`."""
     try:
         values = json.loads(text)
-        return str(values.get("caption") or values.get("text") or "").strip()
+        several = values.get("captions")
+        found = several if isinstance(several, list) else [values.get("caption") or values.get("text") or ""]
+        return [str(caption) for caption in found]
     except (ValueError, AttributeError, RecursionError):
-        return ""
+        return []
 
 
 def _root_message(error: BaseException) -> str:

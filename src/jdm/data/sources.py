@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jdm.space import Space
 
 PACKAGED = ASSETS / "fashion-mnist"
+PACKAGED_EMOJI = ASSETS / "emoji"
 TRAINING_SET_PLACES = (Path("/usr/share/datasets/fashion-mnist"),)
 HELD_OUT = 5000  # training pictures kept for validation
 
@@ -101,12 +102,18 @@ class Pictures:
 
 
 def load_pictures(source: str, split: str, size: Size) -> Pictures:
-    """Loads a split of a source: "fashion-mnist", a folder of captioned pictures, .tar shards, or a hub dataset id."""
+    """Loads a split of a source: "fashion-mnist", "emoji", a folder of captioned pictures, .tar shards or a folder of
+    them, or a hub dataset id.
+    """
     match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
     if match is None or match[1] not in ("train", "validation", "test"):
         raise UsageError(f"split must be train, validation or test, with or without [a:b]; got {split!r}")
     if source == "fashion-mnist":
         pictures = _fashion_mnist(match[1], size)
+    elif source == "emoji":
+        pictures = _split_shards(_emoji_folder(match[1]), match[1], size)
+    elif Path(source).is_dir() and any(Path(source).glob("*.tar")):
+        pictures = _split_shards(Path(source), match[1], size)
     elif Path(source).is_dir():
         pictures = _folder(Path(source), match[1], size)
     elif source.endswith(".tar"):
@@ -260,11 +267,31 @@ def _caption(path: Path, root: Path, table: dict[str, str]) -> str:
     return text
 
 
+def _emoji_folder(split: str) -> Path:
+    """The folder with that split of the emoji: the package's own for test."""
+    if split == "test" and any(PACKAGED_EMOJI.glob("*.tar")):
+        return PACKAGED_EMOJI
+    folder = Path(os.environ.get("EMOJI") or "data/emoji")
+    if not any(folder.glob(f"{split}*.tar")):
+        raise UsageError(f"the emoji's {split} pictures are not in {folder}; make them there with: jdm data emoji "
+                         f"{folder}; or set EMOJI to the folder that has them")
+    return folder
+
+
+def _split_shards(folder: Path, split: str, size: Size) -> Pictures:
+    """A folder with the shards of each split: train*.tar, validation*.tar, test*.tar."""
+    if not any(folder.glob(f"{split}*.tar")):
+        raise UsageError(f"{folder} holds .tar shards, but none named {split}*.tar; name them by their split, or give "
+                         f"'{folder}/*.tar' to have 1 of 20 pictures each kept for validation and test")
+    pictures = _shards(f"{folder}/{split}*.tar", split, size)
+    return replace(pictures, indices=torch.arange(len(pictures.captions)), source=f"{folder.name}/{split}")
+
+
 def _shards(source: str, split: str, size: Size) -> Pictures:
     shards = Shards(source)
     return Pictures(
         images=lambda rows: shards.images(rows, size),
-        captions=tuple((caption,) for caption in shards.captions),
+        captions=tuple(shards.captions),
         labels=None,
         indices=torch.tensor([i for i in range(len(shards)) if _share(i) == split], dtype=torch.long),
         size=size,

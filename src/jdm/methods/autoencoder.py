@@ -14,9 +14,9 @@ from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models import nano
 from jdm.models.family import placed
+from jdm.models.nano import VAEConfig
 from jdm.ranges import NotNegative, Positive
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
-from jdm.size import height_width
 from jdm.space import from_bytes
 
 
@@ -25,12 +25,14 @@ class Autoencoder:
     """Reconstruction (squared and absolute error) plus a small KL to N(0, I).
 
     Attributes:
+        network: the autoencoder's sizes.
         absolute: weight of the absolute error, which keeps edges.
         kl: weight of the KL per pixel value, in nats.
         optimiser: how the autoencoder moves.
         clip: bound on the norm of its gradient.
     """
 
+    network: VAEConfig = field(default_factory=VAEConfig)
     absolute: NotNegative = 0.1
     kl: NotNegative = 1e-3
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=2e-3, weight_decay=1e-4))
@@ -45,16 +47,17 @@ class Autoencoder:
             average.register_to_config(scaling_factor=1 / latent_std(average, loaded.pictures))  # type: ignore[operator]
             average.save_pretrained(folder)  # type: ignore[operator]
 
-        return Product({"vae": placed(nano.vae(), loaded.run.device)}, write)
+        return Product({"vae": placed(nano.vae(self.network, loaded.run.data.size), loaded.run.device)}, write)
 
     def task(self, loaded: Loaded) -> Task:
         run, pictures, product = loaded.run, loaded.pictures, self.product(loaded)
         vae: Any = product.modules["vae"]
+        shape = self.network.latent_shape(run.data.size)
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
             rows = rows_at(len(pictures), run.batch, run.seed, step)
             pixels = from_bytes(pictures.batch(rows)).to(run.device)
-            eps = Noise(run.seed, step, run.device).normal("latent", (len(rows), *self._latent(run)))
+            eps = Noise(run.seed, step, run.device).normal("latent", (len(rows), *shape))
             return pixels, eps
 
         def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:
@@ -68,10 +71,6 @@ class Autoencoder:
         return Task([Phase("vae", [(list(vae.parameters()), self.optimiser)], loss, clip=self.clip)], begin,
                     dict(product.modules), product,
                     lambda averages: {"squared_error": reconstruction_error(averages["vae"], loaded.held_out)})
-
-    def _latent(self, run: Run) -> tuple[int, int, int]:
-        height, width = height_width(run.data.size)
-        return nano.LATENT_CHANNELS, height // 4, width // 4
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
@@ -15,6 +16,7 @@ from jdm.loading import Loaded
 from jdm.models import nano
 from jdm.models.family import placed
 from jdm.models.folder import save_pipeline
+from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.text import TextEncoder
 from jdm.ranges import Positive, Share
@@ -39,12 +41,14 @@ class Denoising:
 
     Attributes:
         vae: folder of the trained autoencoder.
+        network: the sizes of the UNet and the text encoder.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
         optimiser: how both networks move.
         clip: bound on the norm of their gradient.
     """
 
     vae: str = "runs/nano-vae/model"
+    network: TeacherConfig = field(default_factory=TeacherConfig)
     dropout: Share = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
     clip: Positive = 1.0
@@ -55,8 +59,10 @@ class Denoising:
     def product(self, loaded: Loaded) -> Product:
         run, pictures = loaded.run, loaded.pictures
         vae: Any = loaded.space.vae
-        tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
-        unet, encoder = placed(nano.unet(), run.device), placed(nano.text_encoder(tokenizer), run.device)
+        tokenizer = self._tokenizer(pictures)
+        latents = VAEConfig(vae.config.latent_channels, tuple(vae.config.block_out_channels))
+        unet = placed(nano.unet(self.network, latents.latent_shape(run.data.size)), run.device)
+        encoder = placed(nano.text_encoder(self.network, tokenizer), run.device)
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
             model = StableDiffusion(averages["unet"], vae, averages["text_encoder"], tokenizer,  # type: ignore[arg-type]
@@ -65,10 +71,14 @@ class Denoising:
 
         return Product({"unet": unet, "text_encoder": encoder}, write)
 
+    def _tokenizer(self, pictures: Pictures) -> CLIPTokenizer:
+        captions = (caption for row in pictures.captions for caption in row)
+        return nano.tokenizer(captions, self.network.tokens, self.network.merges)
+
     def task(self, loaded: Loaded) -> Task:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
         space, latents, product = loaded.space, loaded.latents(), self.product(loaded)
-        tokenizer = nano.tokenizer([c for row in pictures.captions for c in row])
+        tokenizer = self._tokenizer(pictures)
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
             text = TextEncoder(networks["text_encoder"], tokenizer)

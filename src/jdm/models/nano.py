@@ -1,12 +1,13 @@
-"""nano-sd: a Stable-Diffusion-format model of about 3M parameters for 32 px pictures."""
+"""Small Stable-Diffusion-format models made from nothing: nano-sd, of about 3M parameters, by default."""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from jdm.errors import UsageError, in_short
 from jdm.models.folder import whole_network
 from jdm.models.schedulers import alphas_cumprod
+from jdm.ranges import Count, Whole
 from jdm.schedule import NoiseSchedule
+from jdm.size import Size, height_width, sized, spelled
 
-SIZE = 32
-LATENT_CHANNELS = 8
-TEXT_WIDTH = 96
-TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 SCHEDULER = {
@@ -41,61 +40,128 @@ SCHEDULER = {
 }
 
 
-def vae() -> AutoencoderKL:
-    """An autoencoder that quarters the side; see docs/results for the comparison with one that halves it."""
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of an autoencoder.
+
+    Attributes:
+        latent_channels: Channels of the latents.
+        widths: Channels of each level, multiples of 8; every level but the last halves the side.
+        layers: Residual blocks per level of the encoder; the decoder has one more.
+    """
+
+    latent_channels: Count = 8
+    widths: tuple[Count, ...] = (16, 32, 64)
+    layers: Count = 1
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of pictures of that size.
+
+        Raises:
+            UsageError: a side is no multiple of the downsampling.
+        """
+        factor = 2 ** (len(self.widths) - 1)
+        height, width = height_width(size)
+        if height % factor or width % factor:
+            raise UsageError(f"size must be a multiple of {factor} for an autoencoder of {len(self.widths)} levels, "
+                             f"got {spelled(size)}; change --data.size or --method.network.widths")
+        return self.latent_channels, height // factor, width // factor
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Sizes of a UNet and its text encoder.
+
+    Attributes:
+        widths: Channels of each level of the UNet, multiples of 16; every level but the last halves the side. Text
+            enters at the last.
+        layers: Residual blocks per level of the UNet's way down; the way up has one more.
+        text_width: Channels of the text encoder, a multiple of 4.
+        text_layers: Transformer layers of the text encoder.
+        tokens: Longest prompt in tokens, start and end included.
+        merges: Byte-pair merges of the tokenizer at most; without a bound, every word of the captions is one token.
+    """
+
+    widths: tuple[Count, ...] = (96, 96)
+    layers: Count = 1
+    text_width: Count = 96
+    text_layers: Count = 2
+    tokens: Count = 16
+    merges: Whole | None = None
+
+
+def vae(config: VAEConfig, size: Size) -> AutoencoderKL:
+    """An autoencoder; see docs/results for nano-sd's sizes in comparison with others."""
+    config.latent_shape(size)
+    count = len(config.widths)
     levels: dict[str, Any] = {  # diffusers declares them as tuples of one
-        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (16, 32, 64)}
+        "down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count,
+        "block_out_channels": config.widths, "sample_size": sized(height_width(size))}
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, sample_size=SIZE, layers_per_block=1,
+        in_channels=3, out_channels=3, latent_channels=config.latent_channels, layers_per_block=config.layers,
         norm_num_groups=8, mid_block_add_attention=False, **levels)
 
 
-def unet() -> UNet2DConditionModel:
-    """Two levels, 8x8 and 4x4; text enters at the lower one."""
+def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
+    """A UNet for latents of that shape [C, h, w]; text enters at its lowest level."""
+    above = len(config.widths) - 1
+    levels: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D",) * above + ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * above, "sample_size": sized(latent[1:])}
     return UNet2DConditionModel(
-        sample_size=SIZE // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        block_out_channels=(96, 96), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
-    )
+        in_channels=latent[0], out_channels=latent[0], block_out_channels=config.widths,
+        layers_per_block=config.layers, norm_num_groups=16, cross_attention_dim=config.text_width,
+        attention_head_dim=4, **levels)
 
 
-def tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
+def tokenizer(captions: Iterable[str], tokens: int, merges: int | None = None) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges make every word of `captions` one token; any text still works.
 
     The same captions give the same vocabulary, in any process: a resumed run must find its tokens again.
+
+    Args:
+        tokens: longest prompt, start and end included.
+        merges: at most so many, the most frequent first; rare words are then several tokens.
     """
     alphabet = sorted(ByteLevel.alphabet())
-    merges = _merges(Counter(word for c in captions for word in re.findall(r"\w+|[^\w\s]+", c.lower())))
-    vocab = [*alphabet, *[a + "</w>" for a in alphabet], *["".join(pair) for pair in merges]]
+    said = Counter(word for c in captions for word in re.findall(r"\w+|[^\w\s]+", c.lower()))
+    learnt = _merges(said, merges)
+    vocab = [*alphabet, *[a + "</w>" for a in alphabet], *["".join(pair) for pair in learnt]]
     vocab = [*dict.fromkeys(vocab), START, END]
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         files[0].write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
-        files[1].write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+        files[1].write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in learnt)]) + "\n")
         return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]), bos_token=START, eos_token=END,
-                             unk_token=END, pad_token=END, model_max_length=TOKENS)
+                             unk_token=END, pad_token=END, model_max_length=tokens)
 
 
-def _merges(words: Counter[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one token; ties go to the first pair in the alphabet.
+def _merges(words: Counter[str], bound: int | None) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token, or `bound`; ties go to the first pair in the alphabet.
 
     Not the trainer of `tokenizers`: it breaks ties by the order of a hash table, another one in every process.
     """
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    pairs: Counter[tuple[str, str]] = Counter()
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # the words in which a pair has been seen
+
+    def count(word: str, sign: int) -> None:
+        for pair in pairwise(spelled[word]):
+            pairs[pair] += sign * words[word]
+            holders[pair].add(word)
+
+    for word in spelled:
+        count(word, 1)
     merges: list[tuple[str, str]] = []
-    while True:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, tokens in spelled.items():
-            for pair in pairwise(tokens):
-                pairs[pair] += words[word]
-        if not pairs:
-            return merges
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+    while (bound is None or len(merges) < bound) and (most := max(pairs.values(), default=0)) > 0:
+        best = min(pair for pair, seen in pairs.items() if seen == most)
         merges.append(best)
-        spelled = {word: _merged(tokens, best) for word, tokens in spelled.items()}
+        for word in holders.pop(best):
+            count(word, -1)
+            spelled[word] = _merged(spelled[word], best)
+            count(word, 1)
+        del pairs[best]
+    return merges
 
 
 def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
@@ -108,12 +174,13 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
+def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special: dict[str, Any] = {name: getattr(tokens, name) for name in names}
+    width = config.text_width
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS, **special))
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=config.tokens, **special))
 
 
 def schedule() -> NoiseSchedule:

@@ -10,6 +10,7 @@ from jdm.methods.classification import Classification
 from jdm.methods.denoising import Denoising
 from jdm.methods.posterior_training import PosteriorTraining
 from jdm.models.classifier import ClassifierConfig
+from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.recipes.scales import NANO, Scale
 from jdm.run import Data, Optimiser, Run
 
@@ -34,6 +35,23 @@ def nano_teacher() -> Run:
 def nano_weak_teacher() -> Run:
     """A deliberately weaker nano-sd: a tenth of its training."""
     return replace(nano_teacher(), out=Path("runs/nano-weak-teacher"), steps=1000, ema=0.995)
+
+
+EMOJI = Data(source="emoji", size=64)
+
+
+def emoji_vae() -> Run:
+    """The autoencoder of 64 px emoji, from nothing, on the pictures of: jdm data emoji data/emoji."""
+    method = Autoencoder(VAEConfig(16, (16, 32, 64, 128)), optimiser=Optimiser(lr=1e-3, weight_decay=1e-4))
+    return Run(method=method, out=Path("runs/emoji-vae"), data=EMOJI, steps=40_000, batch=32, ema=0.999,
+               probe_every=1000)
+
+
+def emoji_teacher() -> Run:
+    """The UNet and text encoder of 64 px emoji, from nothing, on the latents of emoji-vae."""
+    network = TeacherConfig(widths=(128, 192), text_width=192, text_layers=4, tokens=32, merges=2000)
+    method = Denoising("runs/emoji-vae/model", network, optimiser=Optimiser(lr=5e-4, warmup=500))
+    return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=100_000, batch=64, ema=0.9995)
 
 
 def nano_classifier() -> Run:

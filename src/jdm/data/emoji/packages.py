@@ -1,0 +1,142 @@
+"""The npm packages that the emoji come from: pinned, fetched from the configured registry and verified."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import tarfile
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jdm.errors import UsageError, in_short
+
+REGISTRY = "https://registry.npmjs.org"
+LICENCES = Path(__file__).parent / "licences"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package at one version, and whose work it holds.
+
+    Attributes:
+        sha512: of its tarball, in base64, as the registry states it.
+        style: word by which captions call its drawings; empty if it holds names instead.
+        work: what is used of it.
+        author: whom its licence asks to name.
+        home: where the work comes from.
+        licence: SPDX name.
+    """
+
+    name: str
+    version: str
+    sha512: str
+    style: str
+    work: str
+    author: str
+    home: str
+    licence: str
+
+    @property
+    def file(self) -> str:
+        """Name of the tarball, as `npm pack` gives it."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+GOOGLE, MICROSOFT = "Google Inc.", "Microsoft Corporation"
+FLUENT, NOTO = "https://github.com/microsoft/fluentui-emoji", "https://github.com/googlefonts/noto-emoji"
+NAMES = Package(
+    "emojibase-data", "17.0.0",
+    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==", "",
+    "names and groups, from Unicode's CLDR (Unicode-3.0)", "Miles Johnson; Unicode, Inc.",
+    "https://github.com/milesj/emojibase", "MIT")
+STYLES = (
+    Package("@lobehub/fluent-emoji-3d", "1.1.0",
+            "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==", "3d",
+            "Fluent Emoji in 3D", f"{MICROSOFT}; LobeHub", FLUENT, "MIT"),
+    Package("@iconify-json/fluent-emoji-flat", "1.2.6",
+            "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==", "flat",
+            "Fluent Emoji, flat", MICROSOFT, FLUENT, "MIT"),
+    Package("@iconify-json/fluent-emoji", "1.2.7",
+            "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==", "glossy",
+            "Fluent Emoji, in colour", MICROSOFT, FLUENT, "MIT"),
+    Package("@iconify-json/noto", "1.2.9",
+            "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==", "noto",
+            "Noto Emoji", GOOGLE, NOTO, "Apache-2.0"),
+    Package("@iconify-json/noto-v1", "1.2.5",
+            "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==", "blob",
+            "Noto Emoji, version 1", GOOGLE, NOTO, "Apache-2.0"),
+    Package("@iconify-json/twemoji", "1.2.5",
+            "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==", "twemoji",
+            "Twemoji", "Twitter, Inc. and other contributors", "https://github.com/jdecked/twemoji", "CC-BY-4.0"))
+
+
+def fetched(package: Package, folder: Path, get: Callable[[str], bytes] | None = None) -> bytes:
+    """The package's tarball, from `folder` if it is there, else from the registry; kept in `folder`.
+
+    Args:
+        get: URL -> contents; the network's by default.
+
+    Raises:
+        UsageError: it cannot be fetched, or is not the pinned one.
+    """
+    file = folder / package.file
+    if file.is_file():
+        return _verified(package, file.read_bytes(), str(file))
+    get = get or _get
+    registry = next((os.environ[k] for k in ("npm_config_registry", "NPM_CONFIG_REGISTRY") if os.environ.get(k)),
+                    REGISTRY).rstrip("/")
+    try:
+        said = json.loads(get(f"{registry}/{urllib.parse.quote(package.name, safe='@')}/{package.version}"))
+        url = str(said["dist"]["tarball"])
+        data = get(url)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{package.name}@{package.version} could not be fetched from {registry} ({in_short(error)}); "
+                         f"set npm_config_registry to a registry that is reachable, or put {package.file} (npm pack) "
+                         f"into {folder}") from None
+    _verified(package, data, url)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_bytes(data)
+    draft.replace(file)
+    return data
+
+
+def _get(url: str) -> bytes:
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"{url} is not an http address")
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read()
+
+
+def _verified(package: Package, data: bytes, where: str) -> bytes:
+    if base64.b64encode(hashlib.sha512(data).digest()).decode() != package.sha512:
+        raise UsageError(f"{where}: its SHA-512 is not that of {package.name}@{package.version}; delete it or fetch it "
+                         "from another registry")
+    return data
+
+
+def members(tarball: bytes, *suffixes: str) -> dict[str, bytes]:
+    """The files of a tarball whose path ends in one of `suffixes`, by path below `package/`."""
+    with tarfile.open(fileobj=io.BytesIO(tarball), mode="r:gz") as tar:
+        return {m.name.partition("/")[2]: f.read() for m in tar
+                if m.name.endswith(suffixes) and (f := tar.extractfile(m)) is not None}
+
+
+def notice() -> str:
+    """Authors and licences of everything the pictures and captions are made of, with the licences' texts."""
+    lines = ["The pictures, and what is trained on them, are made from these works: drawn at a small size on white,",
+             "and some mirrored, shrunk, shifted and turned. Captions are made from the names and groups.", ""]
+    for package in (*STYLES, NAMES):
+        style = f" ({package.style} style)" if package.style else ""
+        lines += [f"{package.work}{style}", f"  by {package.author}, {package.home}",
+                  f"  licence {package.licence}; npm package {package.name} {package.version}", ""]
+    lines += ["CC-BY-4.0: https://creativecommons.org/licenses/by/4.0/", ""]
+    for file in sorted(LICENCES.glob("*.txt")):
+        lines += ["-" * 79, file.stem, "", file.read_text(encoding="utf-8")]
+    return "\n".join(lines)

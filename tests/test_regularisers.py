@@ -97,7 +97,7 @@ def test_the_heads_gradient_is_its_finite_difference(r1):
     torch.testing.assert_close(ours, slopes(value, weight.detach().clone()), atol=1e-6, rtol=1e-5)
 
 
-def test_r1_is_half_the_squared_slope_on_real_features():
+def test_r1_is_half_the_squared_real_slope():
     torch.manual_seed(0)
     heads, pictures = Heads([2, 4], hidden=3).double(), drawn(N, 2, 3, 3, seed=5)
     at = view(heads, pictures=lambda: pictures)
@@ -136,7 +136,7 @@ def test_mmd_is_without_bias_and_tells_distributions_apart():
         mean_discrepancy(drawn(1, 3), drawn(20, 3))
 
 
-def test_the_anchor_pulls_a_share_of_the_first_step():
+def test_the_anchor_pulls_part_of_the_first_step():
     target = drawn(2, 2, 3, 3, seed=9)
     asked = []
 

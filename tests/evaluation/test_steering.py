@@ -55,7 +55,7 @@ def test_the_plug_in_has_its_closed_form(own):
     torch.testing.assert_close((x_t - sigma * ours.read("epsilon")) / alpha, ours.x0)
 
 
-def test_a_step_moves_x0_by_its_bound_at_most():
+def test_a_step_moves_x0_within_its_bound():
     x_t, t, c = rows()
     plain = WORLD.data.score(x_t, t).x0
     steering = Steering(lambda x: 1e6 * WORLD.log_prob(c, x), WORLD.data.consistency, bound=0.3)

@@ -221,7 +221,7 @@ def test_only_the_fake_moves_during_its_warm_up(teacher, tmp_path, untrained_jud
 
 
 @pytest.mark.parametrize("warm_up", [-1, 3])
-def test_a_warm_up_as_long_as_the_run_is_refused(warm_up, teacher, tmp_path):
+def test_a_warm_up_without_end_is_refused(warm_up, teacher, tmp_path):
     with pytest.raises(UsageError, match="shorter than the run's 3 steps, got"):
         Trainer(small(tmp_path, teacher, warm_up=warm_up))
 

@@ -48,7 +48,7 @@ def test_a_fetched_file_is_read_without_network(monkeypatch, tmp_path):
     assert hub.fetched("owner/name", "model_index.json") == tmp_path / "model_index.json"
 
 
-def test_a_file_that_is_no_model_is_not_asked_for(monkeypatch, tmp_path):
+def test_a_file_is_not_asked_of_the_hub(monkeypatch, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "photo.png").touch()
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,7 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_damage_is_kept_aside_and_the_earlier_checkpoint_taken(harm, out, capsys):
+def test_damage_is_kept_and_an_earlier_checkpoint_taken(harm, out, capsys):
     HARMS[harm](place(out, 4))
     assert checkpoint.damage_of(place(out, 4))
     assert checkpoint.newest_whole(out, aside=True) == place(out, 2)

@@ -114,7 +114,7 @@ def test_drafts_of_killed_runs_are_removed(run):
     assert not [p for p in run.out.rglob(".*") if p.name != LOCK]
 
 
-def test_a_model_moved_away_by_a_killed_run_returns(run):
+def test_a_model_moved_by_a_killed_run_returns(run):
     train(run)
     (run.out / "model").rename(run.out / ".model.old")
     with claimed(run):

@@ -256,7 +256,7 @@ def _metrics(file: Path) -> dict[str, Any]:
     """Reads the measurements of `jdm evaluate --json`."""
     single_file.refuse_pickle(file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = {} if file.exists() and not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         first = getattr(error, "strerror", None) or error
         raise UsageError(f"{file} could not be read ({first}); give a file written by jdm evaluate --json") from None

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -268,6 +269,15 @@ def test_the_floor_is_that_of_n_pictures(classifier):
     target = Reference(Statistics.of(extractor.features(pictures), extractor.name, floors))
     row = evaluation.measured(pictures, questions, None, {extractor.name: target}, [extractor], Asked(), quick=True)
     assert (row["n"], row["fd_floor"]) == (12, 3.0)
+
+
+def test_timing_includes_reading_the_prompts():
+    questions, asked = Questions.of(PICTURES, None, 6, seed=0), Asked()
+    asked.net, asked.text = asked.model.unet, SimpleNamespace(forget=lambda: asked.asked.append("forgot"))
+    row = evaluation.cost(asked, questions, None, batches=(4, 1), repeats=1)
+    assert asked.asked[0::2] == ["forgot"] * (len(asked.asked) // 2)
+    assert {len(call[1]) for call in asked.asked[1::2]} == {4, 1}
+    assert min(row["seconds_per_image"], row["seconds_per_image_batch1"]) > 0
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 3.0), (0.0, 0.0), (1.0, 1.0)])

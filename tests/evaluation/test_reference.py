@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tiny
 from jdm.data.sources import load_pictures
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation import reference
@@ -54,6 +55,15 @@ def test_a_probe_compares_with_the_test_prompts(no_measurements, untrained_judge
     with pytest.raises(StopError):
         probe({})
     assert no_measurements == [("named", whole)]
+
+
+def test_a_run_probes_with_the_test_split(teacher, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jdm.methods.networks.validation_probe", lambda *given: seen.append(given))
+    tiny.networks(tiny.run(tiny.nano_canny(), tmp_path, teacher)).probe()
+    ((_, _, held_out, whole, _, _),) = seen
+    assert (len(held_out), len(whole)) == (64, 10_000)
+    assert torch.equal(held_out.indices, whole.indices[64:128])
 
 
 class Sums:

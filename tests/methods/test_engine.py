@@ -35,7 +35,8 @@ class Streams(Rows):
 
     def noised(self, stream, schedule, low, high):
         turn = 5 * STREAMS.index(stream)
-        t, eps = self.t.roll(turn), self.eps.roll(turn, 0)
+        t = schedule.grid(torch.linspace(0, 0.999, len(self.x)).roll(turn), low, high)
+        eps = self.eps.roll(turn, 0)
         return schedule.noised(self.x.detach(), t, eps), t, eps
 
     @property
@@ -55,8 +56,7 @@ def hash_of(name: str) -> int:
 def rows(n: int = 24) -> Streams:
     random = torch.Generator().manual_seed(0)
     x, c = (torch.randn(n, k, generator=random).double() for k in (3, 2))
-    t = SCHEDULE.grid(torch.linspace(0, 0.999, n), 0.02, 0.98)
-    return Streams(x, t, torch.randn(n, 3, generator=random).double(), c, y=("a", "", "coat") * (n // 3))
+    return Streams(x, torch.ones(n), torch.randn(n, 3, generator=random).double(), c, y=("a", "", "coat") * (n // 3))
 
 
 def networks_of(**more: Any) -> SimpleNamespace:
@@ -73,11 +73,11 @@ def networks_of(**more: Any) -> SimpleNamespace:
 def test_each_term_has_its_own_stream_and_lambda(stream, weighting):
     """Fidelity keeps the constant lambda and its own stream, whatever the condition term's are."""
     step = rows()
-    condition = Condition(levels=Levels(stream=stream), lambda_t=weighting, normaliser="none", bound=FREE)
+    condition = Condition(levels=Levels(0.3, 0.9, stream), lambda_t=weighting, normaliser="none", bound=FREE)
     ours, _ = JDM(fidelity=Fidelity(**PLAIN), condition=condition).distillation().direction(networks_of(), step)
-    x_t, t, _ = step.noised("generator", SCHEDULE, 0, 1)
+    x_t, t, _ = step.noised("generator", SCHEDULE, 0.02, 0.98)
     exact = SCHEDULE.alpha(t, x_t) * (WORLD.data.score(x_t, t).score - OTHER.data.score(x_t, t).score)
-    x_t, t, _ = step.noised(stream, SCHEDULE, 0, 1)
+    x_t, t, _ = step.noised(stream, SCHEDULE, 0.3, 0.9)
     alpha, sigma = SCHEDULE.alpha(t, x_t), SCHEDULE.sigma(t, x_t)
     factor = alpha if weighting == "constant" else sigma**2 / alpha
     exact = exact + factor * WORLD.plug_in_gradient(step.c, x_t, t, WORLD.data.consistency_gain(t))
@@ -132,7 +132,7 @@ def test_the_teacher_is_asked_at_each_terms_guidance(w):
     terms = {"first": Fidelity(**PLAIN, guidance=w), "second": Fidelity(lambda_t="constant", guidance=5.0)}
     ours, _ = Distillation("", Student(), Fake(), terms).direction(networks, step)
     assert sorted(asked) == [w, 5.0]
-    x_t, t, _ = step.noised("generator", SCHEDULE, 0, 1)
+    x_t, t, _ = step.noised("generator", SCHEDULE, 0.02, 0.98)
     fake, alpha = OTHER.data.score(x_t, t).score, SCHEDULE.alpha(t, x_t)
     first, second = (real_score(guidance).guided(x_t, t, (), None) for guidance in (w, 5.0))
     error = (first.x0 - step.x).abs().mean(1, keepdim=True).clamp(min=0.1)  # the method's own guidance
@@ -188,10 +188,10 @@ def test_the_posterior_trains_on_prompts_and_samples():
 def test_each_fake_repeat_has_noise_of_its_own():
     step = rows()
     networks: Any = SimpleNamespace(schedule=SCHEDULE, fake=told, fake_sees_control=False, fake_groups=lambda fake: [])
-    phase = fake_phase(networks, Fake(updates=3, clip=0.3))
+    phase = fake_phase(networks, Fake(updates=3, clip=0.3, low=0.2, high=0.6))
     assert (phase.repeats, phase.clip) == (3, 0.3)
     for repeat in range(3):
-        x_t, t, eps = step.noised(f"fake/{repeat}", SCHEDULE, 0, 1)
+        x_t, t, eps = step.noised(f"fake/{repeat}", SCHEDULE, 0.2, 0.6)
         torch.testing.assert_close(phase.loss(step, repeat)[0], (told(x_t, t, step.y).eps - eps).square().mean())
     assert len({float(phase.loss(step, repeat)[0]) for repeat in range(3)}) == 3
 
@@ -202,8 +202,18 @@ def test_each_phase_has_its_own_bound_and_rate(teacher, tmp_path):
     posterior = replace(method.condition.posterior, clip=0.3, optimiser=replace(method.fake.optimiser, lr=3e-4))
     method = replace(method, student=replace(method.student, clip=0.1), condition=replace(
         method.condition, posterior=posterior), fake=replace(method.fake, clip=0.2, low=0.3, high=0.4))
-    phases = method.task(Loaded(replace(run, method=method))).phases
+    run = replace(run, method=method)
+    phases = method.task(Loaded(run)).phases
     assert {phase.name: phase.clip for phase in phases} == {"fake": 0.2, "posterior": 0.3, "generator": 0.1}
     rates = {phase.name: [optimiser for _, optimiser in phase.groups] for phase in phases}
     assert rates == {"fake": [method.fake.optimiser], "posterior": [posterior.optimiser],
                      "generator": [method.student.optimiser, method.controlnet.optimiser]}
+
+
+def test_the_posterior_has_its_declared_levels(teacher, tmp_path):
+    run = tiny.run(find("nano-canny")(), tmp_path, teacher)
+    posterior = replace(run.method.condition.posterior, levels=7, low=0.2, high=0.7)
+    method = replace(run.method, condition=replace(run.method.condition, posterior=posterior))
+    levels = tiny.networks(replace(run, method=method)).posteriors[posterior].levels
+    torch.testing.assert_close(levels[[0, 1, -1]], tensor([0.0, 0.2, 0.7]))
+    assert len(levels) == 8

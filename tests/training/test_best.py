@@ -54,6 +54,25 @@ def test_the_best_averages_are_exported_not_the_last(judged, teacher, tmp_path, 
     assert not same(judged[2], judged[5])
 
 
+@pytest.mark.parametrize(("measure", "saved"), [("judge", [1, 3]), ("prompt_agreement", [1, 3]), ("fd", [1, 2]),
+                                               ("consistency", [1, 2])])
+def test_each_measure_is_better_one_way(measure, saved, tmp_path, monkeypatch):
+    """The first of equal ones is kept, and what is compared is the mean over all processes."""
+    steps, measured = [], {1: 0.5, 2: 0.2, 3: 0.9, 4: 0.9, 5: 0.2}
+    monkeypatch.setattr(checkpoint, "save", lambda state, out, step: steps.append(step))
+    monkeypatch.setattr("jdm.training.best.batch_mean", lambda value: value + 1)
+    (tmp_path / "metrics.jsonl").write_text("")
+    best = Best(replace(tiny.run(RECIPE(), tmp_path, tmp_path), best=measure, probe_every=1, patience=2),
+                tmp_path / "metrics.jsonl")
+    ended = []
+    for step, value in measured.items():
+        best.note(step, {measure: value}, {})
+        ended.append(best.ended)
+    assert steps == saved
+    assert ended == [step >= saved[-1] + 2 for step in measured]
+    assert [value for _, value in best.seen] == pytest.approx([value + 1 for value in measured.values()])
+
+
 def test_without_best_the_last_averages_are_exported(judged, teacher, tmp_path):
     assert same(exported(train(run(tmp_path / "out", teacher, steps=5))), judged[5])
 

@@ -129,6 +129,7 @@ def test_a_panorama_needs_no_large_picture_in_between(tmp_path):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("none.png", None, "there is no such file"),
     ("empty.png", b"", "not a picture that Pillow reads .0 bytes"),
+    ("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n", "Pillow reads"),
     ("text.png", b"hello, I am text", "not a picture that Pillow reads .*save it as PNG, JPEG or WebP"),
     (".", None, "it is a folder"),
 ])

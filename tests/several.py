@@ -28,6 +28,7 @@ import jdm.training.loop
 import tiny
 from jdm.cli.streams import failed
 from jdm.errors import RunError
+from jdm.loading import Loaded
 from jdm.methods.jdm import JDM
 from jdm.models.stable_diffusion import UNetDenoiser
 from jdm.run import Optimiser, Run
@@ -175,13 +176,15 @@ def in_double() -> Iterator[None]:
     def cast(self: UNetDenoiser, x_t, index, text, control=None):
         return forward(self, x_t.double(), index, text.double(), None if control is None else control.double())
 
+    warn = Loaded.warn_of_misfits
     torch.set_default_dtype(torch.float64)
     jdm.training.loop.settle, UNetDenoiser.forward = doubled, cast
+    Loaded.warn_of_misfits = lambda self: None  # it asks the networks before they are doubled
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        jdm.training.loop.settle, UNetDenoiser.forward = settle, forward
+        jdm.training.loop.settle, UNetDenoiser.forward, Loaded.warn_of_misfits = settle, forward, warn
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:

@@ -26,7 +26,7 @@ def views(name: str, last: int, steps=FOUR, schedule: NoiseSchedule = SCHEDULE) 
     """The views of (distribution matching, augmentation) where denoising step `last` was drawn, N samples each."""
     networks: Any = SimpleNamespace(settings=SimpleNamespace(levels=steps), schedule=schedule)
     step: Any = Step.__new__(Step)
-    vars(step).update(_networks=networks, noise=Noise(0, 0), last=last, x=torch.zeros(N, 1), y=[])
+    vars(step).update(_networks=networks, noise=Noise(0, 0), last=last, _x=torch.zeros(N, 1), _has_graph=True, y=[])
     declared: Any = SimpleNamespace(terms={})
     dm, ca = (View(step, networks, declared, levels) for levels in RENOISING[name])
     return dm, ca

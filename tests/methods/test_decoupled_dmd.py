@@ -220,10 +220,9 @@ def test_only_the_fake_moves_during_its_warm_up(teacher, tmp_path, untrained_jud
     assert [moved(student, 0), moved(fake, 1), moved(student, 2)] == [False, True, True]
 
 
-@pytest.mark.parametrize("warm_up", [-1, 3])
-def test_a_warm_up_without_end_is_refused(warm_up, teacher, tmp_path):
+def test_a_warm_up_without_end_is_refused(teacher, tmp_path):
     with pytest.raises(UsageError, match="shorter than the run's 3 steps, got"):
-        Trainer(small(tmp_path, teacher, warm_up=warm_up))
+        Trainer(small(tmp_path, teacher, warm_up=3))
 
 
 def test_x0_loss_weighs_eps_by_the_noise(teacher, tmp_path):

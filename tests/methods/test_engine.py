@@ -109,7 +109,7 @@ def test_the_likelihood_compares_with_its_own_picture(reference):
 
 def test_each_draw_of_the_posterior_is_fresh(monkeypatch):
     drawn = []
-    monkeypatch.setattr("jdm.methods.engine.condition_alignment",
+    monkeypatch.setattr("jdm.methods.step.condition_alignment",
                         lambda value, f, x_t, t, y, schedule, noises: drawn.extend(noises) or x_t)
     method = JDM(condition=Condition(**PLAIN, bound=FREE, draws=3))
     method.distillation().direction(networks_of(), rows())

@@ -94,10 +94,19 @@ class Recorded(Control):
         return images.mean(1, keepdim=True)
 
 
+class Doubled:
+    """A generator of one level: twice its noise."""
+
+    levels = (625,)
+
+    def __call__(self, z, y, control=None, renoise=None):
+        return 2 * z
+
+
 def test_noise_consistency_measures_clamped_unmirrored_samples(teacher, tmp_path):
     run = tiny.run(find("nano-nct")(), tmp_path, teacher)
     networks: Any = SimpleNamespace(
-        loaded=SimpleNamespace(run=run, pictures=PICTURES), generator=lambda z, y, control=None: 2 * z,
+        loaded=SimpleNamespace(run=run, pictures=PICTURES), generator=Doubled(),
         teacher=SimpleNamespace(latent_shape=lambda n, size: (n, 3, size, size)),
         space=SimpleNamespace(decode=lambda x: x + 0.5))
     control = Recorded()
@@ -133,7 +142,7 @@ def bare(step: int, generator: Generator | None = None, batch: int = 8) -> Step:
     """A step without control on latents [batch, 4, 8, 8]."""
     run = Run(None, Path(), batch=batch, steps=100)
     networks: Any = SimpleNamespace(
-        loaded=SimpleNamespace(run=run), generator=generator or Generator(),
+        loaded=SimpleNamespace(run=run), generator=generator or Generator(), settings=Generator,
         teacher=SimpleNamespace(latent_shape=lambda n, size: (n, 4, 8, 8)))
     return Step(networks, Batches(PICTURES, run.batch, run.seed), None, step)
 

@@ -143,7 +143,7 @@ def test_a_page_that_is_none_is_refused(setup, tmp_path):
     (tmp_path / "page.json").write_text("[]")
     known = replace(setup, known=(str(tmp_path / "page.json"),))
     (cell,) = selected(cells(TABLE, known), "canny/nct")
-    with pytest.raises(UsageError, match=r"page.json is not the .json of a page"):
+    with pytest.raises(UsageError, match=r"page.json.*give --known the .json of a page"):
         stored(cell, known)
 
 

@@ -207,7 +207,7 @@ def test_a_mixer_survives_saving_and_refuses_bad_input(tmp_path):
         Classifier(replace(model.config, widths=(4, 6, 8)))
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("mixer", "forest"))
-    with pytest.raises(UsageError, match="not a saved classifier: 'forest'"):
+    with pytest.raises(UsageError, match="trunk: invalid enum value 'forest'"):
         Classifier.load(tmp_path)
 
 

@@ -17,7 +17,7 @@ from jdm.training.loop import train
 from jdm.training.monitors import WINDOW, Monitors
 
 FAST = Optimiser(lr=1e-2, betas=(0.0, 0.95), warmup=0, decay="constant")
-STILL = replace(FAST, lr=0.0)
+STILL = replace(FAST, lr=1e-12)
 
 
 @dataclass(frozen=True)

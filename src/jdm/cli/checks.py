@@ -58,7 +58,10 @@ def json_output(name: str | None, inputs: Iterable[str | None], keys: Collection
     writable(file.parent)
 
     def is_ours(there: Path) -> bool:
-        return set(keys) <= set(read_json(there)) or there.stat().st_size == 0
+        try:
+            return there.stat().st_size == 0 or set(keys) <= set(read_json(there))
+        except UsageError:
+            return False
 
     free_of_others([file], inputs, is_ours, "--json")
     return file

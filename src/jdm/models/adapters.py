@@ -34,10 +34,10 @@ class Adapter(nn.Module):
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, got {rank}")
         ends = tuple(f".{target}.{weight}" for target in targets for weight in ("weight", "base_layer.weight"))
-        widest = max((min(len(p), p[0].numel()) for name, p in backbone.named_parameters()
+        widest = max((max(len(p), p[0].numel()) for name, p in backbone.named_parameters()
                       if p.ndim > 1 and f".{name}".endswith(ends)), default=0)
         if rank > widest:
-            raise UsageError(f"LoRA rank must be at most {widest}, the smaller side of this model's largest layer, got "
+            raise UsageError(f"LoRA rank must be at most {widest}, the larger side of this model's largest layer, got "
                              f"{rank}")
         frozen = {id(p): p.requires_grad for p in backbone.parameters()}
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), backbone, name)

@@ -44,9 +44,8 @@ class Best:
             raise UsageError(f"probes cannot be compared by {run.best!r}; choose --best from {', '.join(BETTER)}")
         if not measures:
             raise UsageError(f"this run has no validation pictures to measure {run.best} on; leave out --best")
-        if run.probe_every < 1 or run.patience < 0:
-            raise UsageError(f"--best needs --probe-every of at least 1 and --patience of at least 0, got "
-                             f"{run.probe_every} and {run.patience}")
+        if run.probe_every < 1:
+            raise UsageError("--best needs --probe-every of at least 1, got 0")
         for row in measurements(log):
             if f"probe/{run.best}" in row:
                 self.seen.append((int(row["step"]), float(row[f"probe/{run.best}"])))

@@ -186,6 +186,8 @@ def with_cause(error: Exception) -> Exception:
     """
     if size() == 1 or isinstance(error, TerminatedError):
         return error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others at once, before they can tell
     store = dist.distributed_c10d._get_default_store()
     own = isinstance(error, UsageError), str(error) if isinstance(error, UsageError | RunError) else in_short(error)
     try:

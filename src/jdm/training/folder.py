@@ -25,9 +25,14 @@ def claimed(run: Run) -> Iterator[None]:
     Raises:
         UsageError: another run is in progress there, or there are files that no run wrote, or that this one reads.
     """
-    with ExitStack() as held:
-        distributed.by_first(lambda: _claim(run, held))
-        yield
+    new = not run.out.exists()
+    try:
+        with ExitStack() as held:
+            distributed.by_first(lambda: _claim(run, held))
+            yield
+    finally:
+        if new and distributed.first() and run.out.is_dir() and {file.name for file in run.out.iterdir()} <= {LOCK}:
+            shutil.rmtree(run.out)  # the run never began
 
 
 def _claim(run: Run, held: ExitStack) -> None:

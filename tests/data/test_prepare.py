@@ -23,7 +23,6 @@ from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, UsageError
 from jdm.files import LOCK
-from jdm.files import LOCK
 from jdm.library import load_model
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder

@@ -25,9 +25,14 @@ def claimed(run: Run) -> Iterator[None]:
     Raises:
         UsageError: another run is in progress there, or there are files that no run wrote, or that this one reads.
     """
+    new = not run.out.exists()
     with ExitStack() as held:
         distributed.by_first(lambda: _claim(run, held))
-        yield
+        try:
+            yield
+        finally:
+            if new and distributed.first() and [file.name for file in run.out.iterdir()] == [LOCK]:
+                shutil.rmtree(run.out)  # it could not start
 
 
 def _claim(run: Run, held: ExitStack) -> None:

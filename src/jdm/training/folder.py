@@ -26,13 +26,13 @@ def claimed(run: Run) -> Iterator[None]:
         UsageError: another run is in progress there, or there are files that no run wrote, or that this one reads.
     """
     new = not run.out.exists()
-    try:
-        with ExitStack() as held:
-            distributed.by_first(lambda: _claim(run, held))
+    with ExitStack() as held:
+        distributed.by_first(lambda: _claim(run, held))
+        try:
             yield
-    finally:
-        if new and distributed.first() and run.out.is_dir() and {file.name for file in run.out.iterdir()} <= {LOCK}:
-            shutil.rmtree(run.out)  # the run never began
+        finally:
+            if new and distributed.first() and [file.name for file in run.out.iterdir()] == [LOCK]:
+                shutil.rmtree(run.out)  # it could not start
 
 
 def _claim(run: Run, held: ExitStack) -> None:

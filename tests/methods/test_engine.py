@@ -129,14 +129,14 @@ def test_the_teacher_is_asked_at_each_terms_guidance(w):
 
     networks, step = networks_of(), rows()
     networks.real_score = real_score
-    terms = {"first": Fidelity(**PLAIN, guidance=w), "second": Fidelity(lambda_t="constant", guidance=5.0)}
+    terms = {"first": Fidelity(lambda_t="constant", guidance=5.0), "second": Fidelity(**PLAIN, guidance=w)}
     ours, _ = Distillation("", Student(), Fake(), terms).direction(networks, step)
     assert sorted(asked) == [w, 5.0]
     x_t, t, _ = step.noised("generator", SCHEDULE, 0.02, 0.98)
     fake, alpha = OTHER.data.score(x_t, t).score, SCHEDULE.alpha(t, x_t)
-    first, second = (real_score(guidance).guided(x_t, t, (), None) for guidance in (w, 5.0))
+    first, second = (real_score(guidance).guided(x_t, t, (), None) for guidance in (5.0, w))
     error = (first.x0 - step.x).abs().mean(1, keepdim=True).clamp(min=0.1)  # the method's own guidance
-    exact = alpha * (first.score - fake + (second.score - fake) / error)
+    exact = alpha * ((first.score - fake) / error + second.score - fake)
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 

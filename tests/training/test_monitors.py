@@ -37,13 +37,13 @@ class Pulled(DecoupledDMD):
 
 
 STUCK = DecoupledDMD(Student((625,), optimiser=FAST), Fake(optimiser=STILL))
-FAILING = {
-    "guidance over-bakes": replace(STUCK, matching=None, augmentation=CFGAugmentation(weight=50.0)),
-    "collapses and ignores z": Pulled(Student((625,), optimiser=FAST)),
+FAILING = {  # with the steps it takes
+    "guidance over-bakes": (replace(STUCK, matching=None, augmentation=CFGAugmentation(weight=50.0)), 30),
+    "collapses and ignores z": (Pulled(Student((625,), optimiser=FAST)), 60),
 }
 
 
-def told(method, teacher, tmp_path, capfd, steps: int = 80) -> str:
+def told(method, steps, teacher, tmp_path, capfd) -> str:
     run = replace(find("nano-ddmd-4")(), method=method)
     train(replace(tiny.run(run, tmp_path, teacher, steps=steps), save_every=steps, batch=8))
     return capfd.readouterr().err
@@ -51,7 +51,8 @@ def told(method, teacher, tmp_path, capfd, steps: int = 80) -> str:
 
 @pytest.mark.parametrize("cause", sorted(FAILING))
 def test_a_run_that_fails_is_told_why(cause, teacher, tmp_path, capfd, untrained_judge):
-    lines = [line for line in told(FAILING[cause], teacher, tmp_path, capfd).splitlines() if cause in line]
+    method, steps = FAILING[cause]
+    lines = [line for line in told(method, steps, teacher, tmp_path, capfd).splitlines() if cause in line]
     assert len(lines) == 1, "once, in one line"
     assert lines[0].startswith("warning: step ")
 
@@ -74,7 +75,7 @@ def test_a_fake_that_lags_is_named(rate, warned):
 def test_a_sound_run_is_told_nothing(teacher, tmp_path, capfd, untrained_judge):
     slow = replace(FAST, lr=1e-5)
     sound = DecoupledDMD(Student((625,), optimiser=slow), Fake(optimiser=slow))
-    assert "warning: step" not in told(sound, teacher, tmp_path, capfd)
+    assert "warning: step" not in told(sound, 20, teacher, tmp_path, capfd)
 
 
 def test_a_resumed_run_is_compared_with_its_beginning(tmp_path):

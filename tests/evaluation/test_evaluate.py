@@ -139,6 +139,8 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     pictures = answers(sampler_, questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
+    each = (seen - questions.c).abs().mean((1, 2, 3))
+    assert row["consistency_spread"] == pytest.approx(bootstrap(each)[1], abs=1e-6)
     space = StableDiffusion.load(str(student)).space
     trip = Canny().h(unit(from_bytes(to_bytes(space.decode(space.encode(2 * questions.images - 1))))))
     assert row["consistency_round_trip"] == pytest.approx((trip - questions.c).abs().mean().item(), abs=1e-5)

@@ -264,6 +264,15 @@ def test_diversity_varies_noise_alone_within_a_group(classifier):
     assert len({tuple(row) for row in z.flatten(1).tolist()}) == 12
 
 
+def test_answers_are_drawn_from_the_questions_seed():
+    questions, asked = Questions.of(PICTURES, Canny(), 5, seed=3), Asked()
+    answers(asked, questions, Canny())
+    ((z, y, shown, seed),) = asked.asked
+    assert torch.equal(z, starting_noise(tuple(z.shape), 3))
+    assert (y, seed) == (questions.y, 3)
+    assert torch.equal(shown, questions.c.expand(-1, 3, -1, -1))
+
+
 def test_the_floor_is_that_of_n_pictures(classifier):
     questions, extractor = Questions.of(PICTURES, None, 12, seed=0), ClassifierFeatures(classifier)
     pictures = PICTURES.batch(torch.arange(12))

@@ -96,8 +96,8 @@ class Recorded(Control):
 
 def test_noise_consistency_measures_clamped_unmirrored_samples(teacher, tmp_path):
     run = tiny.run(find("nano-nct")(), tmp_path, teacher)
-    networks: Any = SimpleNamespace(
-        loaded=SimpleNamespace(run=run, pictures=PICTURES), generator=lambda z, y, control=None: 2 * z,
+    networks: Any = SimpleNamespace(  # the frozen generator is asked without a control
+        loaded=SimpleNamespace(run=run, pictures=PICTURES), generator=lambda z, y: 2 * z,
         teacher=SimpleNamespace(latent_shape=lambda n, size: (n, 3, size, size)),
         space=SimpleNamespace(decode=lambda x: x + 0.5))
     control = Recorded()

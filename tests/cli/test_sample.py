@@ -10,7 +10,7 @@ from jdm.errors import UsageError
 def test_a_guidance_of_zero_is_taken(flags, expected, teacher, tmp_path, monkeypatch):
     seen = []
 
-    def sampler(model, steps, guidance, *more):
+    def sampler(model, steps, guidance, *more, **further):
         seen.append(guidance)
         raise UsageError("seen enough")
 

@@ -139,6 +139,8 @@ def test_evaluate_reports_what_the_pictures_hold(student, classifier, tmp_path, 
     pictures = answers(sampler_, questions, Canny())
     seen = Canny().h(unit(from_bytes(pictures)))
     assert row["consistency"] == pytest.approx((seen - questions.c).abs().mean().item(), abs=1e-6)
+    each = (seen - questions.c).abs().mean((1, 2, 3))
+    assert row["consistency_spread"] == pytest.approx(bootstrap(each)[1], abs=1e-6)
     space = StableDiffusion.load(str(student)).space
     trip = Canny().h(unit(from_bytes(to_bytes(space.decode(space.encode(2 * questions.images - 1))))))
     assert row["consistency_round_trip"] == pytest.approx((trip - questions.c).abs().mean().item(), abs=1e-5)
@@ -260,6 +262,15 @@ def test_diversity_varies_noise_alone_within_a_group(classifier):
     assert seed == 4
     assert torch.equal(z, starting_noise(tuple(z.shape), 4))  # not the noise of the pictures, which are of seed 3
     assert len({tuple(row) for row in z.flatten(1).tolist()}) == 12
+
+
+def test_answers_are_drawn_from_the_questions_seed():
+    questions, asked = Questions.of(PICTURES, Canny(), 5, seed=3), Asked()
+    answers(asked, questions, Canny())
+    ((z, y, shown, seed),) = asked.asked
+    assert torch.equal(z, starting_noise(tuple(z.shape), 3))
+    assert (y, seed) == (questions.y, 3)
+    assert torch.equal(shown, questions.c.expand(-1, 3, -1, -1))
 
 
 def test_the_floor_is_that_of_n_pictures(classifier):

@@ -52,7 +52,7 @@ def test_another_scheduler_is_found(teacher, pictures, changes, sentence):
 def test_another_autoencoder_is_found(teacher, pictures):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert doubted(teacher.with_parts(vae=nano.vae().eval()), pictures)
+        assert doubted(teacher.with_parts(vae=nano.vae(nano.VAEConfig(), 32).eval()), pictures)
     turned = copy.deepcopy(teacher.vae)  # decodes what it encodes as well as before
     for value in (turned.quant_conv.weight[:4], turned.quant_conv.bias[:4], turned.post_quant_conv.weight[:, :4]):
         value.mul_(-1)

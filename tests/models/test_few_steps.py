@@ -88,15 +88,21 @@ def test_the_folder_says_how_it_draws(folders):
         Sampler(model, 1)
 
 
+def close(a, b):
+    """Pictures of other batch sizes: their sums have another order, so that a grey value may round the other way."""
+    torch.testing.assert_close(a.int(), b.int(), atol=1, rtol=0)
+
+
 def test_pictures_are_a_function_of_seed_and_row(folders):
     model = load_model(str(folders[EVEN])).with_networks(controlnet=None)
     draw = generator(model)
     first = draw("a coat", n=5, seed=3)
-    assert torch.equal(first[:2], draw("a coat", n=2, seed=3))
+    close(first[:2], draw("a coat", n=2, seed=3))
     z = starting_noise(model.latent_shape(5, 32), 3)
     sampler = Sampler(model)
-    assert torch.equal(sampler(z, ["a coat"] * 5, batch=2, seed=3), sampler(z, ["a coat"] * 5, batch=5, seed=3))
-    assert not torch.equal(sampler(z, ["a coat"] * 5, seed=4), first), "the noise between steps has the seed too"
+    close(sampler(z, ["a coat"] * 5, batch=2, seed=3), sampler(z, ["a coat"] * 5, batch=5, seed=3))
+    other = sampler(z, ["a coat"] * 5, seed=4).int() - first.int()
+    assert other.abs().max() > 20, "the noise between steps has the seed too"
 
 
 @pytest.mark.parametrize(("levels", "said"), [(EVEN, "num_inference_steps=4, guidance_scale=1.0"),

@@ -13,6 +13,7 @@ from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models import nano
+from jdm.models.execution import DTYPES, computing
 from jdm.models.family import placed
 from jdm.models.nano import VAEConfig
 from jdm.ranges import NotNegative, Positive
@@ -62,8 +63,12 @@ class Autoencoder:
 
         def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:
             pixels, eps = state
-            code = vae.encode(pixels).latent_dist
-            error = vae.decode(code.mean + code.std * eps).sample - pixels
+            with computing(pixels.device, DTYPES[run.precision]):
+                code = vae.encode(pixels).latent_dist
+            code = type(code)(code.parameters.float())
+            with computing(pixels.device, DTYPES[run.precision]):
+                decoded = vae.decode(code.mean + code.std * eps).sample
+            error = decoded.float() - pixels
             squared, kl = error.square().mean(), code.kl().mean() / pixels[0].numel()
             total = squared + self.absolute * error.abs().mean() + self.kl * kl
             return total, {"squared_error": squared.detach(), "kl": kl.detach()}

@@ -42,8 +42,8 @@ EMOJI = Data(source="emoji", size=64)
 
 def emoji_vae() -> Run:
     """The autoencoder of 64 px emoji, from nothing, on the pictures of: jdm data emoji data/emoji."""
-    method = Autoencoder(VAEConfig(16, (16, 32, 64, 128)), optimiser=Optimiser(lr=1e-3, weight_decay=1e-4))
-    return Run(method=method, out=Path("runs/emoji-vae"), data=EMOJI, steps=40_000, batch=32, ema=0.999,
+    method = Autoencoder(VAEConfig(4, (16, 32, 64)), optimiser=Optimiser(lr=1e-3, weight_decay=1e-4))
+    return Run(method=method, out=Path("runs/emoji-vae"), data=EMOJI, steps=8000, batch=16, ema=0.999,
                probe_every=1000)
 
 

@@ -25,6 +25,21 @@ def test_an_iteration_is_timed_beside_its_bare_passes(teacher, tmp_path):
     assert f"ratio of the full iteration to the bare passes: {ratio:.3f};" in done.stdout
 
 
+def test_settings_of_openmp_are_timed_alone_and_busy(teacher, tmp_path):
+    out = tmp_path / "busy.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "busy_core.py", "--model", teacher, "--batch", "2", "--split",
+                           "test[:64]", "--rounds", "1", "--warmup", "1", "--setting", "OMP_NUM_THREADS=1",
+                           "--setting", "as jdm starts", "--json", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["threads"]["OMP_NUM_THREADS=1"] == 1
+    for name, states in found["times"].items():
+        (alone,), (busy,) = states["alone"], states["busy"]
+        assert min(alone["seconds"], busy["seconds"]) > 0
+        assert busy["others"] > 0, "the busy process takes a core"
+        assert f"| {name} | {found['threads'][name]} | {alone['seconds']:.2f} [" in done.stdout
+
+
 @pytest.mark.slow
 def test_sd15_step_is_timed_against_the_chips_rate(tmp_path):
     out = tmp_path / "step.json"

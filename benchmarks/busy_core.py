@@ -154,7 +154,7 @@ def main() -> None:
         threads = {name: calls.recv() for name, calls in workers.items()}
         times = timed(workers, args.rounds, args.warmup, args.busy, args.real_time)
     print(table(times, threads))
-    print(f"\nnano-canny, batch {args.batch}, {args.rounds} steps each, {args.busy} busy beside {os.cpu_count()} cores, "
+    print(f"\nnano-canny, batch {args.batch}, {args.rounds} steps each, {args.busy} busy on {os.cpu_count()} cores, "
           f"{platform.machine()}; median [least, most]")
     if args.json:
         args.json.write_text(json.dumps({"threads": threads, "times": times}, indent=1) + "\n")

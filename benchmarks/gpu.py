@@ -5,9 +5,9 @@
     python benchmarks/gpu.py OUT --smoke       # toy sizes on a CPU, in seconds
 
 (a) SD1.5's training step at 512 px: ours, a plain one, ours compiled, at batch 4 and 16; (b) SDXL's and Z-Image's;
-(c) pytest -m gpu; (d) a picture in one step and in 50. Each row is a process with a time limit of its own. OUT/a.json to
-OUT/d.json and the page, OUT/gpu.md, are written after every row, so that a run that is cut short counts; the same command
-goes on where it stopped. Nothing is fetched: weights are random, pictures come with the package.
+(c) pytest -m gpu; (d) a picture in one step and in 50. Each row is a process with a time limit of its own. OUT/a.json
+to OUT/d.json and the page, OUT/gpu.md, are written after every row, so that a run that is cut short counts; the same
+command goes on where it stopped. Nothing is fetched: weights are random, pictures come with the package.
 """
 
 from __future__ import annotations

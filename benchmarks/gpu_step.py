@@ -1,4 +1,4 @@
-"""One row of `gpu.py`: training steps at a recipe's real shapes, on random weights: a step's cost does not depend on them.
+"""One row of `gpu.py`: training steps at a recipe's real shapes on random weights, which cost what others do.
 
 Model FLOPs are those of a step without recomputation, from `jdm estimate`.
 """

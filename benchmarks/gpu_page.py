@@ -48,7 +48,7 @@ def about(parts: dict[str, Rows]) -> str:
     commits = sorted({outcome["commit"] or "not known" for rows in parts.values() for outcome in rows.values()})
     text = f"{date.today()}, source {', '.join(commits)}."
     if any("dirty" in name for name in commits):
-        text += " **Made from uncommitted changes: not a result.**"
+        text += " **Made from changes that are in no commit: not a result.**"
     if any(asked.get("toy") for rows in parts.values() for outcome in rows.values()
            for asked in outcome.get("asked", []) if isinstance(asked, dict)):
         text += " **Toy sizes on a CPU: a trial of the benchmark, not a result.**"

@@ -52,7 +52,7 @@ def test_steps_on_the_gpu_log_the_cpus_numbers(teacher, tmp_path):
     close(logged(teacher, tmp_path / "gpu"), logged(teacher, tmp_path / "cpu", "cpu"), 0.01)
 
 
-def test_a_run_on_the_gpu_goes_on_where_it_stopped(teacher, tmp_path):
+def test_stopped_gpu_run_goes_on(teacher, tmp_path):
     whole, parts = (logged(teacher, tmp_path / str(stop), steps=4, stop=stop) for stop in (0, 2))
     close(parts, whole, 0.01 if ON_GPU else 0)  # 1%: atomic sums of a GPU's backward have no fixed order
 
@@ -71,7 +71,7 @@ def test_eight_bit_moments_train_on_the_gpu(teacher, tmp_path):
     assert all(p.isfinite().all() for p in load_model(str(out)).backbone.parameters())
 
 
-def test_a_student_trained_on_the_gpu_draws_on_both(teacher, tmp_path):
+def test_gpu_student_draws_on_both_devices(teacher, tmp_path):
     out = train(tiny.run(tiny.nano_canny(), tmp_path, teacher, device=DEVICE))
     pictures, drawn = load_pictures("fashion-mnist", "test[:8]", 32), []
     for device in (DEVICE, "cpu"):

@@ -63,6 +63,16 @@ def test_a_row_that_ends_badly_says_why(make, args, state, reason, tmp_path):
     assert time.monotonic() - start < 50, "it was not waited for"
 
 
+def test_without_a_gpu_nothing_is_taken(tmp_path):
+    import gpu
+
+    rows = [gpu.Row("a", gpu.gpu_page.RATE, fail, ("no CUDA",), 60), gpu.Row("b", "later", fail, (), 60)]
+    with pytest.raises(SystemExit, match="--smoke runs on a CPU"):
+        gpu.measure(tmp_path, rows, time.monotonic() + 100, "abc")
+    assert json.loads((tmp_path / "a.json").read_text())[gpu.gpu_page.RATE]["reason"] == "RuntimeError: no CUDA"
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_a_second_sitting_takes_what_is_missing(tmp_path, monkeypatch):
     import gpu
 

@@ -66,7 +66,7 @@ def rows(device: str, z_image: str, toy: bool) -> list[Row]:
         return Row("a", f"{row}, batch {batch}", gpu_step.trained, (asked,), limit)
 
     xl = Step("sdxl-canny", "ours", 2, large, device, toy=toy, **quick)
-    z = Step("sd15-canny-lora", "ours", 1, large, device, z_image, toy, **quick)
+    z = Step(gpu_step.Z_IMAGE, "ours", 1, large, device, z_image, toy, **quick)
     pictures = [(50, "eager"), *((1, way) for way in gpu_latency.WAYS)]
     found = [
         Row("a", gpu_page.RATE, about, (device, 256 if toy else 8192), 60),
@@ -215,8 +215,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write a.json to d.json, gpu.md and gpu.log to")
     parser.add_argument("--minutes", type=float, default=10, help="no row goes on after these")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--z-image", default=gpu_step.Z_IMAGE, metavar="FOLDER", help="a Z-Image folder; its configs "
-                        "are enough")
+    parser.add_argument("--z-image", default="", metavar="FOLDER", help="a diffusers folder, of which the configs are "
+                        "enough, in place of the published Z-Image")
     parser.add_argument("--commit", default="", help="of the source, where it is a copy that git does not know")
     parser.add_argument("--page", action="store_true", help="only estimate what was measured, and write the page")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on a CPU")

@@ -24,15 +24,14 @@ from jdm import loading
 from jdm.cost.estimate import estimate
 from jdm.cost.gpus import GPUS
 from jdm.cost.known_configs import without_weights
-from jdm.library import FAMILIES
 from jdm.models import execution, published
-from jdm.recipes import find
+from jdm.recipes import entries, find
 from jdm.run import Data, Run
 from jdm.training.loop import Trainer
 
 ROWS = {"ours": "one frozen bf16 backbone with adapters", "plain": "three copies, float32 weights, bf16 autocast",
         "compiled": "one frozen bf16 backbone with adapters, compiled"}
-Z_IMAGE = "Tongyi-MAI/Z-Image-Turbo"
+Z_IMAGE = "z-image-canny"
 TOY_UNET = {"sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (16, 16),
             "layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
@@ -73,6 +72,10 @@ class Step:
         run = replace(run, out=out, model=self.model or run.model, batch=self.batch, accumulate=1, shard=1,
                       data=Data(split="test[:256]", validation="test[:256]", size=self.size), device=self.device,
                       precision="bf16", steps=10**6, save_every=10**6, log_every=10**6, probe_every=0)
+        if self.toy:  # a LoRA is no wider than its layer
+            student, fake = run.method.student, run.method.fake
+            run = replace(run, method=replace(run.method, student=replace(student, rank=min(4, student.rank)),
+                                              fake=replace(fake, rank=min(4, fake.rank))))
         if self.row == "plain":
             method = replace(run.method, fake=replace(run.method.fake, rank=0))
             return replace(run, checkpointing=False, compile=False, method=method)
@@ -97,13 +100,11 @@ def uncompiled(toy: bool) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager" if toy else "default")
 
 
-def unknown(model: str, toy: bool) -> str:
+def unknown(folder: str, toy: bool) -> str:
     """Why no step of Z-Image can be taken here; empty where one can."""
-    if "ZImagePipeline" not in FAMILIES:
-        return "this version of jdm does not read Z-Image"
-    if not Path(model).is_dir() and (toy or model not in published.KNOWN):
-        return f"the shapes of {model} are not known; give --z-image a diffusers folder (its configs are enough)"
-    return ""
+    if Z_IMAGE not in entries():
+        return f"this version of jdm has no recipe {Z_IMAGE}"
+    return "at toy size Z-Image needs a small diffusers folder: --z-image" if toy and not folder else ""
 
 
 def trained(step: Step) -> dict[str, float]:

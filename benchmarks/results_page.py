@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from datetime import date
 from pathlib import Path
 
 import torch
+
+from jdm.reproduce.sitting import commit
 
 COLUMNS = (
     ("distance (own classifier)", lambda r: f"{r['fd']:.2f} ± {r['fd_spread']:.2f}"),
@@ -94,9 +95,10 @@ def main() -> None:
     args = parser.parse_args()
     names = [name for name, _ in args.row]
     rows = [json.loads(Path(file).read_text()) for _, file in args.row]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if commit().endswith("-dirty"):
+        raise SystemExit("src/jdm has changes that are in no commit: nobody could repeat the page; commit first")
     threads = sorted({row["threads"] for row in rows})
-    parts = [f"# {args.title}", f"{date.today()}, commit {commit}, timed with {threads} CPU threads, "
+    parts = [f"# {args.title}", f"{date.today()}, commit {commit()}, timed with {threads} CPU threads, "
              f"{platform.machine()}, torch {torch.__version__}.", table(names, rows)]
     base = args.baseline
     parts.append("\n".join(ratios(names[i], row, names[base], rows[base]) for i, row in enumerate(rows) if i != base))

@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, or the processes wai
 
 import pytest
 
+import jdm  # noqa: F401  bounds OpenMP's waiting, before any test file imports torch
+
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):

@@ -9,7 +9,7 @@ import tiny
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation.reference import references
 from jdm.recipes import all_recipes
-from jdm.reproduce.results import Page, Result
+from jdm.reproduce.results import Line, Page, Record, Result, Value
 from jdm.reproduce.setups import NANO, Setup
 from jdm.reproduce.sitting import reproduce
 from jdm.reproduce.tables import TABLES
@@ -61,3 +61,28 @@ def cell_of(page: Page, row: str, column: str = "canny") -> Result:
 def written(page, kind="md") -> str:
     (file,) = page.glob(f"*.{kind}")
     return file.read_text()
+
+
+# Pages of given numbers
+
+
+def record(seed=0, **more):
+    return Record(seed, "of its weights", more.pop("measured", {}), **more)
+
+
+def cell(*records, **values):
+    """A result with values, key=(mean, spread)."""
+    return Result(records=records or (record(),), values={k: Value(*v) for k, v in values.items()})
+
+
+def table(name, columns, **rows):
+    """A page with a row for each keyword: {column: result}."""
+    lines = tuple(Line(row.replace("_", "-"), row, cells) for row, cells in rows.items())
+    return Page(name, "", "", "", "", "", "", "", "nano", "nano-sd", "", "", 1, 1, "", columns, (), "", lines)
+
+
+def with_row(page, place, **changes):
+    """The page with one of its rows changed."""
+    rows = list(page.rows)
+    rows[place] = replace(rows[place], **changes)
+    return replace(page, rows=tuple(rows))

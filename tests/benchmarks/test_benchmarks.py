@@ -25,24 +25,16 @@ def test_an_iteration_is_timed_beside_its_bare_passes(teacher, tmp_path):
     assert f"ratio of the full iteration to the bare passes: {ratio:.3f};" in done.stdout
 
 
-@pytest.mark.slow
-def test_sd15_step_is_timed_against_the_chips_rate(tmp_path):
-    out = tmp_path / "step.json"
-    done = subprocess.run([sys.executable, BENCHMARKS / "sd15_step.py", "--device", "cpu", "--tiny", "--batch", "2",
-                           "--rounds", "2", "--warmup", "1", "--only", "plain", "ours", "--json", out],
-                          capture_output=True, text=True)
+def test_settings_of_openmp_are_timed_alone_and_busy(teacher, tmp_path):
+    out = tmp_path / "busy.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "busy_core.py", "--model", teacher, "--batch", "2", "--split",
+                           "test[:64]", "--rounds", "1", "--warmup", "1", "--setting", "OMP_NUM_THREADS=1",
+                           "--setting", "as jdm starts", "--json", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    rows, rate = found["rows"], found["rate"]
-    assert list(rows) == ["plain", "ours"]
-    for row in rows.values():
-        assert row["samples_per_second"] == pytest.approx(2 / row["seconds"])
-        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / rate)
-        assert 0 < row["mfu"] < 1
-        assert row["memory"] > 2**20
-        assert row["graphs"] == row["graphs_after_warmup"] == 0
-    plain, ours = rows.values()
-    assert plain["speed_ratio"] == plain["memory_ratio"] == 1
-    assert ours["speed_ratio"] == pytest.approx(ours["samples_per_second"] / plain["samples_per_second"])
-    assert ours["memory_ratio"] == pytest.approx(ours["memory"] / plain["memory"])
-    assert f"{ours['mfu']:7.2%}" in done.stdout
+    assert found["threads"]["OMP_NUM_THREADS=1"] == 1
+    for name, states in found["times"].items():
+        (alone,), (busy,) = states["alone"], states["busy"]
+        assert min(alone["seconds"], busy["seconds"]) > 0
+        assert busy["others"] > 0, "the busy process takes a core"
+        assert f"| {name} | {found['threads'][name]} | {alone['seconds']:.2f} [" in done.stdout

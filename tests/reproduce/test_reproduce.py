@@ -1,6 +1,7 @@
 """`jdm reproduce` on the tiny model: what is filled, kept, resumed, and said where it failed."""
 
 import json
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler
 from jdm.library import load_model
 from jdm.models.stable_diffusion import StableDiffusion
-from jdm.reproduce import figures
+from jdm.reproduce import figures, sitting
 from jdm.reproduce.cells import ASKED, cells, place, selected, stored, tuned
 from jdm.reproduce.page import number
 from jdm.reproduce.results import Page, Result, load_page
@@ -330,3 +331,25 @@ def test_a_dry_run_lists_and_writes_nothing(setup, filled):
     assert "In all about" in said
     line = next(line for line in listed(TABLE, filled.setup).splitlines() if line.startswith("| canny/jdm "))
     assert "| measured " in line
+
+
+def test_commit_is_dirty_where_the_package_changed(tmp_path, monkeypatch):
+    file = tmp_path / "src" / "jdm" / "reproduce" / "sitting.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words], check=True,
+                       capture_output=True)
+
+    monkeypatch.setattr(sitting, "__file__", str(file))
+    assert sitting.commit() == "", "no commit is there"
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = sitting.commit()
+    assert len(clean) >= 7
+    (tmp_path / "page.md").write_text("a results page, half written")
+    assert sitting.commit() == clean
+    (file.parent / "new.py").write_text("")
+    assert sitting.commit() == f"{clean}-dirty"

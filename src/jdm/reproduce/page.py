@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jdm.reproduce.results import Line, Page, Record, Result, Value
-from jdm.reproduce.tables import TABLES, TEXT, TEXT_HEAD, TEXT_PUBLISHED
+from jdm.reproduce.tables import TABLES, TEXT, TEXT_HEAD, TEXT_PUBLISHED, YARDSTICK
 
 NAMES = {"fd": "distance", "fd_floor": "floor", "fd_efflite0": "FD-EffLite0", "fd_floor_efflite0": "its floor",
          "consistency": "consistency", "diversity": "diversity", "diversity_ratio": "x ControlNet's",
@@ -21,6 +22,7 @@ DETAILS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", 
            "prompt_agreement", "nfe", "seconds_per_image")
 ANCHORS = ("consistency_chance", "consistency_same_prompt", "consistency_blank", "consistency_round_trip")
 COURSE = ("reward", "judge", "prompt_agreement", "fd")
+ERRORS_OF_RATIOS = "An error of a ratio is that of both numbers in it; a geometric mean counts every control alike."
 NONE = "–"
 
 
@@ -29,7 +31,7 @@ def markdown(page: Page) -> str:
     kind = page.table.rstrip("0123456789")
     label = f"{'Table' if kind == 'table' else 'Figure'} {page.table.removeprefix(kind)}"
     parts = [f"# {label}: {page.headline}", _about(page), f"![{page.title}]({page.picture})" if page.picture else "",
-             paper_form(page)]
+             paper_form(page), against_yardstick(page)]
     if list(page.columns) == [TEXT] and not page.picture:
         parts.append("Published, on SD1.5 with HPSv2.1 and its four styles, aesthetic and CLIP scores: other pictures, "
                      "other measurements, for reference only.\n\n" + aligned([TEXT_HEAD, *TEXT_PUBLISHED]))
@@ -64,6 +66,38 @@ def paper_form(page: Page) -> str:
     return aligned(body)
 
 
+def against_yardstick(page: Page) -> str:
+    """Each row's ratios to the yardstick's measurements, by control, and their geometric mean where both have all."""
+    base = next((line for line in page.rows if line.row == YARDSTICK), None)
+    if base is None or len(page.columns) < 2:
+        return ""
+    parts = []
+    for key in ("consistency", "fd"):
+        body = []
+        for line in page.rows:
+            shared = page.shared(line.row, YARDSTICK)
+            own = {c: page.over(line.row, [c], key, logs=True) for c in shared}
+            of = {c: page.over(YARDSTICK, [c], key, logs=True) for c in shared}
+            ratios = {c: (a, b) for c in shared if (a := own[c]) and (b := of[c])}
+            if line is not base and ratios:
+                body.append([_title(line), *(_ratio(*ratios[c]) if c in ratios else NONE for c in page.columns),
+                             _ratio(*(page.over(row, tuple(page.columns), key, logs=True)
+                                      for row in (line.row, YARDSTICK))) if len(ratios) == len(page.columns) else NONE])
+        if body:
+            parts.append(aligned([[f"{NAMES[key]}, x {base.title}", *page.columns, "geometric mean"], *body]))
+    return "## Beside the yardstick\n\nBelow 1 is better. " + ERRORS_OF_RATIOS + "\n\n" + "\n\n".join(parts) \
+        if parts else ""
+
+
+def _ratio(own: Value | None, base: Value | None) -> str:
+    """The ratio of two numbers that are given by their logarithms, with its error."""
+    if own is None or base is None:
+        return NONE
+    ratio = math.exp(own.mean - base.mean)
+    known = own.spread is not None and base.spread is not None
+    return f"{ratio:.3f} ± {ratio * math.hypot(own.spread or 0, base.spread or 0):.3f}" if known else f"{ratio:.3f}"
+
+
 def number(values: Mapping[str, Value], key: str) -> str:
     """One measurement with its spread, as printed."""
     if (value := values.get(key)) is None:
@@ -93,6 +127,8 @@ def _about(page: Page) -> str:
         f"{page.seeds} training seeds; ± is the deviation over seeds, of a model that is given the bootstrap over " \
         "pictures"
     commit = f", commit {page.commit}" if page.commit else ""
+    if page.commit.endswith("-dirty"):
+        commit += " **and changes that are in no commit: this page cannot be repeated**"
     timed = f"; timed with {', '.join(map(str, threads))} CPU threads" if threads else ""
     taken = sorted({r.taken_from for r in records if r.taken_from})
     known = f" Cells that were measured on equal terms before are taken from {', '.join(taken)}." if taken else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,9 +160,9 @@ class Page:
         """The columns that all of these rows were measured on."""
         return tuple(c for c in self.columns if all(self.result(row, c).values for row in rows))
 
-    def over(self, row: str, columns: Sequence[str], key: str) -> Value | None:
+    def over(self, row: str, columns: Sequence[str], key: str, logs: bool = False) -> Value | None:
         """A row's mean over columns, as the function `over`."""
-        return over([self.result(row, column) for column in columns], key)
+        return over([self.result(row, column) for column in columns], key, logs)
 
     def records(self) -> Iterator[tuple[Line, str, Record]]:
         """Every (row, column, record)."""
@@ -182,17 +183,25 @@ def values_of(records: Sequence[Record]) -> dict[str, Value]:
     return found
 
 
-def over(results: Sequence[Result], key: str) -> Value | None:
+def over(results: Sequence[Result], key: str, logs: bool = False) -> Value | None:
     """The mean over columns; None where one of them lacks the measurement.
 
     Its error is of the seeds' means where every column has the same several seeds; else columns count as independent.
+
+    Args:
+        logs: of the logarithms, which is that of the geometric mean; None also where a value is not positive.
     """
     values = [result.values[key] for result in results if key in result.values]
     if not values or len(values) < len(results):
         return None
-    mean = statistics.fmean(v.mean for v in values)
-    columns = [{r.seed: r.measured[key] for r in result.records if r.measured.get(key) is not None}
+    columns = [{r.seed: float(r.measured[key]) for r in result.records if r.measured.get(key) is not None}
                for result in results]
+    if logs:
+        if min(v.mean for v in values) <= 0 or any(n <= 0 for seeds in columns for n in seeds.values()):
+            return None
+        values = [Value(math.log(v.mean), None if v.spread is None else v.spread / v.mean) for v in values]
+        columns = [{seed: math.log(n) for seed, n in seeds.items()} for seeds in columns]
+    mean = statistics.fmean(v.mean for v in values)
     if len(columns[0]) > 1 and all(seeds.keys() == columns[0].keys() for seeds in columns):
         each = [statistics.fmean(seeds[seed] for seeds in columns) for seed in columns[0]]
         return Value(mean, statistics.stdev(each))

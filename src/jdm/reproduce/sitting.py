@@ -36,10 +36,9 @@ from jdm.reproduce.models import Given, Model, Watch, finished, to_train
 from jdm.reproduce.page import aligned, markdown
 from jdm.reproduce.results import KEYS, Line, Page, Result, Value, over, save, values_of
 from jdm.reproduce.setups import Setup
-from jdm.reproduce.tables import Row, Table, specs
+from jdm.reproduce.tables import YARDSTICK, Row, Table, specs
 from jdm.reproduce.verdicts import answers, headline
 
-BASELINE = "controlnet"  # of the diversity's ratio
 
 def reproduce(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None, run: bool = True,
               folder: Path = Path("docs/results"), command: str = "", watch: Watch = lambda run: nullcontext(),
@@ -108,7 +107,7 @@ def gathered(table: Table, setup: Setup, found: Sequence[Cell], seeds: int, comm
         groups.setdefault((cell.row.key, cell.column), []).append(cell)
     own = columns(table, setup)
     results = {key: _result(group, setup) for key, group in groups.items()}
-    results = {(row, column): _compared(result, results.get((BASELINE, column), Result()))
+    results = {(row, column): _compared(result, results.get((YARDSTICK, column), Result()))
                for (row, column), result in results.items()}
     rows = tuple(_line(row, {c: results[row.key, c] for c in own if (row.key, c) in results}) for row in table.rows)
     page = Page(table.name, table.title, str(date.today()), __version__, commit(), platform.python_version(),
@@ -151,13 +150,20 @@ def _line(row: Row, results: dict[str, Result]) -> Line:
 
 
 def commit() -> str:
-    """The commit of the source this package runs from; empty where it is installed without one."""
+    """The commit of the source this package runs from, with -dirty where the package has changed since.
+
+    Empty where it is installed without one. Pages and notes beside the package may have changed.
+    """
+    def git(*words: str) -> tuple[int, str]:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *words], capture_output=True, text=True,
+                              timeout=10)
+        return done.returncode, done.stdout.strip()
+
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                              capture_output=True, text=True, timeout=10)
+        (code, name), (_, changes) = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", ".")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return "" if code else f"{name}-dirty" if changes else name
 
 
 def listed(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None) -> str:

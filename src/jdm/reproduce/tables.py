@@ -15,6 +15,7 @@ TEXT = "text"  # the one column of a table without controls
 CONTROLS = ("canny", "HED", "depth", "8x SR")  # the paper's columns
 AMONG, TUNED_ON = (1.5, 2.0, 3.0, 4.0), 400  # guidance that is chosen on validation pictures, and on how many
 VALIDATION = "validation"
+YARDSTICK = "controlnet"  # the row whose measurements others are ratios to
 
 
 @dataclass(frozen=True)

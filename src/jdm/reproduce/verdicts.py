@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from jdm.reproduce.page import DIGITS, NAMES
 from jdm.reproduce.results import Answer, Page, Value
-from jdm.reproduce.tables import TEXT
+from jdm.reproduce.tables import TEXT, YARDSTICK
 
 CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
 CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share
@@ -19,7 +20,10 @@ TEXTUAL = (("prompt agreement", "prompt_agreement", max), ("judge", "judge", max
 
 
 def headline(page: Page) -> str:
-    """Who wins, and among which rows: those measured on every column, where two are; else on the one that most have."""
+    """Who wins, and among which rows: those measured on every column, where two are; else on the one that most have.
+
+    Over several controls the geometric mean decides, so that each counts alike, as a ratio to the yardstick's.
+    """
     text, columns = list(page.columns) == [TEXT], tuple(page.columns)
     whole = _measured(page, columns)
     if len(whole) < 2:
@@ -28,14 +32,26 @@ def headline(page: Page) -> str:
     rows = {line.row: line.title for line in page.rows if line.row in whole and (line.steps == 1 or not text)}
     best = []
     for name, key, choose in TEXTUAL if text else OBEYING:
-        if means := {row: value.mean for row in rows if (value := page.over(row, columns, key))}:
+        several = len(columns) > 1
+        if means := {row: value.mean for row in rows if (value := page.over(row, columns, key, logs=several))}:
             row = choose(means, key=means.__getitem__)
-            best.append(f"best {'average ' if len(columns) > 1 else ''}{name} {rows[row]} "
-                        f"({means[row]:.{4 if key == 'consistency' else 3}f})")
+            digits = 4 if key == "consistency" else 3
+            shown = _beside(row, means, rows, digits) if several else f"{means[row]:.{digits}f}"
+            best.append(f"best {name} {rows[row]} ({shown})")
     if not best:
         return "nothing measured yet"
     among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {', '.join(columns)}"
     return f"of {among}: {', '.join(best)}"
+
+
+def _beside(best: str, logs: Mapping[str, float], titles: Mapping[str, str], digits: int) -> str:
+    """The best row's ratio to the yardstick, or the next one's where that is best; its geometric mean without one."""
+    if YARDSTICK not in logs or len(logs) < 2:
+        return f"geometric mean {math.exp(logs[best]):.{digits}f}"
+    if best != YARDSTICK:
+        return f"x {math.exp(logs[best] - logs[YARDSTICK]):.3f} {titles[YARDSTICK]}"
+    second = min((row for row in logs if row != best), key=logs.__getitem__)
+    return f"next {titles[second]}, x {math.exp(logs[second] - logs[best]):.3f}"
 
 
 def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
@@ -48,14 +64,18 @@ class Difference:
     """How far one measurement is from another.
 
     Attributes:
-        more: the first less the second.
-        ratio: the first over the second; None where that is not positive.
-        errors: `more` in errors of the difference; None where those are not known.
+        more: the first less the second, means over the columns.
+        ratio: the first over the second, over several columns the geometric mean of their ratios; None where one of the
+            numbers is not positive.
+        errors: `more` in errors of the difference, over several columns the ratio's logarithm in errors of it; None
+            where those are not known.
+        ratios: each column's own, where there are several.
     """
 
     more: float
     ratio: float | None
     errors: float | None
+    ratios: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, a: Value, b: Value) -> Difference:
@@ -63,15 +83,31 @@ class Difference:
         more = a.mean - b.mean
         return cls(more, a.mean / b.mean if b.mean > 0 else None, more / error if error else None)
 
+    @classmethod
+    def over(cls, page: Page, a: str, b: str, columns: Sequence[str], key: str) -> Difference | None:
+        """Row `a` beside row `b` over columns; None where one of them lacks the measurement."""
+        one, other = (page.over(row, columns, key) for row in (a, b))
+        if not one or not other:
+            return None
+        logs = [page.over(row, columns, key, logs=True) for row in (a, b)] if len(columns) > 1 else []
+        if None in logs or not logs:
+            return cls.of(one, other)
+        apart = cls.of(*logs)  # type: ignore[arg-type]
+        ratios = {c: page.result(a, c).values[key].mean / page.result(b, c).values[key].mean for c in columns}
+        return cls(one.mean - other.mean, math.exp(apart.more), apart.errors, ratios)
+
     def said(self, key: str) -> str:
         ratio = "" if self.ratio is None else f"x {self.ratio:.2f}, "
         errors = "no error known" if self.errors is None else f"{self.errors:+.1f} errors"
+        if self.ratios:
+            each = ", ".join(f"{column} {r:.2f}" for column, r in self.ratios.items())
+            return f"{NAMES[key].partition(',')[0]} {ratio}the geometric mean of {each} ({errors})"
         return f"{NAMES[key].partition(',')[0]} {self.more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Row `a` beside row `b`: the differences of their means over columns that both have, by measurement."""
+    """Row `a` beside row `b`: their differences over the columns that both have, by measurement."""
 
     a: str
     b: str
@@ -123,9 +159,8 @@ class Question:
         for a, b in self.pairs or [(line.row, line.beside) for line in page.rows if line.beside]:
             shared = page.shared(a, b)
             for columns in [(c,) for c in shared if page.columns[c] != "canny"] if self.controls else [shared]:
-                means = {key: [page.over(row, columns, key) for row in (a, b)] for key in self.keys}
-                yield Pair(a, b, columns, {k: Difference.of(one, other) for k, (one, other) in means.items()
-                                           if one and other})
+                found = {key: Difference.over(page, a, b, columns, key) for key in self.keys} if columns else {}
+                yield Pair(a, b, columns, {key: own for key, own in found.items() if own})
 
 
 def _unequal(page: Page, pair: Pair) -> str:
@@ -143,9 +178,9 @@ def _said(verdict: Verdict) -> str:
 
 def _claim(pairs: Sequence[Pair]) -> Verdict:
     found, away = pairs[0].found, pairs[0].errors("fd")
-    no_worse = found["fd"].more <= 0 if away is None else away <= ERRORS
-    second = found.get("fd_efflite0")
-    return 1 - pairs[0].ratio("consistency", 1) >= CLAIM and no_worse and (second is None or second.more <= 0)
+    no_worse = pairs[0].ratio("fd", 1) <= 1 if away is None else away <= ERRORS
+    second = "fd_efflite0" not in found or pairs[0].ratio("fd_efflite0", 1) <= 1
+    return 1 - pairs[0].ratio("consistency", 1) >= CLAIM and no_worse and second
 
 
 def _worse(pairs: Sequence[Pair]) -> Verdict:

@@ -57,12 +57,14 @@ class _Axis:
     def of(cls, values: Sequence[float], logarithmic: bool, whole: bool = False) -> _Axis:
         low, high = min(values), max(values)
         if logarithmic:
+            low, high = low / 1.2, high * 1.2
             powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             ticks = [10.0**p for p in powers if low <= 10.0**p <= high]
             return cls(low, high, ticks[:: max(1, -(-len(ticks) // 6))], math.log10)
-        if low == high:
-            around = abs(low) * 0.1 or 1.0
-            low, high = low - around, high + around
+        around = abs(low) * 0.1 or 1.0
+        low, high = (low - around, high + around) if low == high else (low, high)
+        if not whole:  # room above and below
+            low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
         ticks = _round_numbers(low, high)
         return cls(low, high, [t for t in ticks if not whole or t == round(t)], float)
 
@@ -127,7 +129,7 @@ def _dashes(k: int) -> str:
     return f' stroke-dasharray="{6 * turn} 3"' if turn else ""
 
 
-def _round_numbers(low: float, high: float, about: int = 5) -> list[float]:
+def _round_numbers(low: float, high: float, about: int = 6) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten in [low, high], about as many as asked."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))

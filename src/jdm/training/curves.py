@@ -28,7 +28,8 @@ KNOWN: dict[str, Curve] = {
     "probe/consistency": Curve("Consistency: error of the control", "mean |h(x) - c|, control units", MEASUREMENTS),
     "probe/prompt_agreement": Curve("Prompt agreement", "share of pictures, 0 to 1", MEASUREMENTS),
     "probe/judge": Curve("Judge's log-probability of the prompt", "nats", MEASUREMENTS),
-    "probe/(judge_accuracy|accuracy)": Curve("Accuracy of {0}", "share of pictures, 0 to 1", MEASUREMENTS),
+    "probe/judge_accuracy": Curve("Prompt agreement by the judge", "share of pictures, 0 to 1", MEASUREMENTS),
+    "probe/accuracy": Curve("Accuracy on validation pictures", "share of pictures, 0 to 1", MEASUREMENTS),
     "probe/loss": Curve("Validation loss", "mean squared error of eps", MEASUREMENTS),
     "probe/squared_error": Curve("Validation error of the round trip", "mean squared error, pixels", MEASUREMENTS),
     "probe/(.+)": Curve("Validation: {0}", "{0}", MEASUREMENTS),
@@ -47,7 +48,7 @@ KNOWN: dict[str, Curve] = {
     "std_x": Curve("Standard deviation of the samples", "model space", HEALTH),
     "spread_x": Curve("Standard deviation between samples", "model space", HEALTH),
     "saturation": Curve("Components beyond 4", "share, 0 to 1", HEALTH),
-    "seconds": Curve("Time of a step", "seconds", TIME),
+    "seconds": Curve("Time of a step and its measurements", "seconds", TIME),
     "(.+)": Curve("Term {0}", SIZE, TERMS),
 }
 GROUPS = (MEASUREMENTS, TERMS, PHASES, HEALTH, TIME)
@@ -55,11 +56,10 @@ GROUPS = (MEASUREMENTS, TERMS, PHASES, HEALTH, TIME)
 
 def curve_of(key: str) -> Curve:
     """The curve of a key of metrics.jsonl."""
-    for pattern, known in KNOWN.items():
-        if found := re.fullmatch(pattern, key):
-            words = [part.replace("_", " ").replace("/", " ") for part in found.groups()]
-            return Curve(known.name.format(*words), known.unit.format(*words), known.group)
-    raise AssertionError("the last pattern fits every key")
+    pattern = _pattern(key)
+    known, found = KNOWN[pattern], re.fullmatch(pattern, key, re.DOTALL)
+    words = [part.replace("_", " ").replace("/", " ") for part in found.groups()] if found else []
+    return Curve(known.name.format(*words), known.unit.format(*words), known.group)
 
 
 def charts(runs: Mapping[str, Rows]) -> dict[str, list[str]]:
@@ -78,7 +78,11 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, list[str]]:
 
 
 def keys(rows: Iterable[Mapping[str, float]]) -> list[str]:
-    """What the rows hold beside their step, in the order of KNOWN, then as it first appears."""
+    """What the rows hold beside their step: by group, in the order of KNOWN, then as it first appears."""
     seen = dict.fromkeys(key for row in rows for key in row if key != "step")
-    patterns = list(KNOWN)
-    return sorted(seen, key=lambda key: next(k for k, p in enumerate(patterns) if re.fullmatch(p, key)))
+    return sorted(seen, key=lambda key: (GROUPS.index(curve_of(key).group), list(KNOWN).index(_pattern(key))))
+
+
+def _pattern(key: str) -> str:
+    """The first pattern of KNOWN that fits; the last fits every key."""
+    return next(pattern for pattern in KNOWN if re.fullmatch(pattern, key, re.DOTALL))

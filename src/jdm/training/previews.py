@@ -1,4 +1,4 @@
-"""A run's previews as files: OUT/previews/step-0000500.png of each, and OUT/previews/film.png of how they changed."""
+"""A run's previews as files in OUT/previews: step-0000500.png and its like, and film.png of how they changed."""
 
 from __future__ import annotations
 
@@ -65,8 +65,11 @@ class Previews:
         if not distributed.first():
             return None
         drawn = sheet(shown.rows)
-        about = About(list(shown.rows), list(shown.prompts), shown.trained)
-        save_picture(drawn, self.run.out / FOLDER / f"step-{done:07}.png", {"jdm": json.dumps(vars(about))})
+        said = About(list(shown.rows), list(shown.prompts), shown.trained)
+        folder = self.run.out / FOLDER
+        save_picture(drawn, folder / f"step-{done:07}.png", {"jdm": json.dumps(vars(said))})
+        if strip := film(self.run.out):
+            save_picture(strip, folder / FILM)
         return drawn
 
 
@@ -99,10 +102,10 @@ def kept(out: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def film(out: Path) -> Path | None:
-    """Writes film.png: the trained row of at most FRAMES previews, between the rows that stay the same.
+def film(out: Path) -> Image.Image | None:
+    """The trained row of at most FRAMES previews in a run's folder, between the rows that stay the same.
 
-    Returns its path; None where there are no two previews of the same questions.
+    None where there are no two previews of the same questions as the last.
     """
     previews = {step: (file, said) for step, file in kept(out).items() if (said := about(file))}
     if len(previews) < 2:
@@ -119,7 +122,7 @@ def film(out: Path) -> Path | None:
     rows = {name: last[k] for k, name in enumerate(latest.rows) if k < place}
     rows |= {f"step {step}": strips[step][place] for step in chosen}
     rows |= {name: last[k] for k, name in enumerate(latest.rows) if k > place}
-    return save_picture(_stacked(rows), out / FOLDER / FILM)
+    return _stacked(rows)
 
 
 def sheet(rows: Mapping[str, Tensor]) -> Image.Image:

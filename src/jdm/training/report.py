@@ -20,7 +20,7 @@ from jdm.evaluation.chart import number
 from jdm.files import read_json, write
 from jdm.run import Record
 from jdm.training import previews
-from jdm.training.curves import MEASUREMENTS, Rows, charts, curve_of, keys
+from jdm.training.curves import Rows, charts, curve_of, keys
 from jdm.training.monitors import Monitors
 from jdm.training.record import measurements
 
@@ -74,13 +74,11 @@ class Seen:
         said = previews.about(latest)
         if said is None:
             return []
-        file, what = previews.film(self.folder), f"{said.trained} over the run"
-        caption = f"From the top: {', '.join(said.rows)}"
-        if file is None:
-            file, what = latest, f"after step {step}"
-        with Image.open(file) as image:
-            columns = f". Columns: {'; '.join(said.prompts)}" if said.prompts else ""
-            return [html.picture(image, f"{self.name}, {what}. {caption}{columns}.")]
+        strip, what = previews.film(self.folder), f"{said.trained} over the run"
+        if strip is None:
+            strip, what = Image.open(latest), f"after step {step}"
+        columns = f" From the left: {'; '.join(said.prompts)}." if said.prompts else ""
+        return [html.picture(strip, f"{self.name}, {what}. From the top: {'; '.join(said.rows)}.{columns}")]
 
 
 def found(folders: Sequence[Path]) -> list[Seen]:
@@ -160,8 +158,7 @@ def _last(runs: Sequence[Seen]) -> str:
     last = [seen.last for seen in runs]
     for key in keys(row for seen in runs for row in seen.rows):
         known = curve_of(key)
-        unit = f" ({known.unit})" if known.group == MEASUREMENTS else ""
-        rows.append([known.name + unit, *(number(own[key]) if key in own else "-" for own in last)])
+        rows.append([f"{known.name} ({known.unit})", *(number(own[key]) if key in own else "-" for own in last)])
     return html.table(["last value of", *(seen.name for seen in runs)], rows)
 
 

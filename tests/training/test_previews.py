@@ -127,7 +127,7 @@ def test_the_end_of_a_run_is_shown(teacher, tmp_path):
 
 @pytest.mark.parametrize("name", ["nano-classifier", "nano-reward", "nano-posterior"])
 def test_a_run_without_pictures_is_refused_previews(name, teacher, tmp_path):
-    with pytest.raises(UsageError, match="draws no pictures.*leave out --preview-every"):
+    with pytest.raises(UsageError, match=r"draws no pictures.*leave out --preview-every"):
         train(small(name, tmp_path / "run", teacher, preview_every=1))
     assert not (tmp_path / "run").exists()
 

@@ -223,7 +223,7 @@ def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
             trainer = Trainer(run)
             step = trainer.start
             with trainer.watching, distributed.Terminator() as terminator:
-                if step < run.steps:
+                if step == 0:
                     trainer.watching.show(step, False, trainer.averaged)
                 for step in range(trainer.start, run.steps):
                     if trainer.best.ended:

@@ -258,6 +258,7 @@ class Description(TypedDict, total=False):
     model: str
     method: Required[dict[str, Any]]
     data: Required[dict[str, Any]]
+    steps: int
 
 
 class Record(TypedDict, total=False):

@@ -53,12 +53,12 @@ class Seen:
     @property
     def settings(self) -> dict[str, str]:
         """Every setting by its dotted name, as text."""
-        return dict(_flat(self.record.get("run", {})))
+        return dict(_flat(self.record["run"]))
 
     @property
     def steps(self) -> tuple[int, int]:
         """Steps in the log, and steps asked for."""
-        return int(self.rows[-1]["step"]) if self.rows else 0, int(self.record.get("run", {}).get("steps", 0))
+        return int(self.rows[-1]["step"]) if self.rows else 0, self.record["run"].get("steps", 0)
 
     @property
     def last(self) -> dict[str, float]:
@@ -111,8 +111,7 @@ def report(folder: Path, ended: bool = False, warnings: Sequence[str] | None = N
     (seen,) = found([folder])
     done, asked = seen.steps
     said = Monitors(folder / LOG).said if warnings is None else warnings
-    when = time.strftime("%Y-%m-%d %H:%M:%S")
-    parts = [html.paragraph(f"{done:,} of {asked:,} steps logged; written {when} by jdm {__version__}."
+    parts = [html.paragraph(f"{done:,} of {asked:,} steps logged; {_written()}."
                             + ("" if ended else " It is written again at every checkpoint and preview."))]
     if said:
         parts += [html.heading("Warnings"), html.listing(said)]
@@ -140,7 +139,8 @@ def compared(folders: Sequence[Path]) -> str:
     every = dict.fromkeys(key for own in settings for key in own)
     differing = [[key, *(own.get(key, "-") for own in settings)] for key in every
                  if key != "out" and len({own.get(key) for own in settings}) > 1]
-    parts = [html.paragraph(f"{len(runs)} runs; written {time.strftime('%Y-%m-%d %H:%M:%S')} by jdm {__version__}."),
+    counted = f"{len(runs)} runs" if len(runs) > 1 else "One run"
+    parts = [html.paragraph(f"{counted}; {_written()}."),
              html.heading("Settings that differ"),
              html.table(["setting", *names], differing) if differing else html.paragraph("None."),
              html.heading("Last values"), _last(runs)]
@@ -150,6 +150,10 @@ def compared(folders: Sequence[Path]) -> str:
     if films := [film for seen in runs for film in seen.film()]:
         parts += [html.heading("Previews"), html.columns(*films)]
     return html.page("Runs compared", *parts, *_curves({seen.name: seen.rows for seen in runs}))
+
+
+def _written() -> str:
+    return f"written {time.strftime('%Y-%m-%d %H:%M:%S')} by jdm {__version__}"
 
 
 def _last(runs: Sequence[Seen]) -> str:

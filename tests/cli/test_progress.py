@@ -36,7 +36,7 @@ def test_a_line_a_minute_without_a_terminal(clock, capsys):
     assert "generator" not in lines[1]
 
 
-def test_a_probe_and_the_end_are_said_at_once(clock, capsys):
+def test_probes_and_the_end_are_said_at_once(clock, capsys):
     with TrainingProgress(4, console=plain()) as shown:
         for done in range(1, 5):
             shown(done, {"vae/loss": 1.0} | ({"probe/fd": 7.0} if done == 2 else {}))

@@ -132,7 +132,7 @@ def test_a_run_without_pictures_is_refused_previews(name, teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_is_not_finite_costs_one_preview(teacher, tmp_path, capsys, monkeypatch):
+def test_a_nan_picture_costs_one_preview(teacher, tmp_path, capsys, monkeypatch):
     draw = Sampler.__call__
 
     def broken(self, *given, **named):

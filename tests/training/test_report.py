@@ -112,7 +112,7 @@ def test_warnings_are_on_the_page(teacher, tmp_path):
     assert "collapses" in compared([tmp_path])
 
 
-def test_names_of_a_user_are_text_on_the_page(teacher, tmp_path):
+def test_names_are_text_on_the_page(teacher, tmp_path):
     out = tmp_path / "<b>&run"
     train(tiny.run(find("nano-vae")(), out, teacher, steps=1))
     (out / "metrics.jsonl").write_text('{"step": 1, "<script>x</script>": 1.0, "line\\nbreak": NaN}\n')

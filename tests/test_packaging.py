@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -37,7 +36,8 @@ def installed(built, tmp_path_factory):
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(built[1])], check=True)
     packages = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                                        text=True).strip()
-    (Path(packages) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    own = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    (Path(packages) / "dependencies.pth").write_text("\n".join(own) + "\n")
     return python
 
 

@@ -124,8 +124,8 @@ def trained(out: Path, teacher: Path, shard: int, name: str, *copies: str) -> No
 
 
 def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
-    """A step in float32 with its probe, exported; and the averages that should be in the folder."""
-    trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=1, probe_every=1))
+    """A step in float32 with its probe and preview, exported; and the averages that should be in the folder."""
+    trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=1, probe_every=1, preview_every=1))
     trainer.step(0)
     trainer.export()
     keep(out, name, {f"{n}.{k}": v for n, average in trainer.averages.items() for k, v in average.items()})

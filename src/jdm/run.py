@@ -89,6 +89,21 @@ class Product:
     write: Callable[[Path, dict[str, nn.Module]], object]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Pictures of a run in progress: a row for each of a few things, a column for each question.
+
+    Attributes:
+        prompts: the columns' prompts; empty where there are none.
+        rows: uint8 [N, 3, H, W] by the row's name, from the top.
+        trained: the row that training changes; the others are the same at every step.
+    """
+
+    prompts: Sequence[str]
+    rows: Mapping[str, Tensor]
+    trained: str
+
+
 @dataclass
 class Task:
     """Everything a method asks of the loop.
@@ -99,6 +114,7 @@ class Task:
         product: what is averaged and exported.
         probe: averages -> cheap measurements on validation pictures.
         frozen: networks that run and do not train, or hold what does; they are sharded with the others.
+        preview: averages -> their answers to the same questions and noise at every step; None if it draws no pictures.
     """
 
     phases: list[Phase]
@@ -107,6 +123,7 @@ class Task:
     product: Product
     probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None
     frozen: Sequence[nn.Module] = ()
+    preview: Callable[[dict[str, nn.Module]], Shown] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +215,10 @@ class Run:
         save_every: Steps between checkpoints, at least 1.
         log_every: Steps between lines of metrics.jsonl, at least 1.
         probe_every: Steps between measurements on the validation pictures; 0 for none.
+        preview_every: Steps between previews: the control, the student's pictures and the teacher's, drawn from the
+            same noise each time, as files in the folder `previews` of `out`. 0 for none; they change nothing else.
+        trackers: Programs that get every logged number and preview: tensorboard (event files in `out`), wandb (W&B,
+            over the network), or jsonl (metrics.jsonl, which every run writes).
         best: Export the averaged weights that scored best on this probe (judge, prompt_agreement, fd or consistency);
             empty exports the last ones.
         patience: End the run after this many probes without a new best; 0 never ends it early.
@@ -221,6 +242,8 @@ class Run:
     save_every: Count = 500
     log_every: Count = 20
     probe_every: Whole = 0
+    preview_every: Whole = 0
+    trackers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ()
     best: str = ""
     patience: Whole = 0
 
@@ -235,6 +258,7 @@ class Description(TypedDict, total=False):
     model: str
     method: Required[dict[str, Any]]
     data: Required[dict[str, Any]]
+    steps: int
 
 
 class Record(TypedDict, total=False):

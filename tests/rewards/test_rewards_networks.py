@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # below 5.4 the one class resizes by Pillow
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from jdm.errors import UsageError
 from jdm.rewards import checked_reward, load_reward

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 import tiny
 from jdm.data.noise import Noise, rows_at
 from jdm.errors import UsageError
 from jdm.library import load_model
 from jdm.sharing import sharing
-from jdm.training import checkpoint
+from jdm.training import checkpoint, previews
 from jdm.training.loop import Trainer
-from several import endless_run
+from several import endless_run, run_of
 from tiny import nano_canny
 
 SEVERAL = Path(__file__).parents[1] / "several.py"
@@ -123,6 +124,19 @@ def test_sharded_networks_probe_and_export_a_plain_folder(done):
     rows = [json.loads(line) for line in (done / "model" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1]
     assert 0 < rows[0]["probe/consistency"] < 1
+
+
+def test_sharded_networks_draw_one_processs_preview(done, teacher, tmp_path):
+    file = previews.kept(done / "model")[1]
+    exported = load_model(str(done / "model" / "model"))
+    trainer = Trainer(run_of(tmp_path / "alone", teacher, 1, preview_every=1))
+    trainer.task.modules["unet"].load_state_dict(exported.unet.state_dict())
+    trainer.task.modules["controlnet"].load_state_dict(exported.controlnet.state_dict())
+    expected = previews.sheet(trainer.task.preview({}).rows)
+    with Image.open(file) as image:
+        apart = ImageChops.difference(image.convert("RGB"), expected)
+    assert max(high for _, high in apart.getextrema()) <= 2  # the order of sums, over 25 steps
+    assert (done / "model" / "report.html").is_file()
 
 
 def test_processes_agree_on_the_best_and_end_together(done):

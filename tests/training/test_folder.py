@@ -40,6 +40,8 @@ FOREIGN = {
     "log": lambda out: (out / "metrics.jsonl").write_text('{"step": 1}\n'),
     "checkpoints": lambda out: ((out / "checkpoints").mkdir(), (out / "checkpoints/epoch-3.pt").write_text("mine")),
     "best": lambda out: (out / "best").write_text("mine"),
+    "page": lambda out: (out / "report.html").write_text("mine"),
+    "previews": lambda out: ((out / "previews").mkdir(), (out / "previews/step-0000001.png").write_text("mine")),
     "link": lambda out: (out / "metrics.jsonl").symlink_to(out / "nowhere"),
     "model beside a lock": lambda out: ((out / LOCK).touch(), (out / "model").mkdir(),
                                         (out / "model/weights.pt").write_text("mine")),

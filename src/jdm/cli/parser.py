@@ -30,6 +30,8 @@ NARROWEST = 40  # columns that a help page is rendered for at least
 # Names that flags accept, written here too because the modules that own them import torch; tests compare them.
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers
 GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
+RECIPE_COMMANDS = ("train", "prepare", "estimate")  # whose flags are the recipe's fields
+SHELLS = ("bash", "zsh", "fish")  # of jdm.cli.completion
 DATA_SETS = ("emoji",)  # of jdm.data
 REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")  # of jdm.reproduce
 
@@ -73,13 +75,13 @@ def _run(arguments: list[str]) -> int:
         trust.start(arguments[1:])
         if trust.FLAG in commands[name].flags():  # wherever it stands: a recipe's flags are not read here
             arguments = [argument for argument in arguments if argument != trust.FLAG]
-        if name not in ("train", "prepare", "estimate"):  # their flags are the recipe's fields
+        if name not in RECIPE_COMMANDS:
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)
     if asked.command is None:
         parser.print_help()
         return 0
-    if asked.command not in ("recipes", "data"):  # those load no model
+    if asked.command not in ("recipes", "data", "compare", "completion"):  # those load no model
         _silence_diffusers()
     try:
         return importlib.import_module(f"jdm.cli.{asked.command}").command(asked)
@@ -158,10 +160,14 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
             estimate_flags)
     command("sample", "draw pictures for a prompt, and for a control measured on your own picture", _sample_flags)
     command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
+    command("compare", "put the curves, settings and previews of runs on one page, which needs no network",
+            _compare_flags)
     command("export", "write a run's model as a folder that other programs load", _export_flags)
     command("reproduce", "reproduce a table or figure of the paper beside the published one", _reproduce_flags)
     command("data", "make a data set to train on, from public packages: emoji pictures with captions", _data_flags)
     command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
+    command("completion", "print a script with which a shell completes commands, recipes and flags at TAB",
+            _completion_flags)
     return parser, made
 
 
@@ -186,7 +192,7 @@ def prepare_flags(parser: argparse.ArgumentParser) -> None:
 
 def estimate_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `jdm estimate` that are not the run's."""
-    parser.add_argument("--gpu", action="append", type=_among(GPUS), help=f"GPU to estimate times for: "
+    parser.add_argument("--gpu", action="append", type=Among(GPUS), help=f"GPU to estimate times for: "
                         f"{', '.join(GPUS)}; repeatable (default: all of them)")
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
 
@@ -257,11 +263,20 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _sampler_flags(parser)
 
 
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not, such as runs/mine")
+    parser.add_argument("--out", default="compare.html", metavar="FILE", help="page to write (default: %(default)s)")
+
+
+def _completion_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", type=Among(SHELLS), help=f"shell to write for: {', '.join(SHELLS)}")
+
+
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     _trust_flag(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run, finished or not, or of a model")
     parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
-    parser.add_argument("--format", type=_among(FORMATS), default="diffusers",
+    parser.add_argument("--format", type=Among(FORMATS), default="diffusers",
                         help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
                              "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
                              "base, in both layouts (default: %(default)s)")
@@ -274,7 +289,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", metavar="TABLE", type=_among(REPRODUCED),
+    parser.add_argument("table", metavar="TABLE", type=Among(REPRODUCED),
                         help=f"table or figure to reproduce: {', '.join(REPRODUCED)}")
     parser.add_argument("--seeds", type=_positive, default=1, help="number of training seeds: 0, 1, ... (default: "
                         "%(default)s)")
@@ -286,7 +301,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
                         "cells, reused by later calls (default: %(default)s)")
     parser.add_argument("--page", default="docs/results", metavar="FOLDER",
                         help="folder to write the page and its numbers to (default: %(default)s)")
-    parser.add_argument("--scale", type=_among(SCALES), default="nano", help="recipes to fill the table with: "
+    parser.add_argument("--scale", type=Among(SCALES), default="nano", help="recipes to fill the table with: "
                         f"{' or '.join(SCALES)} (default: %(default)s)")
     parser.add_argument("--model", help="other teacher, a folder or Hugging Face id; no shipped model is used then")
     parser.add_argument("--guide", metavar="MODEL", help="other model for guidance in table3 (default: SD2.1 at scale "
@@ -306,7 +321,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", type=_among(DATA_SETS), help="data set to make: emoji")
+    parser.add_argument("name", metavar="NAME", type=Among(DATA_SETS), help="data set to make: emoji")
     parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; data/emoji is "
                         "where the emoji recipes look. Packages are kept in its folder packages")
     parser.add_argument("--size", type=_positive, default=64, help="side of the pictures in pixels (default: "
@@ -324,15 +339,16 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
                         "%(default)s)")
 
 
-def _among(names: Sequence[str]) -> Callable[[str], str]:
+class Among:
     """An argparse type that accepts these names and suggests the nearest to any other."""
 
-    def name(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"there is no {text!r}; {_hint(text, names) or ', '.join(names)}")
-        return text
+    def __init__(self, names: Sequence[str]):
+        self.names = names
 
-    return name
+    def __call__(self, text: str) -> str:
+        if text in self.names:
+            return text
+        raise argparse.ArgumentTypeError(f"there is no {text!r}; {_hint(text, self.names) or ', '.join(self.names)}")
 
 
 def _positive(text: str) -> int:

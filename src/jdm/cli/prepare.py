@@ -24,7 +24,7 @@ def command(asked: argparse.Namespace) -> int:
     checks.device(run.device)
     checks.writable(folder.parent)
     try:
-        with PartsProgress() as progress:
+        with PartsProgress(run.device) as progress:
             written = prepare(run, folder, asked.recipe, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from the last whole part") from None

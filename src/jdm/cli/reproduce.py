@@ -35,7 +35,7 @@ def command(asked: argparse.Namespace) -> int:
     try:
         page, failures = sitting.reproduce(
             table, setup, asked.seeds, asked.cells, not asked.no_run, Path(asked.page), invocation(asked),
-            lambda run: TrainingProgress(run.steps), remark)
+            lambda run: TrainingProgress(run.steps, run.device), remark)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
     print(f"{page.headline}\n\n{paper_form(page)}\n")

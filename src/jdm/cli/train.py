@@ -18,7 +18,7 @@ def command(asked: argparse.Namespace) -> int:
     checks.device(run.device)
     if place := checkpoint.last(run.out):
         remark(f"going on from {place}")
-    with TrainingProgress(run.steps) as progress:
+    with TrainingProgress(run.steps, run.device) as progress:
         try:
             folder = train(run, progress)
         except KeyboardInterrupt:

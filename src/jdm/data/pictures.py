@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,10 +109,15 @@ def numbered(n: int) -> list[str]:
     return [f"{index:0{digits}d}.png" for index in range(n)]
 
 
-def save_picture(image: Image.Image, path: Path) -> Path:
-    """Writes a PNG file that says it is this program's (`is_ours`); whole or not at all, as `files.write`."""
+def save_picture(image: Image.Image, path: Path, notes: Mapping[str, str] | None = None) -> Path:
+    """Writes a PNG file that says it is this program's (`is_ours`); whole or not at all, as `files.write`.
+
+    Args:
+        notes: further texts in the file, by keyword.
+    """
     content, signed = io.BytesIO(), PngInfo()
-    signed.add_text("Software", "jdm")
+    for keyword, text in {"Software": "jdm", **(notes or {})}.items():
+        signed.add_itxt(keyword, text)
     image.save(content, "PNG", pnginfo=signed)
     return write(path, content.getvalue())
 

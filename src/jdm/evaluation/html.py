@@ -1,4 +1,4 @@
-"""HTML for a page that needs no other file: text, pictures, tables and curves, each as a string."""
+"""HTML for a page that needs no other file: text, pictures and tables, each as a string; chart.py has curves."""
 
 from __future__ import annotations
 
@@ -6,19 +6,41 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ccc;text-align:right}
-td:first-child,th:first-child{text-align:left}img{image-rendering:pixelated;max-width:100%}
-code,pre{background:#f4f4f4;padding:.15rem .3rem}pre{padding:.7rem;overflow-x:auto}.note{color:#555}"""
+td:first-child,th:first-child{text-align:left}td{overflow-wrap:anywhere}.scroll{overflow-x:auto}
+img{image-rendering:pixelated;max-width:100%}figure{margin:1rem 0}.note{color:#555}
+code,pre{background:#f4f4f4;padding:.15rem .3rem}pre{padding:.7rem;overflow-x:auto}
+.columns{display:flex;flex-wrap:wrap;gap:0 1.5rem}.columns figure{margin:.5rem 0}
+.chart{max-width:100%;height:auto;font:11px system-ui,sans-serif}.chart .title{font-weight:600;font-size:13px}
+summary{cursor:pointer;font-weight:600;margin:1rem 0}"""
+SIGNED = "<meta name=generator content=jdm>"  # by which this program knows its own pages
 
 
-def page(title: str, *parts: str) -> str:
-    """A complete HTML document with its title as the first heading, then the parts in order."""
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-            f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n")
+def page(title: str, *parts: str, reload: int = 0) -> str:
+    """A complete HTML document with its title as the first heading, then the parts in order.
+
+    Args:
+        reload: seconds after which a browser reads the file again; 0 for never.
+    """
+    again = f'<meta http-equiv=refresh content="{reload}">' if reload else ""
+    return (f"<!doctype html><html lang=en><meta charset=utf-8>{SIGNED}{again}"
+            '<meta name=viewport content="width=device-width,initial-scale=1">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+            f"{''.join(parts)}</html>\n")
+
+
+def is_ours(path: Path) -> bool:
+    """True for a page that `page` made."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return SIGNED in file.read(500)
+    except (OSError, ValueError):
+        return False
 
 
 def heading(text: str) -> str:
@@ -46,29 +68,22 @@ def picture(image: Image.Image, caption: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text cells: its column heads, then its rows."""
+    """A table of text cells: its column heads, then its rows. It scrolls where it is wider than the window."""
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return f"<div class=scroll><table><tr>{cells}</tr>{body}</table></div>"
 
 
-def curve(name: str, points: Sequence[tuple[float, float]], width: int = 420, height: int = 140) -> str:
-    """A line chart as SVG; its caption gives the first, last, smallest and largest y. Empty for fewer than 2 points.
+def listing(items: Sequence[str]) -> str:
+    """A list of lines of plain text; empty for none."""
+    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>" if items else ""
 
-    Args:
-        points: (training step, value) pairs, in order of steps.
-        width: of the drawing, in CSS pixels; so is `height`.
-    """
-    if len(points) < 2:
-        return ""
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
-    span_x, span_y = (max(xs) - min(xs)) or 1, (high - low) or 1
-    path = " ".join(f"{(x - min(xs)) / span_x * width:.1f},{height - (y - low) / span_y * height:.1f}"
-                    for x, y in points)
-    label = html.escape(f"{name}: {ys[0]:.4g} at step {xs[0]:g}, {ys[-1]:.4g} at step {xs[-1]:g} "
-                        f"(from {low:.4g} to {high:.4g})")
-    return (f'<figure><svg viewBox="-4 -4 {width + 8} {height + 8}" width="{width}" height="{height}">'
-            f'<rect width="{width}" height="{height}" fill="none" stroke="#ccc"/>'
-            f'<polyline points="{path}" fill="none" stroke="#36c" stroke-width="1.5"/></svg>'
-            f"<figcaption class=note>{label}</figcaption></figure>")
+
+def folded(title: str, *parts: str) -> str:
+    """Parts that are shown when their title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def columns(*parts: str) -> str:
+    """Parts side by side, as many as the window has room for."""
+    return f"<div class=columns>{''.join(parts)}</div>"

@@ -69,8 +69,13 @@ def controls_of(control: Control, images: Tensor, device: str | torch.device = "
 
 def in_parts(images: Tensor) -> Sequence[Tensor]:
     """Splits [N, 3, H, W] into parts of at most AT_ONCE pixels, or of one picture."""
+    return images.split(at_once(images))
+
+
+def at_once(images: Tensor) -> int:
+    """How many pictures of the size of these [..., H, W] a network takes in one pass outside training."""
     height, width = images.shape[-2:]
-    return images.split(max(1, AT_ONCE // (height * width)))
+    return max(1, AT_ONCE // (height * width))
 
 
 def answers(sampler: Sampler, questions: Questions, control: Control | None, batch: int = 64) -> Tensor:

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
+from jdm.evaluation.preview import preview
+from jdm.evaluation.questions import Questions
 from jdm.loading import Loaded
+from jdm.methods.previews import asked_pictures
 from jdm.models import nano
 from jdm.models.execution import DTYPES, computing
 from jdm.models.family import placed
 from jdm.models.nano import VAEConfig
 from jdm.ranges import NotNegative, Positive
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
-from jdm.space import from_bytes
+from jdm.space import from_bytes, to_bytes
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,15 @@ class Autoencoder:
             total = squared + self.absolute * error.abs().mean() + self.kl * kl
             return total, {"squared_error": squared.detach(), "kl": kl.detach()}
 
+        def reconstructed(asked: Questions) -> Tensor:
+            pixels = (asked.images * 2 - 1).to(run.device)
+            return to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample).cpu()
+
         return Task([Phase("vae", [(list(vae.parameters()), self.optimiser)], loss, clip=self.clip)], begin,
                     dict(product.modules), product,
-                    lambda averages: {"squared_error": reconstruction_error(averages["vae"], loaded.held_out)})
+                    lambda averages: {"squared_error": reconstruction_error(averages["vae"], loaded.held_out)},
+                    preview=preview(asked_pictures(loaded), None, {"reconstruction": reconstructed},
+                                    {"picture": lambda asked: to_bytes(asked.images * 2 - 1)}, run.device))
 
 
 @torch.no_grad()

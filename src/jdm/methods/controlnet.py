@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
+from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
 from jdm.methods.denoising import Batch, denoising_batch, denoising_loss
+from jdm.methods.previews import TEACHER, asked_pictures, guidance_of, many_steps
 from jdm.models.family import placed
 from jdm.models.folder import save_pipeline
 from jdm.ranges import Positive, Share
@@ -78,4 +80,7 @@ class ControlNet:
                 return {"loss": denoising_loss(score, batch, shown(images)).item()}
 
         phase = Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss, clip=self.clip)
-        return Task([phase], begin, dict(product.modules), product, probe, [score.net])
+        guided = teacher.score_of(loaded.text(), score.net, guidance_of(teacher))
+        own, led = (many_steps(guided, teacher.space, teacher.latent_shape, run.device, c) for c in (None, control))
+        shows = preview(asked_pictures(loaded), control, {f"model, {STEPS} steps": led}, {TEACHER: own}, run.device)
+        return Task([phase], begin, dict(product.modules), product, probe, [score.net], shows)

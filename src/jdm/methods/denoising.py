@@ -12,7 +12,9 @@ from transformers import CLIPTokenizer
 
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
+from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
+from jdm.methods.previews import GUIDANCE, asked_pictures, many_steps
 from jdm.models import nano
 from jdm.models.family import placed
 from jdm.models.folder import save_pipeline
@@ -103,7 +105,10 @@ class Denoising:
 
         trained = [p for network in product.modules.values() for p in network.parameters()]
         phase = Phase("teacher", [(trained, self.optimiser)], loss, clip=self.clip)
-        return Task([phase], begin, dict(product.modules), product, probe, [score.net])
+        drawn = ScoreModel(score.net, score.schedule, text=score.text, guidance=GUIDANCE)
+        row = many_steps(drawn, space, lambda n, size: (n, *latents.shape[1:]), run.device)
+        return Task([phase], begin, dict(product.modules), product, probe, [score.net],
+                    preview(asked_pictures(loaded), None, {f"model, {STEPS} steps": row}, {}, run.device))
 
 
 def denoising_batch(x: Tensor, pictures: Pictures, rows: Tensor, noise: Noise, score: ScoreModel,

@@ -69,7 +69,7 @@ class DSMControlNet:
 
         phase = Phase("controlnet", networks.student_groups(self.controlnet), loss, clip=self.clip)
         return Task([phase], begin, networks.modules, self._product(networks),
-                    networks.probe(), networks.running)
+                    networks.probe(), networks.running, networks.preview())
 
     def _networks(self, loaded: Loaded) -> Networks:
         return Networks(loaded, Student((self.level,), self.base, optimiser=None), self.controlnet,

@@ -99,7 +99,7 @@ class Distillation:
             phase.start = self.fake.warm_up if self.fake else 0
         scores = [] if self.fake else [networks.real, *(guide.net for guide in networks.guides.values())]
         return Task(phases, steps_of(networks, control), networks.modules, self._product(networks),
-                    networks.probe(), [*networks.running, *scores])
+                    networks.probe(), [*networks.running, *scores], networks.preview(self.guidance))
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""

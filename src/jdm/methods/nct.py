@@ -93,7 +93,7 @@ class NCT:
                       after=lambda logs: self.dual_step(multiplier, logs))
         return Task([phase], begin, networks.modules | {"multiplier": multiplier},
                     networks.product("nct", self.control, base=self.base),
-                    networks.probe(), networks.running)
+                    networks.probe(), networks.running, networks.preview())
 
     def _networks(self, loaded: Loaded) -> Networks:
         return Networks(loaded, Student(self.base_levels, self.base, optimiser=None), self.controlnet)

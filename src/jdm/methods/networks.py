@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from jdm.controls import Control
 from jdm.errors import UsageError
 from jdm.evaluation.evaluate import validation_probe
+from jdm.evaluation.preview import preview
+from jdm.evaluation.questions import Questions, answers, at_once
+from jdm.evaluation.sampling import Sampler
 from jdm.generator import Generator
 from jdm.levels import refuse_empty
 from jdm.loading import Loaded
+from jdm.methods.previews import TEACHER, asked_pictures, guidance_of, many_steps
 from jdm.methods.references import References
 from jdm.models.adapters import Adapter, base_parameters
 from jdm.models.execution import picture_by_picture
@@ -24,7 +28,7 @@ from jdm.models.text import TextEncoder
 from jdm.posterior import ConsistencyPosterior, FakePosterior, FrozenPosterior, Posterior
 from jdm.ranges import Count, Positive, Share, Whole
 from jdm.rewards import Reward
-from jdm.run import Optimiser, Product
+from jdm.run import Optimiser, Product, Shown
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.space import Space
@@ -327,6 +331,23 @@ class Networks:
         loaded = self.loaded
         return validation_probe(loaded.run, loaded.control, loaded.held_out, loaded.split("test"), self.teacher,
                                 lambda: self.generator)
+
+    def preview(self, guidance: float = 1.0) -> Callable[[dict[str, nn.Module]], Shown] | None:
+        """Pictures of the averaged student beside the teacher's; None where there are too few to ask about.
+
+        Args:
+            guidance: the teacher's; 1 for that of its card, or 2.
+        """
+        loaded, teacher = self.loaded, self.teacher
+        control = loaded.control
+        score = self.real_score(guidance if guidance != 1 else guidance_of(teacher))
+        seen = control if self.real_sees_control else None
+
+        def student(asked: Questions) -> Tensor:
+            return answers(Sampler(teacher, generator=self.generator), asked, control, at_once(asked.images))
+
+        others = {TEACHER: many_steps(score, teacher.space, teacher.latent_shape, loaded.run.device, seen)}
+        return preview(asked_pictures(loaded), control, {"student": student}, others, loaded.run.device)
 
     @property
     def running(self) -> list[nn.Module]:

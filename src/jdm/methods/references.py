@@ -58,12 +58,13 @@ class References:
         return ddim(teacher.score_of(self.loaded.text(), self.real, guidance), z, y, steps, taken)
 
 
-def ddim(score: ScoreModel[Any], z: Tensor, y: Prompts, steps: int, taken: int | None = None) -> Tensor:
+def ddim(score: ScoreModel[Any], z: Tensor, y: Prompts, steps: int, taken: int | None = None,
+         control: Tensor | None = None) -> Tensor:
     """x0 after `taken` of `steps` deterministic steps from z at t = 1, evenly spaced in t."""
     x_t, x0, schedule = z, z, score.schedule
     for k in range(steps if taken is None else taken):
         t, after = (torch.full((len(z),), 1 - i / steps, dtype=torch.float64, device=z.device) for i in (k, k + 1))
-        estimate = score.guided(x_t, t, y)
+        estimate = score.guided(x_t, t, y, control)
         x0 = estimate.x0
         x_t = schedule.noised(x0, after, estimate.eps)
     return x0

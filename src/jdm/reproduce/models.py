@@ -30,7 +30,8 @@ from jdm.training.record import measurements
 COLUMN = "*"  # as Trained.control: the control of the table's column
 NEEDS = "needs.json"  # in a run's folder: the weights it was trained from
 # Fields that do not decide what is learnt.
-APART = ("out", "device", "save_every", "log_every", "probe_every", "checkpointing", "compile", "shard")
+APART = ("out", "device", "save_every", "log_every", "probe_every", "preview_every", "trackers", "checkpointing",
+         "compile", "shard")
 Watch = Callable[[Run], AbstractContextManager[Callable[[int, dict], None] | None]]
 
 

@@ -13,9 +13,11 @@ from jdm.files import LOCK, alone, read_json, recover
 from jdm.run import Run
 from jdm.training import checkpoint, distributed
 from jdm.training.best import FOLDER as BEST
+from jdm.training.previews import FOLDER as PREVIEWS
+from jdm.training.report import LOG, PAGE, RECORD
 
-RECORD, LOG, MODEL = "run.json", "metrics.jsonl", "model"
-REPLACED = ("checkpoints", BEST, MODEL)  # folders whose contents a run deletes
+MODEL = "model"
+REPLACED = ("checkpoints", BEST, MODEL, PREVIEWS)  # folders whose contents a run deletes
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def _claim(run: Run, held: ExitStack) -> None:
         held.enter_context(alone(run.out, busy))
     except OSError as error:
         raise UsageError(f"{run.out} cannot be written ({error.strerror or error}); choose another --out") from None
-    for file in (RECORD, LOG):
+    for file in (RECORD, LOG, PAGE):
         (run.out / f".{file}.draft").unlink(missing_ok=True)
     for folder in (run.out, run.out / BEST):
         for draft in (folder / "checkpoints").glob(".draft-*"):
@@ -56,7 +58,7 @@ def _claim(run: Run, held: ExitStack) -> None:
 
 def _refuse_foreign(out: Path) -> None:
     """UsageError where a file or folder that a run writes to is there, and no run has written it."""
-    present = [name for name in (RECORD, LOG, *REPLACED) if os.path.lexists(out / name)]
+    present = [name for name in (RECORD, LOG, PAGE, *REPLACED) if os.path.lexists(out / name)]
     if not present:
         return
     if not (out / LOCK).is_file() and not checkpoint.all_checkpoints(out) and "versions" not in read_json(out / RECORD):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from jdm.training.folder import MODEL, claimed
 from jdm.training.memory import out_of_memory
 from jdm.training.monitors import Monitors
 from jdm.training.optimiser import adamw
+from jdm.training.previews import refuse_unseen
 from jdm.training.record import Log, record, refuse_another
+from jdm.training.trackers import refuse_missing
+from jdm.training.watching import Watching
 
 
 class Trainer:
@@ -40,9 +44,11 @@ class Trainer:
 
     def __init__(self, run: Run):
         run = distributed.join(run)
+        refuse_missing(run)
         torch.manual_seed(run.seed)
         loaded, place = Loaded(run), checkpoint.last(run.out)
         self.run, self.task = run, run.method.task(loaded)
+        refuse_unseen(run, self.task)
         if not place and distributed.first():
             loaded.warn_of_misfits()
         settle(run, *self.task.frozen, *self.task.modules.values())
@@ -63,6 +69,8 @@ class Trainer:
         self.best = Best(run, self.log.path, bool(self.task.probe))
         self.saved = place
         self.monitors = Monitors(self.log.path)
+        self.watching = Watching(run, self.task, self.start, self.log, self.monitors)
+        self.averaged = partial(averaged, self.task.modules, self.averages)
 
     def step(self, step: int) -> dict[str, Any]:
         """One iteration: every phase in turn, averages, measurements, log, checkpoint."""
@@ -72,15 +80,17 @@ class Trainer:
             move(average, self.task.modules[name], min(run.ema, (1 + step) / (10 + step)))
         probed = run.probe_every and self.task.probe and (done % run.probe_every == 0 or done == run.steps)
         if probed and self.task.probe:
-            with averaged(self.task.modules, self.averages) as modules:
+            with self.averaged() as modules:
                 measured = self.task.probe(modules)
             self.best.note(done, measured, self.averages)
             logs |= {f"probe/{k}": v for k, v in measured.items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
-            for warning in self.monitors.note(logs):
-                self.warn(f"step {done}: {warning}")
-        if done % run.save_every == 0 or done == run.steps or self.best.ended:
+            for warning in self.monitors.note(logs, done):
+                self.warn(warning)
+        last = done == run.steps or self.best.ended
+        self.watching.show(done, last, self.averaged)
+        if done % run.save_every == 0 or last:
             self.save(done)
         return logs
 
@@ -99,6 +109,7 @@ class Trainer:
                            f"{done}; last good checkpoint: {checkpoint.last(self.run.out) or 'none yet'}; lower the "
                            "learning rates or raise their warm-up, and run again")
         self.saved = checkpoint.save(self.state, self.run.out, done)
+        self.watching.page()
         return self.saved
 
     def warn(self, text: str) -> None:
@@ -115,7 +126,7 @@ class Trainer:
         if distributed.size() == 1:
             if best:
                 checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
-            with averaged(self.task.modules, self.averages) as modules, replaced(folder) as draft:
+            with self.averaged() as modules, replaced(folder) as draft:
                 self.task.product.write(draft, modules)
         elif distributed.first():
             export_checkpoint(self.run, folder, best)
@@ -211,7 +222,9 @@ def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
         with claimed(run := distributed.join(run)):
             trainer = Trainer(run)
             step = trainer.start
-            with distributed.Terminator() as terminator:
+            with trainer.watching, distributed.Terminator() as terminator:
+                if step == 0:
+                    trainer.watching.show(step, False, trainer.averaged)
                 for step in range(trainer.start, run.steps):
                     if trainer.best.ended:
                         break

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,22 +23,32 @@ class Monitors:
 
     Args:
         path: metrics.jsonl, whose rows before this start are read.
+
+    Attributes:
+        said: every warning so far.
     """
 
     def __init__(self, path: Path | None = None):
         self._values: dict[str, list[float]] = {}
-        self._said: set[str] = set()
+        self._lowest: dict[str, float] = {}
+        self._told: set[str] = set()
+        self.said: list[str] = []
         for line in path.read_text().splitlines() if path and path.is_file() else []:
-            self.note(json.loads(line))
+            self.note(row := json.loads(line), row.get("step"))
 
-    def note(self, logs: Mapping[str, Any]) -> list[str]:
-        """Takes a logged step's numbers; returns the warnings that are new."""
+    def note(self, logs: Mapping[str, Any], step: int | None = None) -> list[str]:
+        """Takes the numbers of a logged step; returns the warnings that are new, which begin with the step if given."""
         for key in KEYS:
             if key in logs:
-                self._values.setdefault(key, []).append(float(logs[key]))
+                values = self._values.setdefault(key, [])
+                values.append(float(logs[key]))
+                if len(values) >= WINDOW:
+                    self._lowest[key] = min(self._lowest.get(key, inf), median(values[-WINDOW:]))
         found = [(check.name, text) for check in CHECKS if (text := check.of(self))]
-        new = [text for name, text in found if name not in self._said]
-        self._said |= {name for name, _ in found}
+        place = "" if step is None else f"step {step:.0f}: "
+        new = [place + text for name, text in found if name not in self._told]
+        self._told |= {name for name, _ in found}
+        self.said += new
         return new
 
     def now(self, key: str) -> float | None:
@@ -51,8 +62,7 @@ class Monitors:
 
     def lowest(self, key: str) -> float:
         """The lowest median of any window of values: the floor that was reached."""
-        values = self._values[key]
-        return min(median(values[k : k + WINDOW]) for k in range(len(values) - WINDOW + 1))
+        return self._lowest[key]
 
 
 def _lagging(m: Monitors) -> str:

@@ -13,6 +13,7 @@ from jdm.errors import UsageError
 from jdm.files import read_json, read_lines, write
 from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
+from jdm.training.trackers import Tracker
 
 
 def refuse_another(run: Run) -> None:
@@ -47,10 +48,11 @@ def record(run: Run) -> None:
 
 
 class Log:
-    """metrics.jsonl, cut back to the step a run resumes from."""
+    """metrics.jsonl, cut back to the step a run resumes from, and the run's trackers, which get the same numbers."""
 
     def __init__(self, path: Path, start: int):
         self.path = path
+        self.trackers: list[Tracker] = []
         kept = [row for row in measurements(path) if row["step"] <= start]
         if distributed.first():
             write(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -61,6 +63,8 @@ class Log:
         row = {"step": step} | {k: float(v) for k, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        for tracker in self.trackers:
+            tracker.numbers(step, {k: v for k, v in row.items() if k != "step"})
 
 
 def measurements(path: Path) -> list[dict[str, float]]:

@@ -71,7 +71,7 @@ def stand_ins(run: Run, row: str, tiny: bool) -> Iterator[None]:
 
     kept = patch.object(execution, "_cast_frozen", lambda *_: None) if row == "plain" else nullcontext()
     configs = {run.model: TINY} if tiny else {}
-    with patch.dict(published.KNOWN, configs), patch.object(loading, "load_model", at_random), kept:
+    with patch.dict(published.PUBLISHED, configs), patch.object(loading, "load_model", at_random), kept:
         yield
 
 

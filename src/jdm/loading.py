@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
-from jdm.controls.base import KNOWN
+from jdm.controls.base import NAMED
 from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
@@ -128,7 +128,7 @@ class Loaded:
         None for a run without control, and for a user's control that was not loaded yet: it is not run for this.
         """
         found = self.__dict__.get("control")
-        if found is None and self.needs.control in KNOWN:
+        if found is None and self.needs.control in NAMED:
             found = load_control(self.needs.control)
         return None if found is None else found.preprocessor
 

@@ -73,7 +73,7 @@ def tiny_sizes(monkeypatch, tmp_path):
                        for part, net in model.modules().items()} | {"scheduler": published.SD15["scheduler"]}
         known[(kind, model.unet.config["cross_attention_dim"] if kind != "sd21-v" else -1)] = name
     monkeypatch.setattr(published, "of_size", lambda size, prediction: sizes[size])
-    monkeypatch.setattr(original, "KNOWN", known)
+    monkeypatch.setattr(original, "SIZES", known)
     tokenizer = model.tokenizer
     vocabulary = tmp_path / "hub"
     vocabulary.mkdir()

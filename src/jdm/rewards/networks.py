@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.models import hub
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by channel
@@ -73,7 +73,7 @@ def score_head(width: int = 768) -> nn.Sequential:
 def paired(images: Tensor, prompts: Sequence[str]) -> None:
     """Raises UsageError unless there is one prompt for each image."""
     if len(prompts) != len(images):
-        raise UsageError(f"there must be one prompt for each of {len(images)} images, got {len(prompts)}")
+        raise UsageError(f"there must be one prompt for each of {plural(len(images), 'image')}, got {len(prompts)}")
 
 
 def frozen(network: Any) -> Any:
@@ -108,8 +108,8 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
     model, report = found
     wrong = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report.get("mismatched_keys", ()))
     if wrong:
-        raise UsageError(f"{name}: {place or 'the file'} lacks {len(wrong)} weights of {kind.__name__}, such as "
-                         f"{wrong[0]}; is it another model?")
+        raise UsageError(f"{name}: {place or 'the file'} lacks {plural(len(wrong), 'weight')} of "
+                         f"{kind.__name__}, such as {wrong[0]}; is it another model?")
     return frozen(model)
 
 

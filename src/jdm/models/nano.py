@@ -64,7 +64,8 @@ class VAEConfig:
         height, width = height_width(size)
         if height % factor or width % factor:
             raise UsageError(f"size must be a multiple of {factor} for an autoencoder of "
-                             f"{plural(len(self.widths), 'level')}, got {spelled(size)}; change --data.size or --method.network.widths")
+                             f"{plural(len(self.widths), 'level')}, got {spelled(size)}; change --data.size or "
+                             "--method.network.widths")
         return self.latent_channels, height // factor, width // factor
 
 

@@ -16,7 +16,7 @@ FEW = 4  # pictures that errors with right and with wrong prompts are compared o
 LEVELS = (0.1, 0.5, 0.9)  # t: nearly clean, in between, nearly noise
 LONGER = 1.15  # how much an x0 of the middle level may be longer or shorter than the true one
 STRETCHED = 0.05  # how far the length of the noise predicted at the last level may be from that of the best guess
-DEAF = 0.9  # error at the last level with the pictures' own prompts over that with one another's, at most
+DEAF = 0.88  # error at the last level with the pictures' own prompts over that with one another's, at most
 PARTS = "the scheduler's config, the autoencoder and the UNet may not be of one model"
 
 
@@ -54,15 +54,15 @@ def doubts(model: Family, pixels: Tensor, y: Sequence[str]) -> str:
         length = float((estimate.x0 * x).sum() / estimate.x0.square().sum())
         slope = float((estimate.eps * eps).sum() / estimate.eps.square().sum())
         if t == LEVELS[2] and abs(slope - 1) > STRETCHED:
-            return (f"the noise it predicts at t = {t} is {1 / slope:.2f} times as long as it should be: {PARTS}, above "
-                    "all the scheduler's betas and number of levels, or it was never trained on such pictures")
+            return (f"the noise it predicts at t = {t} is {1 / slope:.2f} times as long as it should be: {PARTS}, "
+                    "above all the scheduler's betas and number of levels, or it was never trained on such pictures")
         if t == LEVELS[1] and not 1 / LONGER <= length <= LONGER:
             return (f"its x0 at t = {t} is {1 / length:.2f} times as long as it should be: {PARTS}, above all the "
                     "scheduler's betas, or it was never trained on such pictures")
     if len(x) >= FEW and (heard := _heard(model, x, y)) > DEAF:
-        return (f"its prediction at t = {LEVELS[2]} is no better with a picture's own prompt than with another's (error "
-                f"{heard:.2f} times as large): the text encoder, the tokenizer and the UNet may not be of one model, or "
-                "it was never trained on such prompts")
+        return (f"its prediction at t = {LEVELS[2]} is no better with a picture's own prompt than with another's (its "
+                f"error is {heard:.2f} of that): the text encoder, the tokenizer and the UNet may not be of one model, "
+                "or it was never trained on such prompts")
     return ""
 
 

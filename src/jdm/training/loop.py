@@ -58,7 +58,7 @@ class Trainer:
             raise UsageError(f"{place} is past {plural(run.steps, 'step')} already; raise --steps or choose "
                              "another --out")
         if distributed.first():
-            record(run)
+            record(run, loaded.preprocessor)
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))

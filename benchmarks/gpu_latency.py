@@ -43,7 +43,7 @@ class Drawing:
 @torch.no_grad()
 def drawn(asked: Drawing) -> dict[str, float]:
     """Median seconds of a picture, the first one's, and peak memory; the prompt's text states are remembered."""
-    with patch.dict(published.KNOWN, {SD15: TOY} if asked.toy else {}), torch.device(asked.device):
+    with patch.dict(published.PUBLISHED, {SD15: TOY} if asked.toy else {}), torch.device(asked.device):
         model = without_weights(SD15).at(asked.size)
         model = model.with_networks(controlnet=model.new_controlnet().eval().requires_grad_(False))
     for part in (model.backbone, model.controlnet, model.vae):

@@ -89,8 +89,8 @@ class Step:
                 return without_weights(name)
 
         kept = patch.object(execution, "_cast_frozen", lambda *_: None) if self.row == "plain" else nullcontext()
-        toys = {name: TOY_XL if "text_encoder_2" in parts else TOY for name, parts in published.KNOWN.items()}
-        with patch.dict(published.KNOWN, toys if self.toy else {}), kept, uncompiled(self.toy), \
+        toys = {name: TOY_XL if "text_encoder_2" in parts else TOY for name, parts in published.PUBLISHED.items()}
+        with patch.dict(published.PUBLISHED, toys if self.toy else {}), kept, uncompiled(self.toy), \
                 patch.object(loading, "load_model", at_random):
             yield
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from jdm.controls import Canny
 from jdm.loading import Loaded
 from jdm.methods.networks import Networks
 from jdm.models import nano
@@ -58,7 +59,8 @@ def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
 def student(teacher: StableDiffusion, folder: Path, levels: tuple[int, ...] = (625,)) -> Path:
     """The folder of a student with a ControlNet, by default of one step."""
     kind = "one-step" if len(levels) == 1 else "few-step"
-    card = {"kind": kind, "method": "jdm", "control": "canny", "levels": list(levels)}
+    card = {"kind": kind, "method": "jdm", "control": "canny", "preprocessor": Canny().preprocessor,
+            "levels": list(levels)}
     return save_pipeline(with_controlnet(teacher), folder, teacher.step_scheduler(levels), card=card)
 
 
@@ -66,7 +68,8 @@ def family(folder: Path) -> Path:
     """The teacher's folder; beside it `controlled`, it with a multi-step ControlNet, `student` and `student-4`."""
     teacher = model()
     student(teacher, folder / "student")
-    save_pipeline(with_controlnet(teacher), folder / "controlled", card={"kind": "many-step", "control": "canny"})
+    card = {"kind": "many-step", "control": "canny", "preprocessor": Canny().preprocessor}
+    save_pipeline(with_controlnet(teacher), folder / "controlled", card=card)
     student(teacher, folder / "student-4", FOUR)
     return save_pipeline(teacher, folder / "teacher")
 

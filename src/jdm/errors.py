@@ -32,6 +32,12 @@ class TeacherWarning(UserWarning):
     """A teacher that runs, but whose parts do not seem to belong together. The command line prints it in one line."""
 
 
+def plural(number: int, noun: str) -> str:
+    """A number and its noun: "1 picture", "2,000 pictures", "2 processes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def in_short(error: BaseException) -> str:
     """An exception's type and the first line of its message, for one of the above."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, plural
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate, Prediction, Prompts, Text
 
@@ -58,7 +58,7 @@ class Generator:
                 renoise: Renoise | None = None) -> Tensor:
         """x of step `last` (0 is the first): backward simulation. The gradient goes through that step alone."""
         if not 0 <= last < len(self.levels):
-            raise UsageError(f"a generator of {len(self.levels)} steps has no step {last}; count from 0")
+            raise UsageError(f"a generator of {plural(len(self.levels), 'step')} has no step {last}; count from 0")
         text, x_t = self.text(y), z
         with torch.no_grad():
             for k in range(last):
@@ -77,7 +77,8 @@ class Generator:
 
     def _noised(self, x: Tensor, k: int, renoise: Renoise | None) -> Tensor:
         if renoise is None:
-            raise UsageError(f"a generator of {len(self.levels)} steps needs fresh noise between them; pass renoise=")
+            raise UsageError(f"a generator of {plural(len(self.levels), 'step')} needs fresh noise between them; "
+                             "pass renoise=")
         return self.schedule.noised(x, self._t(k, x), renoise(k))
 
     def _t(self, k: int, like: Tensor) -> Tensor:

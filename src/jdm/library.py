@@ -8,7 +8,7 @@ from typing import Any, cast
 from diffusers import AutoencoderTiny
 from torch import nn
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.files import ASSETS, read_json
 from jdm.formats.single_file_import import load_single_file
 from jdm.models import hub
@@ -101,6 +101,6 @@ def tiny_decoder(name: str, teacher: Family) -> nn.Module:
     channels, side = net.config["latent_channels"], 2 ** (len(net.config["decoder_block_out_channels"]) - 1)
     ours = teacher.latent_shape(1, teacher.size)[1], teacher.downscale
     if (channels, side) != ours:
-        raise UsageError(f"{name} decodes latents of {channels} channels to {side} times their side, the teacher's are "
-                         f"{ours[0]} and {ours[1]}; name one made for this teacher")
+        raise UsageError(f"{name} decodes latents of {plural(channels, 'channel')} to {side} times their side, "
+                         f"the teacher's are {ours[0]} and {ours[1]}; name one made for this teacher")
     return net

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
-from jdm.controls.base import KNOWN
+from jdm.controls.base import NAMED
 from jdm.data.cache import Cache
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import warn_of_misfit
+from jdm.files import read_json
 from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models import nano
 from jdm.models.family import Family, placed
 from jdm.models.text import TextEncoder
 from jdm.rewards import Reward, checked_reward, load_reward
-from jdm.run import Needs, Run
+from jdm.run import Needs, Record, Run
 from jdm.size import Size, height_width
 from jdm.space import Space
 
@@ -125,12 +126,19 @@ class Loaded:
     def preprocessor(self) -> dict | None:
         """How another program makes the control's map, for the model's card.
 
-        None for a run without control, and for a user's control that was not loaded yet: it is not run for this.
+        None for a run without control. A user's control is not run for this: where it was not loaded yet, it is what
+        the run's own record says of it, or its name.
         """
-        found = self.__dict__.get("control")
-        if found is None and self.needs.control in KNOWN:
-            found = load_control(self.needs.control)
-        return None if found is None else found.preprocessor
+        spec, found = self.needs.control, self.__dict__.get("control")
+        if not spec:
+            return None
+        if found is None and spec in NAMED:
+            found = load_control(spec)
+        source, _, name = spec.rpartition(":")
+        function = {"function": f"{Path(source).name}:{name}"} if spec not in NAMED else {}
+        if found is None:
+            return read_json(self.run.out / "run.json", Record).get("preprocessor", function)
+        return {**found.preprocessor, **function}
 
     @cached_property
     def reward(self) -> Reward | None:

@@ -267,6 +267,7 @@ class Record(TypedDict, total=False):
     run: Required[Description]
     data: dict[str, Any]
     versions: dict[str, Any]
+    preprocessor: dict[str, Any] | None  # of the control
 
 
 def described(value: Any) -> Any:

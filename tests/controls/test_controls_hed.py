@@ -210,9 +210,11 @@ def without_norm(state: dict) -> dict:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda state: [1, 2], "does not hold a dictionary of floating-point tensors"),
-    (lambda state: {"epoch": 3}, "does not hold a dictionary of floating-point tensors"),
-    (lambda state: {**state, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.long)}, "not hold a dictionary"),
+    (lambda state: [1, 2], "something other than named tensors"),
+    (lambda state: {"epoch": 3}, "something other than named tensors"),
+    (lambda state: {**state, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.long)}, "norm in torch.int64"),
+    (lambda state: {**state, "norm": torch.full((1, 3, 1, 1), float("nan"))}, "norm is not finite"),
+    (lambda state: {**state, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.float8_e4m3fn)}, "norm in torch.float8"),
     (without_norm, r"does not hold HED's weights: norm must be \[1, 3, 1, 1\], got nothing"),
     (lambda state: {**state, "norm": torch.zeros(3)}, r"norm must be \[1, 3, 1, 1\], got \[3\]"),
     (lambda state: {**state, "head.bias": torch.zeros(3)}, r"head.bias must be nothing, got \[3\]"),

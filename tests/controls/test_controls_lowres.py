@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from jdm.controls import LowRes, LowRes8, checked, load_control
-from jdm.controls.base import KNOWN
+from jdm.controls.base import NAMED
 from jdm.errors import UsageError
 
 
@@ -108,7 +108,7 @@ def test_both_factors_load_by_name():
     for name in ("lowres", "lowres8"):
         control = load_control(name)
         assert control.name == name
-        assert KNOWN[name].startswith("jdm.controls.lowres:")
+        assert NAMED[name].startswith("jdm.controls.lowres:")
         assert checked(control, 32) is control
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jdm.controls import Control, Silhouette, SoftEdge, checked, load_control
-from jdm.controls.base import KNOWN
+from jdm.controls.base import NAMED
 from jdm.controls.filters import PICTURES_AT_ONCE, filtered, gaussian, in_pieces
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
@@ -64,7 +64,7 @@ def test_c_is_one_float32_channel_at_any_size(control):
     assert torch.equal(control.image(c), c.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"hed", "depth"}))
+@pytest.mark.parametrize("name", sorted(set(NAMED) - {"hed", "depth"}))
 def test_every_control_without_downloads_passes_the_check(name):
     control = load_control(name)
     assert control.name == name

@@ -73,9 +73,9 @@ def test_an_unfitting_or_missing_controlnet_is_refused(one_step, teacher, studen
         message = rf"{student} does not fit this model: its ControlNet has {key} .*, the model's UNet "
         with pytest.raises(UsageError, match=message + re.escape(str(other))):
             load_controlnet(str(student), beside)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"is not a ControlNet \(26 weights of the ControlNetModel are missing"):
+    with pytest.raises(UsageError, match=r"is not a ControlNet \(.* lacks 26 weights of the ControlNetModel, "):
         load_controlnet(str(student / "unet"), one_step)
-    with pytest.raises(UsageError, match="3 strengths for 1 controls"):
+    with pytest.raises(UsageError, match="3 strengths for 1 control;"):
         Sampler(one_step, strengths=[1, 1, 1])
 
 

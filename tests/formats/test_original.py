@@ -40,7 +40,7 @@ FURTHER = {  # what published files hold besides
 def test_every_tensor_of_real_files_has_a_place(kind):
     file = header(kind, {"modelspec.prediction_type": "epsilon"}, EXTRAS | FURTHER[kind])
     file.refuse_others()
-    assert file.size == kind
+    assert file.known_size == kind
     configs = file.configs()
     with torch.device("meta"):
         nets = published.networks(configs)
@@ -48,8 +48,8 @@ def test_every_tensor_of_real_files_has_a_place(kind):
     assert read == file.shapes.keys() - EXTRAS.keys() - FURTHER[kind].keys()
     sides = {"SD1.5": 64, "SD2": 64, "SDXL": 128}
     assert configs["unet"]["sample_size"] == sides[kind]
-    for key, why in ((f"{single_file.UNET}input_blocks.99.0.weight", "1 tensors that the UNet of"),
-                     (f"{single_file.VAE}encoder.extra", "1 tensors that the autoencoder of")):
+    for key, why in ((f"{single_file.UNET}input_blocks.99.0.weight", "1 tensor that the UNet of"),
+                     (f"{single_file.VAE}encoder.extra", "1 tensor that the autoencoder of")):
         wrong = replace(file, shapes=file.shapes | {key: (1,)})
         part = "vae" if "autoencoder" in why else "unet"
         with pytest.raises(UsageError, match=why):

@@ -73,7 +73,7 @@ def tiny_sizes(monkeypatch, tmp_path):
                        for part, net in model.modules().items()} | {"scheduler": published.SD15["scheduler"]}
         known[(kind, model.unet.config["cross_attention_dim"] if kind != "sd21-v" else -1)] = name
     monkeypatch.setattr(published, "of_size", lambda size, prediction: sizes[size])
-    monkeypatch.setattr(original, "KNOWN", known)
+    monkeypatch.setattr(original, "SIZES", known)
     tokenizer = model.tokenizer
     vocabulary = tmp_path / "hub"
     vocabulary.mkdir()
@@ -229,7 +229,7 @@ def test_an_incomplete_or_odd_checkpoint_is_refused(tiny_sizes, whole, tmp_path)
             (without(vae), "has a UNet but no autoencoder; give a checkpoint that holds"),
             (without(text), "has a UNet but no text encoder"),
             (without(vae, text), "has a UNet but no autoencoder"),
-            (without(conv), rf"lacks 1 tensors of the UNet of SD1\.5, {conv} first; fetch it again, or put"),
+            (without(conv), rf"lacks 1 tensor of the UNet of SD1\.5, {conv} first; fetch it again, or put"),
             (without(f"{vae}decoder.conv_out"), "lacks 2 tensors of the autoencoder"),
             (without(f"{text}transformer.text_model.final"), "lacks 2 tensors of the text encoder"),
             (halves, rf"{conv} is \[4, 2, 3, 3\], which does not fit .* \[4, 16, 3, 3\]"),
@@ -237,7 +237,7 @@ def test_an_incomplete_or_odd_checkpoint_is_refused(tiny_sizes, whole, tmp_path)
             (foreign, "was trained with a zero terminal signal-to-noise ratio"),
             (inpainting, "reads 9 channels, as models for inpainting or editing"),
             (wider, r"has no known size \(SD1\.5, SD2, SDXL\)"),
-            (more, "has 1 tensors that the text encoder of")):
+            (more, "has 1 tensor that the text encoder of")):
         refused(changed(whole, out, change), message)
     assert list(tmp_path.glob("*.safetensors")) == [out]
 

@@ -212,7 +212,7 @@ def test_a_missing_weight_is_refused_not_made_up(tmp_path):
         before, tensors = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}
         del tensors[min(tensors)]
         save_file(tensors, file, {"format": "pt"})
-        with pytest.raises(UsageError, match=r"could not be loaded as a SDXL model: 1 weights of the \w+ are missing"):
+        with pytest.raises(UsageError, match=r"could not be loaded as a SDXL model: .*lacks 1 weight of the \w+"):
             load_model(str(folder))
         file.write_bytes(before)
     whole = load_model(str(folder)).modules()  # as it was, once nothing is missing

@@ -14,7 +14,7 @@ from jdm.metrics.prompts import prompt_agreement
 from jdm.models.classifier import Classifier, ClassifierConfig
 from jdm.recipes import all_recipes, recorded
 from jdm.rewards import PromptClassifier, checked_reward, load_reward, reward_name
-from jdm.rewards.base import KNOWN
+from jdm.rewards.base import NAMED
 from jdm.rewards.classifier import fashion_captions, nano_reward
 from jdm.space import from_bytes, unit
 
@@ -282,7 +282,7 @@ def test_fooling_the_reward_does_not_fool_the_judge():
 
 
 def test_every_known_reward_has_a_place_that_exists():
-    for spec in KNOWN.values():
+    for spec in NAMED.values():
         module, _, name = spec.partition(":")
         file = Path(__file__).parents[2] / "src" / Path(*module.split(".")).with_suffix(".py")
         text = file.read_text(encoding="utf-8")

@@ -240,7 +240,7 @@ def test_broken_and_foreign_weights_are_refused(clip, open_clip, tmp_path):
     weights = open_clip.state_dict()
     del weights["ln_final.bias"]
     torch.save(weights, tmp_path / "less.pt")
-    refused(lambda: HPSv2(str(tmp_path / "less.pt"), str(clip), config=clip_config()), "lacks 1 weights of CLIPModel")
+    refused(lambda: HPSv2(str(tmp_path / "less.pt"), str(clip), config=clip_config()), "lacks 1 weight of CLIPModel")
     torch.save(score_head(5).state_dict(), tmp_path / "head.pth")
     refused(lambda: Aesthetic(str(tmp_path / "head.pth"), str(clip)), "has misshapen 0.weight")
     refused(lambda: ImageReward(str(tmp_path / "bad.pt")), "bad.pt is not a weights file")

@@ -20,6 +20,7 @@ from jdm.cli.progress import TrainingProgress
 from jdm.controls import Control, checked, load_control
 from jdm.data.pictures import grid, save_picture
 from jdm.data.sources import load_pictures
+from jdm.errors import plural
 from jdm.evaluation import html
 from jdm.evaluation.evaluate import cost, judge, measured
 from jdm.evaluation.questions import Questions, answers
@@ -82,8 +83,8 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     many = load_model("nano-controlnet")
     multi = Sampler(many, 50, float((many.card or {}).get("guidance", 2.0)))
     samplers = {"controlnet50": multi, "shipped": Sampler(load_model("nano-canny")), "fresh_before": _untrained(run)}
-    say(f"1. {n} prompts and edges of real test pictures: 50-step ControlNet (guidance {multi.guidance:g}) beside "
-        "the shipped one-step student")
+    say(f"1. {plural(n, 'prompt')} and edges of real test pictures: 50-step ControlNet (guidance {multi.guidance:g}) "
+        "beside the shipped one-step student")
     extractor = ClassifierFeatures(judge())
     whole = load_pictures(run.data.source, "test", run.data.size)
     targets = references("nano-sd", [extractor], whole)
@@ -95,13 +96,13 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
         pictures[name] = answers(samplers[name], questions, control)
         wall = time.perf_counter() - start
         metrics[name] = _row(pictures[name], questions, control, targets, extractor, samplers[name])
-        say(f"   {NAMES[name]}: {n} pictures in {wall:.1f} s, "
+        say(f"   {NAMES[name]}: {plural(n, 'picture')} in {wall:.1f} s, "
             f"consistency {metrics[name]['consistency']:.4f} (chance {metrics[name]['consistency_chance']:.4f}), "
             f"distance {metrics[name]['fd']:.1f} (floor {metrics[name]['fd_floor']:.1f})")
 
     for name in ("controlnet50", "shipped", "fresh_before"):
         ask(name)
-    say(f"2. Training a fresh student from the teacher with JDM: {steps} steps of batch {run.batch}")
+    say(f"2. Training a fresh student from the teacher with JDM: {plural(steps, 'step')} of batch {run.batch}")
     folder = train(run, progress)
     say("3. The same questions to the fresh student")
     samplers["fresh_after"] = Sampler(load_model(str(folder)))
@@ -161,7 +162,7 @@ def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.
                        "with OpenCV's Canny, where lower follows the edges better; chance is the value if the control "
                        f"is ignored. The shipped student takes 1/{ratio:.0f} of the ControlNet's time per picture, at "
                        "batch 64."),
-        html.heading(f"Training of the fresh student, {run.steps} steps of batch {run.batch}"),
+        html.heading(f"Training of the fresh student, {plural(run.steps, 'step')} of batch {run.batch}"),
         *curves,
         html.heading("What to try next"),
         html.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'

@@ -185,6 +185,15 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     rest.required = False
 
 
+def own_parser(command: str, flags: Callable[[argparse.ArgumentParser], None]) -> Parser:
+    """A parser of the flags of a command that are not the run's, wherever they stand among those."""
+    parser = Parser(f"jdm {command}", usage=f"jdm {command} RECIPE|FILE.py|run.json [--FLAG VALUE ...]", add_help=False,
+                    description="Flags of the command itself, then the run's;\na flag that both have is the command's.",
+                    formatter_class=_Help, allow_abbrev=False)
+    flags(parser)
+    return parser
+
+
 def prepare_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `jdm prepare` that are not the run's."""
     parser.add_argument("--out", metavar="FOLDER", help="folder to write to (default: runs/prepared/RECIPE)")

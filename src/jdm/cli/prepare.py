@@ -7,20 +7,19 @@ import shlex
 from pathlib import Path
 
 from jdm.cli import checks
-from jdm.cli.parser import Parser, prepare_flags
+from jdm.cli.parser import own_parser, prepare_flags
 from jdm.cli.progress import PartsProgress
 from jdm.cli.run_flags import configured
 from jdm.prepare import prepare
 
 
 def command(asked: argparse.Namespace) -> int:
-    parser = Parser(prog="jdm prepare", allow_abbrev=False, add_help=False)
-    prepare_flags(parser)
+    parser = own_parser("prepare", prepare_flags)
     own, flags = parser.parse_known_args(asked.flags)
     named = Path(asked.recipe)
     name = {".py": named.stem, ".json": named.absolute().parent.name}.get(named.suffix, asked.recipe)
     folder = Path(own.out or asked.out or f"runs/prepared/{name}")
-    run = configured(asked.recipe, flags)
+    run = configured(asked.recipe, flags, parser)
     checks.device(run.device)
     checks.writable(folder.parent)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jdm.cli import checks
 from jdm.cli.console import remark
 from jdm.cli.progress import TrainingProgress
-from jdm.errors import RunError
+from jdm.errors import RunError, plural
 from jdm.reproduce import sitting
 from jdm.reproduce.cells import selected
 from jdm.reproduce.page import paper_form
@@ -42,7 +42,7 @@ def command(asked: argparse.Namespace) -> int:
     file = Path(asked.page) / f"{page.file}.md"
     print(file)
     if failures:
-        raise RunError(f"{len(failures)} cells failed, the first with: {failures[0]} ({file} has them all)")
+        raise RunError(f"{plural(len(failures), 'cell')} failed, the first with: {failures[0]} ({file} has them all)")
     return 0
 
 

@@ -17,20 +17,23 @@ import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from jdm.cli.parser import NARROWEST, HelpShown, refuse_unknown
+from jdm.cli.parser import NARROWEST, HelpShown, Parser, refuse_unknown
 from jdm.errors import UsageError
 from jdm.ranges import hints_of, ranges_of
 from jdm.recipes import find
 from jdm.run import Run
 
 
-def configured(recipe: str, arguments: Sequence[str]) -> Run:
+def configured(recipe: str, arguments: Sequence[str], own: Parser | None = None) -> Run:
     """The run of a recipe, with the fields that the flags name changed.
+
+    Args:
+        own: the parser of the command's own flags, which help shows first; None for those of `jdm train`.
 
     Raises:
         UsageError: an unknown recipe or flag, with the nearest; a value that does not fit.
     """
-    prog = f"jdm train {recipe}"
+    prog = f"{own.prog if own else 'jdm train'} {recipe}"
     try:
         run = find(recipe)()
     except UsageError:
@@ -42,6 +45,8 @@ def configured(recipe: str, arguments: Sequence[str]) -> Run:
     known = [*flags_of(run), "--help"]
     arguments = [_whole(argument, known) for argument in arguments]
     refuse_unknown(arguments, known, prog)
+    if own and not {"-h", "--help"}.isdisjoint(arguments):
+        print(own.format_help())
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_enough():

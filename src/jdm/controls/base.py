@@ -12,7 +12,7 @@ from jdm.errors import UsageError, in_short
 from jdm.size import Size, height_width
 from jdm.user_code import check_gradient, imported, probe
 
-KNOWN = {
+NAMED = {
     "canny": "jdm.controls.canny:Canny",
     "canny-grey": "jdm.controls.canny:GreyCanny",
     "hed": "jdm.controls.hed:HED",
@@ -74,11 +74,11 @@ def load_control(spec: str) -> Control:
     The class is instantiated without arguments. Loading executes the file, as `python my_controls.py` would.
     Raises UsageError if the name is unknown or the class cannot be instantiated.
     """
-    spec = KNOWN.get(spec, spec)
+    spec = NAMED.get(spec, spec)
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
-        near = difflib.get_close_matches(spec, KNOWN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
+        near = difflib.get_close_matches(spec, NAMED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(NAMED)};"
         raise UsageError(f"there is no control {spec!r}; {hint} name your own by file and class, "
                          "such as my_controls.py:Posterize")
     module = imported(source)

@@ -64,7 +64,8 @@ class Depth(Control):
 
         hub.unfetched(self.model)
         try:
-            network, report = AutoModelForDepthEstimation.from_pretrained(self.model, output_loading_info=True)
+            network, report = AutoModelForDepthEstimation.from_pretrained(self.model, output_loading_info=True,
+                                                                          use_safetensors=True)
             processor = AutoImageProcessor.from_pretrained(self.model)
         except Exception as error:  # no network, no such model, not a depth estimator
             raise UsageError(f"depth's model {self.model} could not be loaded ({in_short(error)}); name a folder or "

@@ -14,6 +14,7 @@ from jdm.controls.base import Control
 from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
 from jdm.models import hub
+from jdm.models.weights import read_tensors
 from jdm.schedule import precise
 
 FILE = "ControlNetHED.pth"
@@ -129,20 +130,12 @@ def _found(place: str) -> Path:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        # Tensors only: a pickle of anything else could execute code, so it is refused.
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_tensors(file)
     except Exception as error:  # a file may be damaged in any way
         raise UsageError(f"{file} cannot be read as weights ({in_short(error)}); {REMEDY}") from error
 
 
-def _check(file: Path, state: object, expected: dict[str, Tensor]) -> None:
-    values = state.values() if isinstance(state, dict) else [state]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
-        raise UsageError(f"{file} does not hold a dictionary of floating-point tensors; {REMEDY}")
+def _check(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for key in [*expected, *state]:
         got, wanted = (list(where[key].shape) if key in where else "nothing" for where in (state, expected))
         if got != wanted:

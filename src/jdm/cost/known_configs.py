@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import BatchEncoding, BlipTextConfig, BlipVisionConfig, DPTConfig, DPTForDepthEstimation
+from transformers import BatchEncoding, DPTConfig, DPTForDepthEstimation
 
 from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
 from jdm.library import FAMILIES, SHIPPED
 from jdm.models.folder import folder_json, folder_scheduler, model_index
-from jdm.models.published import KNOWN, networks
+from jdm.models.published import PUBLISHED, networks
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -29,7 +29,7 @@ def without_weights(name: str) -> StableDiffusion:
     Raises:
         UsageError: the name is neither known nor shipped, nor a local folder with configurations, nor a checkpoint.
     """
-    configs = KNOWN.get(name) or checkpoint_configs(name) or _of_folder(name)
+    configs = PUBLISHED.get(name) or checkpoint_configs(name) or _of_folder(name)
     lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
     parts: dict[str, Any] = {**networks(configs), "tokenizer": Zeros(lengths["text_encoder"]),
                              "scheduler": configs["scheduler"], "card": configs.get("card")}
@@ -59,7 +59,7 @@ def _of_folder(name: str) -> dict[str, dict]:
     path = ASSETS / folder if name in SHIPPED and folder is not name else Path(folder)
     if not path.is_dir():
         raise UsageError(f"the shapes of {name} are not known; give a diffusers folder, or one of "
-                         f"{', '.join([*SHIPPED, *KNOWN])}")
+                         f"{', '.join([*SHIPPED, *PUBLISHED])}")
     index = model_index(str(path))
     files = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
              "card": "jdm.json"}
@@ -90,16 +90,14 @@ def image_reward() -> nn.Module:
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    from jdm.rewards.image_reward import TOKENS, ImageReward
+    from jdm.rewards.image_reward import TOKENS, ImageReward, published_text, published_vision
     from jdm.rewards.networks import score_head
 
     reward = ImageReward.__new__(ImageReward)
     nn.Module.__init__(reward)
-    vision = BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              image_size=224)
-    text = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
-    reward.vision, reward.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
-    reward.head = score_head(text.hidden_size)
+    reward.vision, reward.text = BlipVisionModel(published_vision()), BlipTextModel(
+        published_text(), add_pooling_layer=False)
+    reward.head = score_head(reward.text.config.hidden_size)
     reward.tokenizer = Zeros(TOKENS)
     return frozen(reward)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.files import write
 from jdm.size import Size, height_width
 
@@ -140,7 +140,7 @@ def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Im
     _check_bytes(images)
     if len(images) < 1 or columns < 1 or scale < 1 or pad < 0:
         raise UsageError("a sheet needs at least 1 picture, columns >= 1, scale >= 1 and pad >= 0, got "
-                         f"{len(images)} pictures, columns {columns}, scale {scale}, pad {pad}")
+                         f"{plural(len(images), 'picture')}, columns {columns}, scale {scale}, pad {pad}")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     height, width = (side * scale for side in images.shape[-2:])

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from jdm.controls import Control
 from jdm.data.sources import Pictures, load_pictures
-from jdm.errors import RunError, TeacherWarning, UsageError
+from jdm.errors import RunError, TeacherWarning, UsageError, plural
 from jdm.evaluation.steering import Steering
 from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
 from jdm.library import SHIPPED, load_model
@@ -53,12 +53,13 @@ class Sampler:
         if own and self.steps != len(own):
             raise UsageError(f"this model draws in {counted(len(own))}; asked for {self.steps}; leave out the number "
                              f"of steps (it runs at levels {', '.join(map(str, own))}), or train a student at "
-                             f"{self.steps} levels: jdm train RECIPE --method.student.levels ...")
+                             f"{plural(self.steps, 'level')}: jdm train RECIPE --method.student.levels ...")
         self._many = self.steps > 1 and not own
         self.text = model.text()
         self.net = model.denoiser(controlnet=model.controlnet, also=also)
         if len(strengths) > len(self.net.strengths):
-            raise UsageError(f"{len(strengths)} strengths for {len(self.net.strengths)} controls; give one each")
+            raise UsageError(f"{plural(len(strengths), 'strength')} for "
+                             f"{plural(len(self.net.strengths), 'control')}; give one each")
         self.net.strengths[: len(strengths)] = strengths
         self.generator = generator or model.generator(self.text, self.net)
         self.score = model.score_of(self.text, self.net, guidance)
@@ -121,7 +122,8 @@ def _set_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps)
     if steps > n or int(scheduler.timesteps.max()) >= n:
         most = n - 1 if steps == n else n
-        raise UsageError(f"steps must be at most {most} for this model's {n} noise levels, got {steps}; 50 are enough")
+        raise UsageError(f"steps must be at most {most} for this model's {plural(n, 'noise level')}, got {steps}; "
+                         "50 are enough")
 
 
 def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -> None:

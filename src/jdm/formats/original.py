@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from jdm.errors import UsageError, in_short
-from jdm.formats.single_file import CONTROLNET, KNOWN, TEXT, TEXTS, UNET, VAE, refuse_pickle
+from jdm.errors import UsageError, in_short, plural
+from jdm.formats.single_file import CONTROLNET, SIZES, TEXT, TEXTS, UNET, VAE, refuse_pickle
 from jdm.models import published
 from jdm.models.folder import CARD, folder_json
 
@@ -108,14 +108,14 @@ class SingleFile:
     @property
     def reference(self) -> str:
         """Name, for messages, of the model whose shapes the tensors must have: the folder beside, or a known size."""
-        return str(self.beside) if self.beside_json(CONFIGS["unet"]) else str(self.size)
+        return str(self.beside) if self.beside_json(CONFIGS["unet"]) else str(self.known_size)
 
     @property
-    def size(self) -> str | None:
-        """The size in `single_file.KNOWN` with this width of the text states that the UNet attends to, or None."""
+    def known_size(self) -> str | None:
+        """The size in `single_file.SIZES` with this width of the text states that the UNet attends to, or None."""
         widths = {shape[-1] for key, shape in self.shapes.items()
                   if key.startswith(UNET) and key.endswith("attn2.to_k.weight")}
-        return next((size for (_, width), size in KNOWN.items() if widths == {width}), None)
+        return next((size for (_, width), size in SIZES.items() if widths == {width}), None)
 
     def refuse_others(self) -> None:
         """Raises UsageError, saying what the file is, unless it is a Stable Diffusion checkpoint."""
@@ -145,20 +145,20 @@ class SingleFile:
             card = self.beside_json(CARD) or folder_json(str(self.path.parent), CARD)  # where an export puts it
             found = own if card is None else {**own, "card": card}
         else:
-            found = published.of_size(self._known_size(), self._prediction(own)) | own
+            found = published.of_size(self._required_size(), self._prediction(own)) | own
         scheduler = {**found["scheduler"], "prediction_type": self._prediction(own)}
         return {**found, "scheduler": scheduler}
 
-    def _known_size(self) -> str:
+    def _required_size(self) -> str:
         channels = self.shapes[FIRST][1]
-        if self.size is None:
-            known = ", ".join(KNOWN.values())
+        if self.known_size is None:
+            known = ", ".join(SIZES.values())
             raise UsageError(f"{self.path} has no known size ({known}); put the diffusers configs of its base into "
                              f"{self.home}")
         if channels != 4:
-            raise UsageError(f"{self.path}: its UNet reads {channels} channels, as models for inpainting or editing "
-                             "do; a teacher must read 4, the noise alone")
-        return self.size
+            raise UsageError(f"{self.path}: its UNet reads {plural(channels, 'channel')}, as models for inpainting or "
+                             "editing do; a teacher must read 4, the noise alone")
+        return self.known_size
 
     def _prediction(self, own: Mapping[str, dict]) -> str:
         if self.asked:
@@ -169,7 +169,7 @@ class SingleFile:
             ARCHITECTURES.get(self.said.get("modelspec.architecture", ""))
         if "v_pred" in self.shapes or said:
             return said or "v_prediction"
-        if self.size == "SD2":
+        if self.known_size == "SD2":
             raise UsageError(f"{self.path} does not say what its UNet predicts, and SD2 has both: write "
                              f"{self.path}#v_prediction (768-pixel models, as SD2.1) or {self.path}#epsilon (512-pixel "
                              "models, as SD2.1-base)")

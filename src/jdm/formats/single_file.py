@@ -30,7 +30,7 @@ OPEN_CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp
 HINT_OUT = 14  # readers expect the hint encoder's last convolution here, for any number of halvings
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 # Sizes that ComfyUI and A1111 recognise: widths of the UNet's levels, and width of the text states it attends to.
-KNOWN = {((320, 640, 1280, 1280), 768): "SD1.5", ((320, 640, 1280, 1280), 1024): "SD2",
+SIZES = {((320, 640, 1280, 1280), 768): "SD1.5", ((320, 640, 1280, 1280), 1024): "SD2",
          ((320, 640, 1280), 2048): "SDXL"}
 
 
@@ -111,7 +111,7 @@ def known_size(unet: Mapping[str, Any]) -> str | None:
     """The size that ComfyUI and A1111 recognise in a UNet's config, or None."""
     if unet.get("in_channels") != 4 or unet.get("layers_per_block") != 2:
         return None
-    return KNOWN.get((tuple(unet["block_out_channels"]), unet["cross_attention_dim"]))
+    return SIZES.get((tuple(unet["block_out_channels"]), unet["cross_attention_dim"]))
 
 
 def unet_names(config: Mapping[str, Any]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, plural
 from jdm.formats.original import CONFIGS, ENDING, PARTS, SingleFile, damaged, named
 from jdm.formats.single_file import (
     CONTROLNET,
@@ -39,7 +39,7 @@ from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.text import whole_tokenizer
 from jdm.models.weights import not_finite
 
-CLIP = "openai/clip-vit-large-patch14"  # its tokenizer is that of all sizes in KNOWN
+CLIP = "openai/clip-vit-large-patch14"  # its tokenizer is that of all of SIZES
 END = "<|endoftext|>"
 # Tensors a file may hold that no picture depends on; {layers} is OpenCLIP's last layer, which SD2 does not use.
 UNUSED = {"text_encoder": r"position_ids|logit_scale|text_projection|attn_mask|resblocks\.{layers}\.",
@@ -160,8 +160,8 @@ def file_places(file: SingleFile, part: str, net: nn.Module, reference: str) -> 
     prefix, places = _places(file, part, net, list(wanted))
     remedy = f"fetch it again, or put the diffusers configs of its own base into {file.home}"
     if lacks := [place.name for place in places.values() if place.name not in file.shapes]:
-        raise UsageError(f"{file.path} lacks {len(lacks)} tensors of the {PARTS[part]} of {reference}, {lacks[0]} "
-                         f"first; {remedy}")
+        raise UsageError(f"{file.path} lacks {plural(len(lacks), 'tensor')} of the {PARTS[part]} of {reference}, "
+                         f"{lacks[0]} first; {remedy}")
     for key, place in places.items():
         if place.shape(file.shapes[place.name]) != _bare(wanted[key]):
             raise UsageError(f"{file.path}: {place.name} is {list(file.shapes[place.name])}, which does not fit the "
@@ -170,8 +170,8 @@ def file_places(file: SingleFile, part: str, net: nn.Module, reference: str) -> 
             raise UsageError(f"{file.path}: {place.name} is {file.dtypes[place.name]}, a quantised weight; give the "
                              "checkpoint it was made from, in fp16, bf16 or fp32")
     if more := _left_over(file, part, prefix, places):
-        raise UsageError(f"{file.path} has {len(more)} tensors that the {PARTS[part]} of {reference} has no place for, "
-                         f"{more[0]} first; {remedy}")
+        raise UsageError(f"{file.path} has {plural(len(more), 'tensor')} that the {PARTS[part]} of {reference} has "
+                         f"no place for, {more[0]} first; {remedy}")
     return places
 
 

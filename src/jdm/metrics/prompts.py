@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jdm.errors import UsageError
+from jdm.errors import UsageError, plural
 from jdm.models.classifier import Classifier
 from jdm.space import from_bytes
 
@@ -20,7 +20,7 @@ def prompt_agreement(classifier: Classifier, images: Tensor, labels: Tensor, bat
     if images.dtype != torch.uint8:
         raise UsageError(f"images must be uint8 in 0..255, got {images.dtype}; convert with space.to_bytes")
     if len(images) == 0 or labels.shape != (len(images),):
-        raise UsageError(f"labels must be [N], got {list(labels.shape)} for {len(images)} images")
+        raise UsageError(f"labels must be [N], got {list(labels.shape)} for {plural(len(images), 'image')}")
     classifier.eval()
     device = next(classifier.parameters()).device
     seen = [classifier(from_bytes(part.to(device))).argmax(1).cpu() for part in images.split(batch)]

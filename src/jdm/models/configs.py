@@ -32,11 +32,12 @@ SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
 class Card(TypedDict, total=False):
-    """jdm.json."""
+    """jdm.json; one without `preprocessor` was written by version 0.1.0."""
 
     kind: str
     method: str | None
     control: str | None
+    preprocessor: dict[str, Any] | None
     levels: list[Annotated[int, Meta(ge=0, le=2**24)]] | None
     t_init: Annotated[int, Meta(ge=0, le=2**24)]
     guidance: Annotated[float, Meta(ge=0, le=1000)]
@@ -91,7 +92,7 @@ SCHEMAS = {CARD: Card, "model_index.json": Index, "scheduler_config.json": Sched
 
 
 def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
-    """The JSON object itself, checked by the schema of its file.
+    """The JSON object of a file, checked by its schema; a card in the words of this version.
 
     Args:
         name: the file's path in the model's folder, such as unet/config.json.
@@ -104,6 +105,7 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
     fitted(found, SCHEMAS.get(file.name, dict), where, REMEDY)
     if file.name == CARD:
         note_data(found, where)
+        _update(found)
     kind = (kind or PARTS.get(file.parent.name)) if file.name == "config.json" else None
     if kind is diffusers.UNet2DConditionModel:
         fitted(found, UNet, where, REMEDY)
@@ -114,6 +116,14 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
         if "attn_implementation" in key:  # transformers fetches code for other names
             fitted(found[key], Attention, where, REMEDY, key)
     return found
+
+
+def _update(card: dict) -> None:
+    """Puts a card of 0.1.0 in this version's words: its t_init is `levels`, its canny that of the grey picture."""
+    if "t_init" in card:
+        card.setdefault("levels", [card.pop("t_init")])
+    if card.get("control") == "canny" and "preprocessor" not in card:
+        card["control"] = "canny-grey"
 
 
 @cache

@@ -10,7 +10,7 @@ from diffusers import ControlNetModel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.files import read_json, replaced
 from jdm.models import configs, hub
 from jdm.models.configs import CARD as CARD
@@ -122,8 +122,8 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
         said = str(error) if isinstance(error, OSError | ValueError) else in_short(error)
         raise ValueError(f"{subfolder or path}: {said}") from None
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights of the {kind.__name__} are missing, {missing[0]} first, in "
-                         f"{subfolder or path}")
+        raise ValueError(f"{subfolder or path} lacks {plural(len(missing), 'weight')} of the {kind.__name__}, "
+                         f"{missing[0]} first")
     refuse_unsound(net, path, subfolder)
     return net
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.models.folder import whole_network
 from jdm.models.schedulers import alphas_cumprod
 from jdm.ranges import Count, Whole
@@ -63,8 +63,9 @@ class VAEConfig:
         factor = 2 ** (len(self.widths) - 1)
         height, width = height_width(size)
         if height % factor or width % factor:
-            raise UsageError(f"size must be a multiple of {factor} for an autoencoder of {len(self.widths)} levels, "
-                             f"got {spelled(size)}; change --data.size or --method.network.widths")
+            raise UsageError(f"size must be a multiple of {factor} for an autoencoder of "
+                             f"{plural(len(self.widths), 'level')}, got {spelled(size)}; change --data.size or "
+                             "--method.network.widths")
         return self.latent_channels, height // factor, width // factor
 
 

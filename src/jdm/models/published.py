@@ -43,7 +43,7 @@ SDXL = {
     "scheduler": {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}
 
 # Configurations by hub id.
-KNOWN: dict[str, dict[str, dict]] = {
+PUBLISHED: dict[str, dict[str, dict]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-2-1-base": SD21,
@@ -53,7 +53,7 @@ KNOWN: dict[str, dict[str, dict]] = {
 
 
 def of_size(size: str, prediction: str) -> dict[str, dict]:
-    """The configurations of a size in `single_file.KNOWN`; SD2 with v-prediction is the 768-pixel model."""
+    """The configurations of a size in `single_file.SIZES`; SD2 with v-prediction is the 768-pixel model."""
     sizes = {"SD1.5": SD15, "SD2": SD21_V if prediction == "v_prediction" else SD21, "SDXL": SDXL}
     return sizes[size]
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import diffusers
 from torch import Tensor
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.generator import checked_levels
 from jdm.schedule import NoiseSchedule
 
@@ -119,8 +119,8 @@ def checked_scheduler(config: dict, file: str) -> dict:
                              "that the model was trained with")
     betas, n = whole["trained_betas"], whole["num_train_timesteps"]
     if betas is not None and len(betas) != n:
-        raise UsageError(f"{file}: trained_betas has {len(betas)} levels and num_train_timesteps is {n}; they must "
-                         "agree")
+        raise UsageError(f"{file}: trained_betas has {plural(len(betas), 'level')} and num_train_timesteps is {n}; "
+                         "they must agree")
     try:
         getattr(diffusers, whole["_class_name"]).from_config(whole)
         NoiseSchedule(alphas_cumprod(whole))

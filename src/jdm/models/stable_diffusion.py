@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.generator import Generator
 from jdm.models import schedulers
 from jdm.models.adapters import Adapter, without_adapters
@@ -151,8 +151,9 @@ class StableDiffusion:
                              "put back the text encoder it was trained with")
         taken, latents = self.unet.config["in_channels"], self.vae.config["latent_channels"]
         if taken != latents:
-            raise UsageError(f"{path}: the UNet takes {taken} channels, its autoencoder writes latents of {latents}; "
-                             "put back its own autoencoder (inpainting and image-editing UNets cannot be teachers)")
+            raise UsageError(f"{path}: the UNet takes {plural(taken, 'channel')}, its autoencoder writes latents "
+                             f"of {latents}; put back its own autoencoder (UNets for inpainting and editing cannot be "
+                             "teachers)")
         for network, own in self.text().networks:
             refuse_foreign_tokenizer(own, cast(Any, network).config, path)
         if (self.card or {}).get("kind") == "one-step" and not self.levels:
@@ -195,8 +196,7 @@ class StableDiffusion:
     @property
     def levels(self) -> tuple[int, ...] | None:
         """The level indices that a student of this project runs at; None for a multi-step model."""
-        card = self.card or {}
-        levels = card.get("levels", [card["t_init"]] if "t_init" in card else None)  # t_init: written by 0.1.0
+        levels = (self.card or {}).get("levels")
         return None if levels is None else tuple(levels)
 
     @property

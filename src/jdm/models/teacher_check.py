@@ -12,8 +12,11 @@ from jdm.models.family import Family
 from jdm.models.schedulers import ddim_scheduler
 from jdm.score import Estimate
 
+FEW = 4  # pictures that errors with right and with wrong prompts are compared on, at least
 LEVELS = (0.1, 0.5, 0.9)  # t: nearly clean, in between, nearly noise
 LONGER = 1.15  # how much an x0 of the middle level may be longer or shorter than the true one
+STRETCHED = 0.05  # how far the length of the noise predicted at the last level may be from that of the best guess
+DEAF = 0.88  # error at the last level with the pictures' own prompts over that with one another's, at most
 PARTS = "the scheduler's config, the autoencoder and the UNet may not be of one model"
 
 
@@ -49,10 +52,34 @@ def doubts(model: Family, pixels: Tensor, y: Sequence[str]) -> str:
             return (f"it predicts the noise at t = {t} with an error of {error:.3g}, a guess with {chance:.3g}: "
                     f"{PARTS}, or it was never trained on such pictures")
         length = float((estimate.x0 * x).sum() / estimate.x0.square().sum())
+        slope = float((estimate.eps * eps).sum() / estimate.eps.square().sum())
+        if t == LEVELS[2] and abs(slope - 1) > STRETCHED:
+            return (f"the noise it predicts at t = {t} is {1 / slope:.2f} times as long as it should be: {PARTS}, "
+                    "above all the scheduler's betas and number of levels, or it was never trained on such pictures")
         if t == LEVELS[1] and not 1 / LONGER <= length <= LONGER:
             return (f"its x0 at t = {t} is {1 / length:.2f} times as long as it should be: {PARTS}, above all the "
                     "scheduler's betas, or it was never trained on such pictures")
+    if len(x) >= FEW and (heard := _heard(model, x, y)) > DEAF:
+        return (f"its prediction at t = {LEVELS[2]} is no better with a picture's own prompt than with another's (its "
+                f"error is {heard:.2f} of that): the text encoder, the tokenizer and the UNet may not be of one model, "
+                "or it was never trained on such prompts")
     return ""
+
+
+def _heard(model: Family, x: Tensor, y: Sequence[str]) -> float:
+    """The error at the last level with the right prompts over that with the others'; 0 where all prompts are alike."""
+    right = wrong = 0.0
+    errors = {k: _errors(model, x, [*y[k:], *y[:k]]) for k in range(len(y))}
+    for k in range(1, len(y)):
+        others = torch.tensor([a != b for a, b in zip(y, [*y[k:], *y[:k]], strict=True)])
+        right, wrong = right + float(errors[0][others].sum()), wrong + float(errors[k][others].sum())
+    return right / wrong if wrong else 0.0
+
+
+def _errors(model: Family, x: Tensor, y: Sequence[str]) -> Tensor:
+    """The squared error of the noise predicted for each picture at the last level, [B] on the CPU."""
+    estimate, eps = _estimate(model, x, LEVELS[2], y)
+    return (estimate.eps - eps).square().flatten(1).mean(1).cpu()
 
 
 def _estimate(model: Family, x: Tensor, t: float, y: Sequence[str]) -> tuple[Estimate, Tensor]:

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn, serialization
 
 from jdm.errors import UsageError
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REAL = ("F16", "BF16", "F32", "F64")  # safetensors' names
 BUFFERS = ("position_ids", "num_batches_tracked")  # whole numbers beside the weights
 
@@ -59,6 +61,35 @@ def not_finite(net: nn.Module) -> str:
         # A sum is one pass over memory; only where it is not finite are the values themselves looked at.
         return next((name for name, p in net.named_parameters()
                      if not torch.isfinite(p.sum()) and not torch.isfinite(p).all()), "")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The weights in a .safetensors or PyTorch file, by name: real numbers, all finite.
+
+    Raises:
+        Exception: of any type; the file is damaged, or holds something else.
+    """
+    found = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+    for name, value in found.items():
+        if value.dtype not in DTYPES and not name.endswith(BUFFERS):
+            raise ValueError(f"it holds {name} in {value.dtype}, where weights are real numbers")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite (NaN or infinity)")
+    return found
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The named tensors of a PyTorch file, of which nothing but tensors is built."""
+    more = serialization.get_safe_globals()  # torch's distributed types, which no weights hold
+    serialization.clear_safe_globals()
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    finally:
+        serialization.add_safe_globals(more)
+    found = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError("it holds something other than named tensors")
+    return dict(found)
 
 
 def _files(folder: Path | None) -> list[Path]:

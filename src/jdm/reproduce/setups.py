@@ -12,7 +12,7 @@ from typing import Any
 from jdm.errors import UsageError
 from jdm.library import SHIPPED
 from jdm.recipes import find, scales
-from jdm.rewards.base import KNOWN
+from jdm.rewards.base import NAMED
 from jdm.run import Run
 
 # Per step at the recipe's batch, on two CPU cores: what `--dry-run` reckons with until a run has its own log.
@@ -144,9 +144,9 @@ def _has_weights(model: str) -> bool:
 
 def _to_fetch(spec: str) -> str:
     """The command that fetches a published score's weights; empty where they are there, or named by the user."""
-    if spec not in KNOWN:
+    if spec not in NAMED:
         return ""
-    module = importlib.import_module(KNOWN[spec].partition(":")[0])
+    module = importlib.import_module(NAMED[spec].partition(":")[0])
     place, files = getattr(module, "WEIGHTS", ""), getattr(module, "FILES", ())
     if not place or _fetched(place, files[0] if files else "config.json"):
         return ""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jdm import __version__
-from jdm.errors import RunError, TerminatedError, UsageError
+from jdm.errors import RunError, TerminatedError, UsageError, plural
 from jdm.files import write
 from jdm.reproduce import setups
 from jdm.reproduce.cells import (
@@ -188,7 +188,7 @@ def listed(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = No
         left = [f"train {k}, {steps} x {run.batch}" for k, (run, steps, _) in new.items()]
         before = f"failed before ({reason}); " if reason else ""
         rows.append((cell.name, str(cell.seed), before + ("to train" if new else "to measure"),
-                     "; ".join([*left, f"measure {setup.n} pictures"]), lasting(seconds)))
+                     "; ".join([*left, f"measure {plural(setup.n, 'picture')}"]), lasting(seconds)))
     tail = ", and trainings whose pace is not known" if unknown else ""
     return f"{aligned(rows)}\n\nIn all about {lasting(total)} on two CPU cores{tail}."
 

@@ -14,7 +14,7 @@ from jdm.errors import UsageError, in_short
 from jdm.size import Size
 from jdm.user_code import check_gradient, imported, probe
 
-KNOWN = {
+NAMED = {
     "nano-reward": "jdm.rewards.classifier:nano_reward",
     "nano-judge": "jdm.rewards.classifier:nano_judge",
     "clip": "jdm.rewards.clip_score:CLIPScore",
@@ -44,8 +44,8 @@ def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     `python my_rewards.py` would. Raises UsageError if the name is unknown or the class cannot be instantiated.
     """
     known, colon, weights = spec.partition(":")
-    if known in KNOWN and (weights or not colon):
-        source, _, name = KNOWN[known].partition(":")
+    if known in NAMED and (weights or not colon):
+        source, _, name = NAMED[known].partition(":")
         make = getattr(importlib.import_module(source), name)
         reward = make(weights) if weights else make()
     else:
@@ -90,14 +90,14 @@ def reward_name(reward: Reward) -> str:
 def _own(spec: str) -> Any:
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
-        near = difflib.get_close_matches(spec, KNOWN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(KNOWN)};"
+        near = difflib.get_close_matches(spec, NAMED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(NAMED)};"
         raise UsageError(f"there is no reward {spec!r}; {hint} name your own by file and function, "
                          "such as my_rewards.py:brightness")
     try:
         module = imported(source)
     except UsageError:
-        near = difflib.get_close_matches(source, KNOWN, n=1)
+        near = difflib.get_close_matches(source, NAMED, n=1)
         if near:
             raise UsageError(f"there is no reward {source!r}; did you mean {near[0]}:{name}?") from None
         raise

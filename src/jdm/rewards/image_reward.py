@@ -49,17 +49,14 @@ class ImageReward(nn.Module):
 
     def __init__(self, weights: str = WEIGHTS, tokenizer: str = TOKENIZER, dtype: torch.dtype = torch.float32,
                  vision: BlipVisionConfig | None = None, text: BlipTextConfig | None = None):
-        from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
+        from transformers import AutoTokenizer
         from transformers.models.blip.modeling_blip import BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         super().__init__()
         file = weights_file(self.name, weights, FILES)
         published = renamed(read_weights(self.name, file))
-        # These differ from transformers' defaults: 8 heads in the text model, 1e-5 in the vision model's norms.
-        vision = vision or BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                                            num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
-        text = text or BlipTextConfig(encoder_hidden_size=vision.hidden_size, num_attention_heads=12)
+        vision, text = vision or published_vision(), text or published_text()
         self.vision: Any = BlipVisionModel(vision)
         self.text: Any = BlipTextModel(text, add_pooling_layer=False)
         self.head = score_head(text.hidden_size)
@@ -83,6 +80,21 @@ class ImageReward(nn.Module):
         first = read.last_hidden_state[:, 0]
         score = self.head(first.to(torch.promote_types(first.dtype, torch.float32)))[:, 0]
         return (score - MEAN) / STD
+
+
+def published_vision() -> BlipVisionConfig:
+    """The checkpoint's picture encoder; its norms have 1e-6 where transformers' default is 1e-5."""
+    from transformers import BlipVisionConfig
+
+    return BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                            image_size=224, layer_norm_eps=1e-6)
+
+
+def published_text() -> BlipTextConfig:
+    """The checkpoint's text encoder; it has 12 heads where transformers' default is 8."""
+    from transformers import BlipTextConfig
+
+    return BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
 
 
 def renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:

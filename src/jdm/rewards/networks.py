@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.errors import UsageError, in_short
+from jdm.errors import UsageError, in_short, plural
 from jdm.models import hub
+from jdm.models.weights import read_tensors
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by channel
 
@@ -73,7 +74,7 @@ def score_head(width: int = 768) -> nn.Sequential:
 def paired(images: Tensor, prompts: Sequence[str]) -> None:
     """Raises UsageError unless there is one prompt for each image."""
     if len(prompts) != len(images):
-        raise UsageError(f"there must be one prompt for each of {len(images)} images, got {len(prompts)}")
+        raise UsageError(f"there must be one prompt for each of {plural(len(images), 'image')}, got {len(prompts)}")
 
 
 def frozen(network: Any) -> Any:
@@ -93,7 +94,7 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
 
     network, verbosity = issubclass(kind, nn.Module), logging.get_verbosity()
     if network:
-        settings["output_loading_info"] = True
+        settings |= {"output_loading_info": True, "use_safetensors": True}
     logging.set_verbosity_error()  # it would print a table; the error below is one line
     hub.unfetched(str(place or ""))
     try:
@@ -108,8 +109,8 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
     model, report = found
     wrong = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report.get("mismatched_keys", ()))
     if wrong:
-        raise UsageError(f"{name}: {place or 'the file'} lacks {len(wrong)} weights of {kind.__name__}, such as "
-                         f"{wrong[0]}; is it another model?")
+        raise UsageError(f"{name}: {place or 'the file'} lacks {plural(len(wrong), 'weight')} of "
+                         f"{kind.__name__}, such as {wrong[0]}; is it another model?")
     return frozen(model)
 
 
@@ -136,12 +137,7 @@ def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
 def read_weights(name: str, file: Path) -> dict[str, Tensor]:
     """Reads the tensors of a .safetensors or PyTorch file, by name; only tensors are unpickled."""
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-        return dict(loaded.get("state_dict", loaded))
+        return read_tensors(file)
     except Exception as error:  # a broken file may raise anything
         raise UsageError(f"{name}: {file} is not a weights file ({in_short(error)}); fetch it again") from error
 
@@ -153,7 +149,8 @@ def fill(name: str, network: nn.Module, weights: dict[str, Tensor], file: Path) 
     odd = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     for keys, what in ((missing, "lacks"), (unknown, "has unknown"), (odd, "has misshapen")):
         if keys:
-            raise UsageError(f"{name}: {file} {what} {keys[0]} and {len(keys) - 1} more weights; is it another model?")
+            more = f" and {plural(len(keys) - 1, 'more weight')}" if len(keys) > 1 else ""
+            raise UsageError(f"{name}: {file} {what} {keys[0]}{more}; is it another model?")
     network.load_state_dict(weights)
 
 

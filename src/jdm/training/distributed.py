@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jdm.errors import RunError, TerminatedError, UsageError, in_short
+from jdm.errors import RunError, TerminatedError, UsageError, in_short, plural
 from jdm.models.adapters import Adapter
 from jdm.run import Phase, Run, Task
 from jdm.sharing import mean_over_processes_, processes
@@ -90,11 +90,11 @@ def join(run: Run) -> Run:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     if size() % run.shard:
-        raise UsageError(f"--shard {run.shard} does not divide {size()} processes; give a divisor, or {size()} to "
-                         "shard over all of them")
+        raise UsageError(f"--shard {run.shard} does not divide {plural(size(), 'process')}; give a divisor, or "
+                         f"{size()} to shard over all of them")
     if run.batch % (size() * run.accumulate):
-        raise UsageError(f"a batch of {run.batch} does not divide into {size()} processes times {run.accumulate} "
-                         f"accumulated parts; give a multiple of {size() * run.accumulate}")
+        raise UsageError(f"a batch of {run.batch} does not divide into {plural(size(), 'process')} times "
+                         f"{plural(run.accumulate, 'accumulated part')}; give a multiple of {size() * run.accumulate}")
     return replace(run, device=f"cuda:{torch.cuda.current_device()}") if size() > 1 and run.device == "cuda" else run
 
 

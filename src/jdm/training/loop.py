@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jdm.errors import RunError, TerminatedError, UsageError, in_short, remedy
+from jdm.errors import RunError, TerminatedError, UsageError, in_short, plural, remedy
 from jdm.files import replaced
 from jdm.loading import Loaded
 from jdm.models.execution import settle
@@ -61,9 +61,10 @@ class Trainer:
         place = distributed.by_first(lambda: checkpoint.newest_whole(run.out, aside=True))
         self.start = int(checkpoint.load(self.state, place)["step"]) if place else 0
         if self.start > run.steps:
-            raise UsageError(f"{place} is past {run.steps} steps already; raise --steps or choose another --out")
+            raise UsageError(f"{place} is past {plural(run.steps, 'step')} already; raise --steps or choose "
+                             "another --out")
         if distributed.first():
-            record(run)
+            record(run, loaded.preprocessor)
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))

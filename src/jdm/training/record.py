@@ -32,8 +32,8 @@ def refuse_another(run: Run) -> None:
                          f"it was: jdm train {run.out / 'run.json'}")
 
 
-def record(run: Run) -> None:
-    """run.json: the recipe and the versions a run can be repeated from."""
+def record(run: Run, preprocessor: dict | None) -> None:
+    """run.json: the recipe and the versions a run can be repeated from, and how its control's map is made."""
     import platform
 
     import diffusers
@@ -43,7 +43,8 @@ def record(run: Run) -> None:
                 "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     pictures = load_pictures(run.data.source, run.data.split, run.data.size)
     data = {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures)}
-    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads()}
+    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads(),
+              "preprocessor": preprocessor}
     write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
 
 

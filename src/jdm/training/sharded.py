@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 FILE = ".metadata"  # torch's name for it
 LARGEST = 2**28  # bytes of an index; one of SDXL has a few million
-KNOWN = {(kind.__module__, kind.__name__): kind for kind in (
+TYPES = {(kind.__module__, kind.__name__): kind for kind in (
     metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata,
     metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size,
 )} | {("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -42,8 +42,8 @@ class Reader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in KNOWN:
-            return KNOWN[module, name]
+        if (module, name) in TYPES:
+            return TYPES[module, name]
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         raise ValueError(f"it holds {module}.{name}, which is not read")

@@ -167,8 +167,12 @@ class Loaded:
         return nullcontext()
 
     def split(self, split: str) -> Pictures:
-        """A split of the run's pictures."""
-        return load_pictures(self.run.data.source, split, self.run.data.size)
+        """A split of the run's pictures; one that is not trained on may be empty, and nothing is measured on it."""
+        data = self.run.data
+        if data.controls and not self.needs.control:
+            raise UsageError(f"--data.controls {data.controls} gives control maps, and this run has no control; leave "
+                             "it out, or name a recipe with one, such as nano-canny")
+        return load_pictures(data.source, split, data.size, data, needed=split == data.split)
 
     def _model(self, role: str, name: str) -> Family:
         return load_model(name)

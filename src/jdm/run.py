@@ -263,6 +263,9 @@ class Record(TypedDict, total=False):
 
     run: Required[Description]
     data: dict[str, Any]
+    before: list[dict[str, Any]]
+    found: dict[str, Any]
+    unreadable: list[str]
     versions: dict[str, Any]
 
 

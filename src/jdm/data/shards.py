@@ -104,8 +104,7 @@ class Shards:
         self.captions = [tuple(row) for row in self.table["captions"]]
 
     def _named(self, one: str) -> list[str]:
-        """The shards that a path means: the file of that very name, or a pattern, of which a folder's part may be a name
-        with brackets."""
+        """The shards that a path means: the file of that very name, or a pattern, in a folder that may have brackets."""
         folder, slash, last = one.rpartition("/")
         return ([one] if self.store.exists(one) else self.store.glob(one) or
                 self.store.glob(f"{glob.escape(folder)}{slash}{last}") or [one])
@@ -151,8 +150,8 @@ class Shards:
             return self.store.cat_file(self.shards[row["shard"]], row[start], row[start] + length)
         except Exception as error:
             where = f"{self.shards[row['shard']]}:{row['name']}"
-            raise UsageError(f"{where} could not be read ({in_short(error)}); run the same command again to resume from "
-                             "the last checkpoint") from None
+            raise UsageError(f"{where} could not be read ({in_short(error)}); run the same command again to resume "
+                             "from the last checkpoint") from None
 
     def _image(self, row: dict[str, Any], start: str, length: str, size: Size) -> Tensor:
         data = self._bytes(row, start, row[length])

@@ -50,5 +50,5 @@ def remark_cut(text: TextEncoder, prompts: Sequence[str]) -> None:
         prompt, lost = next(iter(cut.items()))
         which = "the prompt is" if len(prompts) == 1 else f"{len(cut)} of {len(prompts)} prompts are"
         longest = min(tokenizer.model_max_length for _, tokenizer in text.networks)
-        remark(f"{which} too long for the text encoder, which reads {longest} tokens; of {prompt[:40]!r}... it does not "
-               f"read {lost[:200]!r}")
+        remark(f"{which} too long for the text encoder, which reads {longest} tokens; of {prompt[:40]!r}... it does "
+               f"not read {lost[:200]!r}")

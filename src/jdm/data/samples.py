@@ -131,19 +131,19 @@ def _captions(tar: tarfile.TarFile, key: str, files: Mapping[str, tarfile.TarInf
               asked: Wanted) -> tuple[list[str], list[str]]:
     """(the endings that were read, the captions) of a sample.
 
-    The text is that of the ending or of the .json's key that was named; else .txt, or a .json where that has none. A
-    text whose name has more dots belongs to the picture that has the same.
+    The text is that of the ending or of the .json's key that was named; else .txt, or .json where that has none. A
+    picture v2.large.png has its text in v2.large.txt, v2.txt or .txt.
     """
-    middle, stated = picture.rpartition(".")[0], asked.captions.lstrip(".").lower()
+    parts, stated = picture.split(".")[:-1], asked.captions.lstrip(".").lower()
     if stated in files:
         found = _read(tar, files[stated], stated, "", asked)
         return _needed([stated], found, key, files[picture])
     read: list[str] = []
     for kind in TEXTS if not stated else TEXTS[1:]:
-        own = [e for e in (kind[1:], f"{middle}{kind}") if e in files]
-        ending = own[0] if own else None
-        if ending is None:
+        own = [e for k in range(len(parts), -1, -1) if (e := ".".join((*parts[:k], kind[1:]))) in files]
+        if not own:
             continue
+        ending = own[0]
         read.append(ending)
         if found := _read(tar, files[ending], ending, asked.captions, asked):
             return read, found

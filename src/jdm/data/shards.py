@@ -104,7 +104,7 @@ class Shards:
         self.captions = [tuple(row) for row in self.table["captions"]]
 
     def _named(self, one: str) -> list[str]:
-        """The shards that a path means: the file of that very name, or a pattern, in a folder that may have brackets."""
+        """The shards that a path means: the file of that name, or a pattern, in a folder that may have brackets."""
         folder, slash, last = one.rpartition("/")
         return ([one] if self.store.exists(one) else self.store.glob(one) or
                 self.store.glob(f"{glob.escape(folder)}{slash}{last}") or [one])

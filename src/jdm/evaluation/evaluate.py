@@ -121,7 +121,8 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
     sampler = sampler_of(loaded, steps, guidance)
     asked, styles = chosen_prompts(prompts, n)
     made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked, seed=seed)
-    row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe, **_cut(sampler, asked)}
+    row = {"model": model, "seed": seed, **_run_as(sampler), **_cut(sampler, asked), "n": len(asked),
+           "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles, taken=row)
 
 

@@ -1,6 +1,10 @@
-"""A folder of pictures with captions, as a person would have it."""
+"""Pictures with captions, as a person would have them: folders and shards."""
+
+import io
+import tarfile
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -12,3 +16,33 @@ def folder_of(place, count: int = 3, captions: bool = True):
         if captions:
             (place / f"{i}.txt").write_text(f"caption {i}\n")
     return place
+
+
+def picture(path, value: int = 100, size=(40, 24), mode: str = "RGB"):
+    """A plain picture of one grey value, `size` is width and height; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).convert(mode).save(path)
+    return path
+
+
+def encoded(value: int = 100, size=(40, 24), kind: str = "JPEG") -> bytes:
+    """The bytes of a plain picture."""
+    out = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(out, kind)
+    return out.getvalue()
+
+
+def shard(path, members):
+    """A tar file of (name, bytes) pairs; returns its path as text."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def captions_of(pictures) -> list[str]:
+    """The first caption of each picture."""
+    rows = torch.arange(len(pictures))
+    return pictures.prompts(rows, torch.zeros(len(rows)))

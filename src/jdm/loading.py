@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
 from jdm.controls.base import NAMED
-from jdm.data.cache import Cache
+from jdm.data.cache import Cache, distinct
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import UsageError
@@ -26,6 +26,8 @@ from jdm.rewards import Reward, checked_reward, load_reward
 from jdm.run import Needs, Record, Run
 from jdm.size import Size, height_width
 from jdm.space import Space
+
+MOST_PROMPTS = 20_000  # captions whose length is looked at
 
 
 class Loaded:
@@ -156,6 +158,17 @@ class Loaded:
             if self.has(role):
                 warn_of_misfit(self.needs.models[role], self.model(role), self.pictures)
 
+    def found(self) -> list[str]:
+        """What was found in the source of the pictures, what each rule left out, and prompts that are cut; in lines."""
+        report = self.pictures.report
+        for role in self.needs.prompts:
+            if self.has(role) and (cut := self.text(role).overlong(distinct(self.pictures)[:MOST_PROMPTS])):
+                prompt, lost = next(iter(cut.items()))
+                report.note(f"{len(cut):,} captions are too long for the text encoder of {self.needs.models[role]}, "
+                            f"and their ends are cut: of {prompt[:40]!r}... it does not read {lost[:60]!r}")
+        counted = ", ".join(f"{n:,} {split}" for split, n in report.splits.items())
+        return [*([f"{report.source}: pictures: {counted}"] if counted else []), *report.lines()]
+
     def same_latents(self, model: Family) -> bool:
         """Whether a model's latents have the shape of the teacher's."""
         size = self.run.data.size
@@ -175,8 +188,12 @@ class Loaded:
         return nullcontext()
 
     def split(self, split: str) -> Pictures:
-        """A split of the run's pictures."""
-        return load_pictures(self.run.data.source, split, self.run.data.size)
+        """A split of the run's pictures; one that is not trained on may be empty, and nothing is measured on it."""
+        data = self.run.data
+        if data.controls and not self.needs.control:
+            raise UsageError(f"--data.controls {data.controls} gives control maps, and this run has no control; leave "
+                             "it out, or name a recipe with one, such as nano-canny")
+        return load_pictures(data.source, split, data.size, data, needed=split == data.split)
 
     def _model(self, role: str, name: str) -> Family:
         return load_model(name)

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -32,6 +32,7 @@ from torch import Tensor
 from jdm.data.cache import (
     LAYOUT,
     MANIFEST,
+    UNREAD,
     Cache,
     distinct,
     encoder_signs,
@@ -102,7 +103,8 @@ class Draft(Cache):
         """Make every part that the run needs."""
         needs, run, loaded = self.needed.needs, self.needed.run, self.needed.pictures
         rows = torch.arange(len(loaded)).split(AT_ONCE)
-        part = self._part("pictures", [run.data.size, self.content], len(loaded), ((loaded.batch(r),) for r in rows))
+        part = self._part("pictures", [run.data.size, self.content], len(loaded),
+                          ((loaded.sound(r)[1],) for r in rows), loaded.unread.found)
         self.manifest["pictures"] = {"part": part}
         for role in [role for role in needs.prompts if role in needs.models]:
             self._text(self.needed.text(role))
@@ -132,12 +134,14 @@ class Draft(Cache):
         for prompt in self.prompts:
             yield tuple(tensor[None] for tensor in tensors_of(next(iter(encoder.encode([prompt])))))
 
-    def _part(self, name: str, of: Any, n: int, pieces: Iterator[tuple[Tensor, ...]]) -> str:
+    def _part(self, name: str, of: Any, n: int, pieces: Iterator[tuple[Tensor, ...]],
+              unread: Mapping[int, str] | None = None) -> str:
         """Returns the folder name of a part, writing the part if needed; the name hashes all that determines its bits.
 
         Args:
             of: the inputs of the part, as JSON.
             pieces: tuples of tensors; the k-th tensor of each holds the next rows of k.npy, n rows in total.
+            unread: what turns out unreadable while the pieces are made.
         """
         part = f"{name}-{sha256([LAYOUT, self.manifest['made with'], of])[:16]}"
         place, draft = self.folder / part, self.folder / f".{part}.draft"
@@ -147,6 +151,8 @@ class Draft(Cache):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             self._write(draft, name, n, pieces)
+            if unread is not None:
+                write(draft / UNREAD, json.dumps(unread) + "\n")
             draft.rename(place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Required, TypedDict
 
 from torch import Tensor, nn
 
-from jdm.ranges import Count, Decay, NotNegative, Positive, Seed, Whole, refuse_outside
+from jdm.ranges import Count, Decay, NotNegative, Positive, Seed, Share, Whole, refuse_outside
 from jdm.size import Size
 
 
@@ -180,6 +180,19 @@ class Data:
         validation: Pictures for the probes during training, written like `split`.
         prepared: Folder that `jdm prepare` wrote for this split; empty for none. It saves time and leaves
             the trained model unchanged.
+        pictures: What the pictures are, where that is ambiguous: a column of a table or hub data set; in a folder a
+            pattern ('*.jpg', 'images/*.png'), an ending or a folder's name; in shards an ending (jpg).
+        captions: What the captions are: a column; the ending of the texts beside the pictures (.caption) or the folder
+            they are in; in shards an ending, or a key of the .json.
+        controls: Control maps of your own, read in place of measuring them, named as `pictures` are; empty measures the
+            control on each picture.
+        table: The table in a folder that holds several, by its path from there, or none to read no table.
+        encoding: Encoding of captions and tables that are not UTF-8 and have no byte order mark, such as cp1252 or gbk.
+        splits: How a folder is divided: by sub-folders named train, validation, test (folders); or 1 of 20 pictures
+            each held out for validation and test (held-out). Left empty, sub-folders count where all are so named.
+        unreadable: Largest share of the pictures that may turn out unreadable in a run: each is skipped, counted and
+            named, and one beyond the share ends the run.
+        changed: Go on with a run although its pictures or captions changed since it began; run.json then lists both.
     """
 
     source: str = "fashion-mnist"
@@ -187,6 +200,14 @@ class Data:
     split: str = "train"
     validation: str = "validation"
     prepared: str = ""
+    pictures: str = ""
+    captions: str = ""
+    controls: str = ""
+    table: str = ""
+    encoding: str = ""
+    splits: Literal["", "folders", "held-out"] = ""
+    unreadable: Share = 0.05
+    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,6 +287,9 @@ class Record(TypedDict, total=False):
 
     run: Required[Description]
     data: dict[str, Any]
+    before: list[dict[str, Any]]
+    found: dict[str, Any]
+    unreadable: list[str]
     versions: dict[str, Any]
     preprocessor: dict[str, Any] | None  # of the control
 
@@ -281,5 +305,6 @@ def described(value: Any) -> Any:
 
 
 def without_cache(description: dict) -> dict:
-    """A run's description without the one field of its data that decides nothing: where that is prepared."""
-    return description | {"data": {k: v for k, v in description.get("data", {}).items() if k != "prepared"}}
+    """A run's description without the fields of its data that decide nothing; what its data lacks has its default."""
+    data = described(Data()) | description.get("data", {})
+    return description | {"data": {k: v for k, v in data.items() if k not in ("prepared", "changed", "unreadable")}}

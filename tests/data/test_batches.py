@@ -37,7 +37,7 @@ def test_each_batch_is_read_once_and_ahead(turns):
         for _ in range(3):  # phases
             for turn in range(turns):
                 with sharing(turn, turns):
-                    rows, images = batches(step)
+                    rows, images, _ = batches(step)
                     assert torch.equal(rows, rows_at(40, 8, 3, step))
                     assert torch.equal(images, PICTURES.batch(rows))
     assert {step for step, _ in batches._asked} == {6, 7}  # what is done with is forgotten

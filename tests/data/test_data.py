@@ -10,12 +10,8 @@ from PIL import Image
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import fingerprint, load_pictures
 from jdm.errors import UsageError
-from photos import folder_of
-
-
-def captions_of(pictures) -> list[str]:
-    return pictures.prompts(torch.arange(len(pictures)), torch.zeros(len(pictures)))
-
+from jdm.run import Data
+from photos import captions_of, folder_of
 
 # Packaged
 
@@ -136,8 +132,9 @@ def test_empty_folders_and_unknown_names_are_refused(tmp_path):
 # The hub: a real dataset object, without the network
 
 
-def hub_dataset(monkeypatch, features: dict, rows: int = 30):
-    """`datasets.load_dataset` answers with `rows` pictures of 40 x 24 and the columns given."""
+def hub_dataset(monkeypatch, features: dict, rows: int = 30, splits=("train", "test")):
+    """`datasets.load_dataset` answers with `rows` pictures of 40 x 24 and the columns given, as it does for a set that
+    has these splits."""
     import datasets
 
     columns = {"image": [Image.fromarray(np.full((24, 40, 3), i, np.uint8)) for i in range(rows)]}
@@ -146,7 +143,14 @@ def hub_dataset(monkeypatch, features: dict, rows: int = 30):
         columns[name], kinds[name] = [value(i) for i in range(rows)], kind
     made = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or made)
+
+    def load_dataset(name, split):
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        asked.append((name, split))
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
 
@@ -179,6 +183,79 @@ def test_a_hub_dataset_without_captions_is_refused(monkeypatch):
     hub_dataset(monkeypatch, {"price": (datasets.Value("int32"), lambda i: i)})
     with pytest.raises(UsageError, match=r"someone/things: needs an image column and a text or label.*price"):
         load_pictures("someone/things", "train", 16)
+
+
+@pytest.mark.parametrize(("splits", "sizes"), [
+    (("train",), (24, 3, 3)), (("train", "val"), (27, 30, 3)), (("train", "valid", "test"), (30, 30, 30)),
+    (("train", "dev"), (27, 30, 3))])
+def test_splits_that_a_set_lacks_are_held_out(splits, sizes, monkeypatch):
+    import datasets
+
+    hub_dataset(monkeypatch, {"text": (datasets.Value("string"), lambda i: f"text {i}")}, splits=splits)
+    found = [load_pictures("someone/things", split, 16) for split in ("train", "validation", "test")]
+    assert tuple(map(len, found)) == sizes
+    if splits == ("train",):
+        said = [caption for part in found for caption in captions_of(part)]
+        assert sorted(said) == sorted(f"text {i}" for i in range(30))
+        assert "no validation split: 3 of its 30" in " ".join(found[0].report.lines())
+
+
+def test_a_failed_fetch_is_no_missing_split(monkeypatch):
+    import datasets
+
+    def load_dataset(name, split):
+        raise ConnectionError("503 Service Unavailable")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for split in ("train", "test"):
+        with pytest.raises(UsageError, match=r"503 Service Unavailable"):
+            load_pictures("someone/things", split, 16)
+
+
+def test_hub_rows_without_caption_are_left_out(monkeypatch):
+    import datasets
+
+    values = [None, "", "nan", "a boot", " "] * 6
+    hub_dataset(monkeypatch, {"text": (datasets.Value("string"), lambda i: values[i])}, splits=("train", "test"))
+    pictures = load_pictures("someone/things", "test", 16)
+    assert captions_of(pictures) == ["a boot"] * 6
+    assert pictures.report.left_out["rows without a caption"].count == 24
+    assert pictures.batch(torch.tensor([1])).unique().tolist() == [8]
+
+
+def test_several_hub_captions_are_drawn_from(monkeypatch):
+    import datasets
+
+    hub_dataset(monkeypatch, {"captions": (datasets.List(datasets.Value("string")), lambda i: [f"a {i}", f"b {i}"])})
+    pictures = load_pictures("someone/things", "test", 16)
+    assert pictures.prompts(torch.tensor([3, 3]), torch.tensor([0.1, 0.9])) == ["a 3", "b 3"]
+
+
+def test_a_hub_column_of_maps_is_read(monkeypatch):
+    import datasets
+
+    def drawn(i):
+        return Image.fromarray(np.full((24, 40, 3), 200 - i, np.uint8))
+
+    hub_dataset(monkeypatch, {"text": (datasets.Value("string"), lambda i: f"text {i}"),
+                              "conditioning_image": (datasets.Image(), drawn)})
+    rows = torch.tensor([2])
+    plain = load_pictures("someone/things", "test", 16)
+    assert plain.maps(rows) is None
+    assert plain.report.left_out["columns that are not read"].names == ["conditioning_image"]
+    with_maps = load_pictures("someone/things", "test", 16, Data(controls="conditioning_image"))
+    assert with_maps.maps(rows).unique().tolist() == [198]
+    assert with_maps.batch(rows).unique().tolist() == [2]
+
+
+def test_labels_that_are_missing_are_left_out(monkeypatch):
+    import datasets
+
+    kind = datasets.ClassLabel(names=["Apple", "Bag"])
+    hub_dataset(monkeypatch, {"label": (kind, lambda i: -1 if i % 3 == 0 else 1)})
+    pictures = load_pictures("someone/things", "test", 16)
+    assert len(pictures) == 20
+    assert set(captions_of(pictures)) == {"bag"}
 
 
 # Orders and noise

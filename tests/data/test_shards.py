@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_named(place):
     broken = shard(["a"] * 1)
     at = broken.index(b"IDAT")
     write("broken.tar", broken[: at + 500] + b"\0" * 2000 + broken[at + 2500 :])
-    pictures = load_pictures(f"{where}/broken.tar", "validation", 32)
+    pictures = load_pictures(f"{where}/broken.tar", "train", 32)
     with pytest.raises(UsageError, match=r"broken\.tar:a\.png: damaged or incomplete"):
         pictures.batch(torch.tensor([0]))
     with pytest.raises(UsageError, match=r"s4://x/\*\.tar: no shards could be listed \(ValueError: Protocol not known"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from jdm.cli.parser import NARROWEST
+
+if TYPE_CHECKING:
+    from jdm.models.text import TextEncoder
 
 
 class _Console(Console):
@@ -39,3 +42,13 @@ def printed(what: object) -> None:
 def remark(text: str) -> None:
     """Print a line on standard error, which leaves standard output to the command's result."""
     _Console(stderr=True).print(text, highlight=False, markup=False)
+
+
+def remark_cut(text: TextEncoder, prompts: Sequence[str]) -> None:
+    """Says which prompts are too long for a text encoder, and what it does not read of the first of them."""
+    if cut := text.overlong(prompts):
+        prompt, lost = next(iter(cut.items()))
+        which = "the prompt is" if len(prompts) == 1 else f"{len(cut)} of {len(prompts)} prompts are"
+        longest = min(tokenizer.model_max_length for _, tokenizer in text.networks)
+        remark(f"{which} too long for the text encoder, which reads {longest} tokens; of {prompt[:40]!r}... it does "
+               f"not read {lost[:200]!r}")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jdm.cli import checks
+from jdm.cli import checks, console
 from jdm.controls import checked, load_control
 from jdm.data import pictures
 from jdm.errors import UsageError
@@ -45,6 +45,7 @@ def command(asked: argparse.Namespace) -> int:
     guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
     sampler = Sampler(model, asked.steps, guidance,
                       [placed(net, asked.device) for net, _ in also], asked.strength, steering=steering)
+    console.remark_cut(sampler.text, [asked.prompt])
     checks.writable(out)
     z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),

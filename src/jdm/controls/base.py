@@ -68,6 +68,18 @@ class Control:
         return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c
 
 
+def control_of(control: Control, images: Tensor, maps: Tensor | None = None) -> Tensor:
+    """c [B, channels, H, W] in [0, 1]: measured on images [B, 3, H, W] in [0, 1], or read from maps of one's own.
+
+    Args:
+        maps: uint8 [B, 3, H, W]; a control of one channel takes their mean over the three.
+    """
+    if maps is None:
+        return control.h(images)
+    c = maps.to(images) / 255
+    return c.mean(1, keepdim=True) if control.channels == 1 else c
+
+
 def load_control(spec: str) -> Control:
     """Returns the control named by `spec`: `canny`, `my_controls.py:Posterize` or `package.module:Class`.
 

@@ -2,7 +2,7 @@
 
     DIR/manifest.json      the inputs of the preparation and the names of its parts; written last
     DIR/text-*/            0.npy: hidden states [prompts, L, D]; SDXL's pooled states [prompts, P] in 1.npy
-    DIR/pictures-*/        0.npy: uint8 [N, 3, size, size]
+    DIR/pictures-*/        0.npy: uint8 [N, 3, size, size]; unread.json: index -> why that picture cannot be read
     DIR/latents-*/         0.npy: [N, C, h, w]
     DIR/prompts-*.json     the distinct captions of the split and "", in the order of the states
     DIR/files-*.json       name, status and SHA-256 of every file the pictures were read from
@@ -27,6 +27,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from jdm.data.sources import Pictures
+from jdm.data.texts import shown
 from jdm.errors import UsageError
 from jdm.files import read_json
 from jdm.models.text import TextEncoder
@@ -34,8 +35,8 @@ from jdm.run import Data
 from jdm.size import spelled
 from jdm.space import Space
 
-MANIFEST = "manifest.json"
-LAYOUT = 2  # increase when the files, or the decoding and cropping of pictures, change
+MANIFEST, UNREAD = "manifest.json", "unread.json"
+LAYOUT = 3  # increase when the files, or the decoding and cropping of pictures, change
 CALLED = {"size": "size", "split": "split", "n": "number of pictures", "prompts": "prompt"}  # `facts` in messages
 Name = Annotated[str, Meta(pattern=r"^[a-z]+-[0-9a-f]+(\.json)?$")]  # of a part or file in the same folder
 Sign = list  # identifies a file: [name, bytes, modified, changed, inode, SHA-256]; times in ns
@@ -86,8 +87,12 @@ class Cache:
     def pictures(self, data: Data, loaded: Pictures) -> Pictures:
         """Returns the split with pictures, and latents if prepared, memory-mapped from disk."""
         self._check(data, loaded)
-        stored, place = self._arrays(self.manifest["pictures"]["part"], len(loaded))[0], places(loaded.indices)
-        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents, slow=False)
+        part = self.manifest["pictures"]["part"]
+        stored, place = self._arrays(part, len(loaded))[0], places(loaded.indices)
+        unread = read_json(self.folder / part / UNREAD, dict[str, str], self._remedy, needed=True)
+        loaded.unread.found |= {int(index): why for index, why in unread.items()}
+        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents,
+                       slow=loaded.controls is not None)
 
     def text(self, encoder: TextEncoder) -> Mapping[str, Any]:
         """Prompt -> its text states on the CPU, in the form that `TextEncoder` caches."""
@@ -208,13 +213,13 @@ def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
     if not files:  # pictures in memory are identified by their pixels
         digest = hashlib.sha256()
         for rows in torch.arange(len(loaded)).split(500):
-            digest.update(loaded.batch(rows).contiguous().numpy().data)
+            digest.update(loaded.sound(rows)[1].contiguous().numpy().data)
         return [[loaded.source, 0, 0, 0, 0, digest.hexdigest()]]
     before = {tuple(sign[:-1]): sign[-1] for sign in known}
     found = []
     for file in files:
         at = file.stat()
-        status = [file.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
+        status = [shown(file.name), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
         found.append([*status, before.get(tuple(status)) or _sha256_of_file(file)])
     return found
 

@@ -25,4 +25,4 @@ def encoded_parts(space: Space, pictures: Pictures) -> Iterator[Tensor]:
     """
     device = next(space.vae.parameters()).device if space.vae is not None else "cpu"
     for rows in torch.arange(len(pictures)).split(max(1, min(500, 2**22 // prod(height_width(pictures.size))))):
-        yield space.encode(from_bytes(pictures.batch(rows)).to(device)).cpu().contiguous()
+        yield space.encode(from_bytes(pictures.sound(rows)[1]).to(device)).cpu().contiguous()

@@ -16,14 +16,30 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from jdm.errors import UsageError, in_short, plural
+from jdm.data.texts import shown
+from jdm.errors import UsageError, in_short, plural, remedy
 from jdm.files import write
 from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
+ASPECT = 0.05  # by how much the proportions of a control map may differ from its picture's
+ORIENTATION = 0x0112  # in EXIF; from 5 on a picture lies on its side
 # Whatever a file is named, Pillow tries these alone: for PostScript, say, it would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI", "PCX")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+            ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".qoi", ".pcx"}
+
+
+class UnreadableError(UsageError):
+    """Pictures that are there and cannot be read: damaged, too small, or no pictures at all.
+
+    Attributes:
+        at: place in what was to be read -> why.
+    """
+
+    def __init__(self, message: str, at: Mapping[int, str] | None = None):
+        super().__init__(message)
+        self.at = {0: message} if at is None else dict(at)
 
 
 def load_picture(path: str | Path, size: Size) -> Tensor:
@@ -34,8 +50,9 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     the first frame is read. The picture is then resized to cover `size`, keeping its proportions (Lanczos,
     antialiased), and cropped at the centre. Colour profiles are not applied.
 
-    Raises UsageError if the file does not exist, Pillow cannot read it as a whole picture, a side is below
-    8 pixels, or it has more pixels than Pillow's limit against decompression bombs.
+    Raises UsageError if the file does not exist or may not be read, and UnreadableError, which is one, if Pillow
+    cannot read it as a whole picture, a side is below 8 pixels, or it has more pixels than Pillow's limit against
+    decompression bombs.
     """
     try:
         path = Path(path).expanduser()
@@ -46,7 +63,7 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     if not there:
         problem = "it is a folder" if folder else "it is not a regular file" if other else "there is no such file"
         raise UsageError(f"{path}: {problem}; give the path of a picture (PNG, JPEG, WebP, ...)")
-    return read_picture(path, str(path), path.stat().st_size, size)
+    return read_picture(path, shown(path), path.stat().st_size, size)
 
 
 def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) -> Tensor:
@@ -62,16 +79,18 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) ->
         raise
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise UsageError(f"{path}: more than {limit:,} pixels, the limit for opening a picture; "
+        raise UnreadableError(f"{path}: more than {limit:,} pixels, the limit for opening a picture; "
                          "shrink it first") from error
     except Image.UnidentifiedImageError as error:
-        raise UsageError(f"{path}: not a picture that Pillow reads ({length:,} bytes); "
+        raise UnreadableError(f"{path}: not a picture that Pillow reads ({length:,} bytes); "
                          "save it as PNG, JPEG or WebP") from error
     except PermissionError as error:
         raise UsageError(f"{path}: permission denied; change its permissions or copy it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UsageError(f"{path}: damaged or incomplete ({in_short(error)}); "
-                         "copy or save it again") from error
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the picture
+            raise UsageError(f"{path}: {error.strerror}; {remedy(error)}") from error
+        raise UnreadableError(f"{path}: damaged or incomplete ({in_short(error)}); "
+                              "copy or save it again") from error
     return _covering(rgb, size)
 
 
@@ -81,14 +100,46 @@ def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
     return _covering(_rgb(name, ImageOps.exif_transpose(image)), size)
 
 
+def refuse_other_aspect(drawn: Path | BinaryIO, picture: Path | BinaryIO, name: str) -> None:
+    """UnreadableError where a control map has other proportions than its picture, so that it would not lie on it.
+
+    Only the headers of both are read.
+    """
+    try:
+        sides = [_upright(file) for file in (drawn, picture)]
+    except Exception as error:  # as in `read_picture`
+        raise UnreadableError(f"{name}: damaged or incomplete ({in_short(error)}); copy or save it again") from error
+    (width, height), (across, down) = sides
+    if not 1 - ASPECT <= width * down / (height * across) <= 1 + ASPECT:
+        raise UnreadableError(f"{name}: this control map is {width} x {height} and its picture {across} x {down}; give "
+                              "a map of the picture's own proportions")
+
+
+def _upright(file: Path | BinaryIO) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from its header."""
+    with Image.open(file, formats=FORMATS) as image:
+        return image.size if image.getexif().get(ORIENTATION, 1) < 5 else (image.height, image.width)
+
+
 def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
     """Calls `read` on every item in threads -> [N, 3, H, W]; decoding and resizing release Python's lock.
+
+    Raises UnreadableError with the places of all items that cannot be read.
 
     NumPy stacks the pictures: a thread that enters PyTorch's parallel loops gets its own OpenMP threads, after which
     no OpenMP thread spins between loops, which halves the speed of training on a CPU.
     """
+    def tried(item: Any) -> np.ndarray | UnreadableError:
+        try:
+            return read(item).numpy()
+        except UnreadableError as error:
+            return error
+
     with ThreadPoolExecutor(max(1, min(at_once, len(items)))) as readers:
-        return torch.from_numpy(np.stack([image.numpy() for image in readers.map(read, items)]))
+        found = list(readers.map(tried, items))
+    if bad := {place: str(one) for place, one in enumerate(found) if isinstance(one, UnreadableError)}:
+        raise UnreadableError(next(iter(bad.values())), bad)
+    return torch.from_numpy(np.stack(found))  # type: ignore[arg-type]
 
 
 def save_pictures(images: Tensor, folder: str | Path) -> list[Path]:
@@ -168,8 +219,8 @@ def _covering(rgb: Image.Image, size: Size) -> Tensor:
 
 def _check_size(path: str, image: Image.Image) -> None:
     if min(image.size) < SMALLEST_SIDE:
-        raise UsageError(f"{path}: both sides must be at least {SMALLEST_SIDE} pixels, got "
-                         f"{image.width} x {image.height}; give a larger picture")
+        raise UnreadableError(f"{path}: both sides must be at least {SMALLEST_SIDE} pixels, got "
+                              f"{image.width} x {image.height}; give a larger picture")
 
 
 def _rgb(path: str, image: Image.Image) -> Image.Image:
@@ -182,8 +233,8 @@ def _rgb(path: str, image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise UsageError(f"{path}: colour mode {image.mode} cannot be converted to RGB; "
-                         "save it as an RGB PNG") from error
+        raise UnreadableError(f"{path}: colour mode {image.mode} cannot be converted to RGB; "
+                              "save it as an RGB PNG") from error
 
 
 def _eight_bits(path: str, image: Image.Image) -> Image.Image:
@@ -192,8 +243,8 @@ def _eight_bits(path: str, image: Image.Image) -> Image.Image:
     top = 1 if image.mode == "F" else 65535
     low, high = grey.min(), grey.max()
     if not (low >= 0 and high <= top):  # also true for NaN
-        raise UsageError(f"{path}: grey values must be in 0..{top}, got {low:g}..{high:g}; "
-                         "save it with 8 bits")
+        raise UnreadableError(f"{path}: grey values must be in 0..{top}, got {low:g}..{high:g}; "
+                              "save it with 8 bits")
     return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
 
 

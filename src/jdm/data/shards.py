@@ -2,73 +2,133 @@
 
 Pictures are read one by one, by their offset in a shard, so that their order is that of any other source: the same
 for every world size and after a resume. The first use reads every shard once to find offsets and captions; `datasets`
-caches that table.
+caches that table. What belongs to a sample is in samples.py.
 """
 
 from __future__ import annotations
 
+import glob
 import io
-import json
 import math
 import re
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
-from jdm.data.pictures import SUFFIXES, read_all, read_picture
+from jdm.data.pictures import read_all, read_picture, refuse_other_aspect
+from jdm.data.report import Report
+from jdm.data.samples import Left, SampleError, Wanted, is_hidden, leave, sample_key, samples
+from jdm.data.split import Pictures, Stamp, Unread, share_of
+from jdm.data.texts import shown
 from jdm.errors import UsageError, in_short
+from jdm.run import Data
 from jdm.size import Size
 
 RANGE, MOST_SHARDS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}"), 100_000
 READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
+LAYOUT = 1  # of the table; increase when its columns or the rules of samples change, so that shards are read again
+HEADER = 65_536  # bytes in which a picture says its size
 
-
-class Shards:
-    """The pictures of a set of shards, by index.
+def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = False) -> Pictures:
+    """A split of tar shards.
 
     Args:
         source: path or URL of .tar files, with * or {00000..00099}: s3://bucket/{000..099}.tar, hf://datasets/....
+        own: these shards are the split; else 1 of 20 pictures each is held out of them for validation and test.
 
     Raises:
-        UsageError: no shard was found, one cannot be read, or a picture has no caption.
+        UsageError: no shard was found, one cannot be read, or what belongs to a sample is ambiguous.
     """
+    shards = Shards(source, how)
+    n, parts = len(shards.captions), (split,) if own else ("train", "validation", "test")
+    of = [split] * n if own else share_of(n, parts[1:], shards.report)
+    shards.report.splits |= {part: of.count(part) for part in parts}
+    return Pictures(
+        images=lambda rows: shards.images(rows, size),
+        captions=tuple(shards.captions),
+        labels=None,
+        indices=torch.tensor([i for i, part in enumerate(of) if part == split], dtype=torch.long),
+        size=size,
+        source=f"{shown(source.rsplit('/', 1)[-1])}/{split}",
+        files=lambda rows: shards.files(),
+        slow=True,
+        controls=(lambda rows: shards.maps(rows, size)) if how.controls else None,
+        report=shards.report,
+        unread=Unread(how.unreadable),
+        stamps=shards.stamps,
+    )
 
-    def __init__(self, source: str):
+
+class Shards:
+    """The pictures of a set of shards, by index, and what was left out of them."""
+
+    def __init__(self, source: str, how: Data):
         import fsspec
         from datasets import Dataset, Features, List, Value
 
         try:
             self.store, _ = fsspec.core.url_to_fs(source)
             found = [self.store._strip_protocol(one) for one in _expanded(source)]
-            self.shards = sorted({str(shard) for one in found for shard in (self.store.glob(one) or [one])})
+            self.shards = sorted({str(shard) for one in found for shard in self._named(one)})
             if special := [shard for shard in self.shards if Path(shard).exists() and not Path(shard).is_file()]:
                 raise UsageError(f"{special[0]} is not a regular file; give .tar files")
-            known = [[i, shard, str(self.store.ukey(shard))] for i, shard in enumerate(self.shards)]
+            self.known = [[i, shard, str(self.store.ukey(shard))] for i, shard in enumerate(self.shards)]
         except UsageError:
             raise
         except Exception as error:  # a store's driver may raise anything
             raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
         kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
-                          "name": Value("string"), "captions": List(Value("string"))})
+                          "name": Value("string"), "captions": List(Value("string")), "map_start": Value("int64"),
+                          "map_bytes": Value("int64"), "rule": Value("string")})
+        wanted = {"layout": LAYOUT, "pictures": how.pictures, "captions": how.captions, "controls": how.controls,
+                  "encoding": how.encoding}
         try:
-            table = Dataset.from_generator(_members, features=kinds, gen_kwargs={"source": source, "shards": known})
+            table = Dataset.from_generator(_members, features=kinds,
+                                           gen_kwargs={"source": source, "shards": self.known, "wanted": wanted})
         except Exception as error:
             raise UsageError(_root_message(error)) from None
-        self.table, self.captions = table, [tuple(row) for row in table["captions"]]
+        self.report = Report(source)
+        rules = table["rule"]
+        kept = [i for i, rule in enumerate(rules) if not rule]
+        for i, rule in enumerate(rules):
+            if rule:
+                row = table[i]
+                self.report.leave_out(row["name"], rule, count=row["bytes"])
+        self.table = table.select(kept)
+        self.captions = [tuple(row) for row in self.table["captions"]]
 
-    def __len__(self) -> int:
-        return len(self.captions)
+    def _named(self, one: str) -> list[str]:
+        """The shards that a path means: the file of that name, or a pattern, in a folder that may have brackets."""
+        folder, slash, last = one.rpartition("/")
+        return ([one] if self.store.exists(one) else self.store.glob(one) or
+                self.store.glob(f"{glob.escape(folder)}{slash}{last}") or [one])
 
     def images(self, rows: Tensor, size: Size) -> Tensor:
         """Indices [B] -> uint8 [B, 3, H, W]."""
-        chosen = self.table[rows.tolist()]
-        places = list(zip(chosen["shard"], chosen["start"], chosen["bytes"], chosen["name"], strict=True))
-        return read_all(lambda place: self._image(place, size), places, READERS)
+        return read_all(lambda row: self._image(row, "start", "bytes", size), self._rows(rows), READERS)
+
+    def maps(self, rows: Tensor, size: Size) -> Tensor:
+        """Indices [B] -> control maps, uint8 [B, 3, H, W]."""
+
+        def one(row: dict[str, Any]) -> Tensor:
+            found = self._image(row, "map_start", "map_bytes", size)
+            heads = [io.BytesIO(self._bytes(row, start, min(row[length], HEADER)))
+                     for start, length in (("map_start", "map_bytes"), ("start", "bytes"))]
+            refuse_other_aspect(heads[0], heads[1], f"{self.shards[row['shard']]}:{row['name']}")
+            return found
+
+        return read_all(one, self._rows(rows), READERS)
+
+    def stamps(self, rows: Tensor) -> list[Stamp]:
+        """Name and size of pictures; the version of a shard stands for its time."""
+        return [(f"{self.shards[row['shard']].rsplit('/', 1)[-1]}:{row['name']}", row["bytes"],
+                 self.known[row["shard"]][2]) for row in self._rows(rows)]
 
     def files(self) -> list[Path]:
         """Paths of the shards.
@@ -81,15 +141,21 @@ class Shards:
                              "to a disk that every process sees, or leave out --data.prepared")
         return [Path(shard) for shard in self.shards]
 
-    def _image(self, place: tuple[int, int, int, str], size: Size) -> Tensor:
-        shard, start, length, name = place
-        where = f"{self.shards[shard]}:{name}"
+    def _rows(self, rows: Tensor) -> list[dict[str, Any]]:
+        chosen = self.table[rows.tolist()]
+        return [dict(zip(chosen, values, strict=True)) for values in zip(*chosen.values(), strict=True)]
+
+    def _bytes(self, row: dict[str, Any], start: str, length: int) -> bytes:
         try:
-            data = self.store.cat_file(self.shards[shard], start, start + length)
+            return self.store.cat_file(self.shards[row["shard"]], row[start], row[start] + length)
         except Exception as error:
+            where = f"{self.shards[row['shard']]}:{row['name']}"
             raise UsageError(f"{where} could not be read ({in_short(error)}); run the same command again to resume "
                              "from the last checkpoint") from None
-        return read_picture(io.BytesIO(data), where, len(data), size)
+
+    def _image(self, row: dict[str, Any], start: str, length: str, size: Size) -> Tensor:
+        data = self._bytes(row, start, row[length])
+        return read_picture(io.BytesIO(data), f"{self.shards[row['shard']]}:{row['name']}", len(data), size)
 
 
 def _expanded(source: str) -> list[str]:
@@ -108,24 +174,39 @@ def _expanded(source: str) -> list[str]:
     return [rest for n in numbers for rest in _expanded(source[: match.start()] + n + source[match.end() :])]
 
 
-def _members(source: str, shards: list[tuple[int, str, str]]) -> Iterator[dict[str, Any]]:
-    """Yields each picture's offset and caption. A sample is adjacent files with equal names up to the first dot.
+def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each sample, and one for each rule that left files of a shard out, with their number.
 
     Args:
         shards: number, path and version key of each; `datasets` caches the table by its arguments, so that a changed
             key makes it read the shard again.
+        wanted: the fields of `Wanted`, and the layout of the table.
     """
     import fsspec
 
     store, _ = fsspec.core.url_to_fs(source)
+    asked = Wanted(**{name: value for name, value in wanted.items() if name != "layout"})
+    empty = {"start": 0, "captions": [], "map_start": 0, "map_bytes": 0}
     for index, shard, _ in shards:
+        left: Left = {}
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for key, files in groupby(_files(tar, file), key=lambda m: _sample_key(m.name)):
-                    if (found := _sample(tar, shard, key, list(files))) is not None:
-                        yield {"shard": index, **found}
+                members = (m for m in _files(tar, file) if not _hidden(m.name, left))
+                for key, files in groupby(members, key=lambda m: sample_key(m.name)):
+                    for sample in samples(tar, key, list(files), asked, left):
+                        yield {"shard": index, "rule": "", **sample}
+        except SampleError as error:
+            raise UsageError(f"{shard}: {error}") from None
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
+        for rule, (name, count) in left.items():
+            yield {"shard": index, "rule": rule, "name": shown(name), "bytes": count, **empty}
+
+
+def _hidden(name: str, left: Left) -> bool:
+    if found := is_hidden(name):
+        leave(left, "hidden files", name)
+    return found
 
 
 def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -138,39 +219,6 @@ def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         if rest.strip(b"\0"):
             raise EOFError(f"after byte {tar.offset:,} there is neither a file nor the end")
         rest = file.read(1 << 20)
-
-
-def _sample_key(name: str) -> str:
-    path = PurePosixPath(name)
-    return str(path.parent / path.name.split(".")[0])
-
-
-def _sample(tar: tarfile.TarFile, shard: str, key: str, files: list[tarfile.TarInfo]) -> dict[str, Any] | None:
-    by_suffix = {PurePosixPath(file.name).suffix.lower(): file for file in files}
-    picture = next((file for suffix, file in by_suffix.items() if suffix in SUFFIXES), None)
-    if picture is None:  # its download failed when the shard was written; only the text remains
-        return None
-    captions: list[str] = []
-    for suffix in (".txt", ".json"):
-        if not captions and suffix in by_suffix and (data := tar.extractfile(by_suffix[suffix])):
-            text = data.read().decode("utf-8", errors="replace")
-            captions = [c for c in ([text] if suffix == ".txt" else _json_captions(text)) if c.strip()]
-    if not captions:
-        raise UsageError(f"{shard}: {picture.name} has no caption; put {PurePosixPath(key).name}.txt beside it, or a "
-                         f"{PurePosixPath(key).name}.json with a caption or captions")
-    return {"start": picture.offset_data, "bytes": picture.size, "name": picture.name,
-            "captions": [caption.strip() for caption in captions]}
-
-
-def _json_captions(text: str) -> list[str]:
-    """The list `captions`, of which training draws one at a time, or else the one `caption` or `text`."""
-    try:
-        values = json.loads(text)
-        several = values.get("captions")
-        found = several if isinstance(several, list) else [values.get("caption") or values.get("text") or ""]
-        return [str(caption) for caption in found]
-    except (ValueError, AttributeError, RecursionError):
-        return []
 
 
 def _root_message(error: BaseException) -> str:

@@ -98,7 +98,7 @@ def evaluate(
     chosen = extractors(source, quick, also, device)
     whole = load_pictures(source, "test", loaded.size)
     row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, **_run_as(sampler),
-           "method": card.get("method")}
+           "method": card.get("method"), **_cut(sampler, questions.y)}
     made = answers(sampler, questions, asked)
     row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
     row |= cost(sampler, questions, asked, repeats=1 if quick else 3)
@@ -121,8 +121,15 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
     sampler = sampler_of(loaded, steps, guidance)
     asked, styles = chosen_prompts(prompts, n)
     made = sampler(starting_noise(loaded.latent_shape(len(asked), loaded.size), seed), asked, seed=seed)
-    row = {"model": model, "seed": seed, **_run_as(sampler), "n": len(asked), "nfe": sampler.nfe}
+    row = {"model": model, "seed": seed, **_run_as(sampler), **_cut(sampler, asked), "n": len(asked),
+           "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles, taken=row)
+
+
+def _cut(sampler: Sampler, prompts: Sequence[str]) -> dict[str, int]:
+    """How many prompts are too long for the model's text encoder, where any is."""
+    cut = len(sampler.text.overlong(prompts))
+    return {"prompts_cut": cut} if cut else {}
 
 
 def sampler_of(model: Family, steps: int | None = None, guidance: float | None = None) -> Sampler:

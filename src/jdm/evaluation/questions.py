@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jdm.controls import Control
+from jdm.controls.base import control_of
 from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
@@ -45,10 +46,11 @@ class Questions:
         """Questions on the first n pictures of a split; their control is measured on `device`."""
         if not 2 <= n <= len(pictures):
             raise UsageError(f"n must be in 2..{len(pictures)} ({pictures.source}), got {n}")
-        rows = torch.arange(n)
         uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed))
-        images = unit(from_bytes(pictures.batch(rows)))
-        c = None if control is None else controls_of(control, images, device)
+        rows, pixels, maps = pictures.sound(torch.arange(n))
+        images = unit(from_bytes(pixels))
+        c = None if control is None else (control_of(control, images, maps) if maps is not None else
+                                          controls_of(control, images, device))
         return cls(images, pictures.prompts(rows, uniform), c, pictures.label(rows), seed,
                    pictures.source.rsplit("/", 1)[0])
 

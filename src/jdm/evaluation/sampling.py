@@ -138,8 +138,8 @@ def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -
         return
     taken = load_pictures("fashion-mnist", "test[:4]", 32) if pictures is None else pictures
     size = height_width(model.size if pictures is None else pictures.size)
-    rows = torch.arange(min(len(taken), 4 if max(size) <= 64 else 1))
-    pixels, y = from_bytes(taken.batch(rows)), taken.prompts(rows, torch.zeros(len(rows)))
+    rows, images, _ = taken.sound(torch.arange(min(len(taken), 4 if max(size) <= 64 else 1)))
+    pixels, y = from_bytes(images), taken.prompts(rows, torch.zeros(len(rows)))
     if pixels.shape[2:] != size:
         pixels = functional.interpolate(pixels, size, mode="bilinear", antialias=True)
     if why := doubts(model, pixels, y):

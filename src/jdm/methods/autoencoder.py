@@ -59,8 +59,8 @@ class Autoencoder:
         shape = self.network.latent_shape(run.data.size)
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
-            rows = rows_at(len(pictures), run.batch, run.seed, step)
-            pixels = from_bytes(pictures.batch(rows)).to(run.device)
+            rows, images, _ = pictures.sound(rows_at(len(pictures), run.batch, run.seed, step))
+            pixels = from_bytes(images).to(run.device)
             eps = Noise(run.seed, step, run.device).normal("latent", (len(rows), *shape))
             return pixels, eps
 
@@ -91,7 +91,7 @@ class Autoencoder:
 def latent_std(vae: Any, pictures: Pictures, count: int = 2000) -> float:
     """Standard deviation of the latents of the first `count` pictures: SD's scaling factor is its inverse."""
     rows = torch.arange(min(count, len(pictures))).split(250)
-    return torch.cat([vae.encode(from_bytes(pictures.batch(r))).latent_dist.mean for r in rows]).std().item()
+    return torch.cat([vae.encode(from_bytes(pictures.sound(r)[1])).latent_dist.mean for r in rows]).std().item()
 
 
 @torch.no_grad()
@@ -100,6 +100,6 @@ def reconstruction_error(vae: Any, pictures: Pictures, count: int = 1000) -> flo
     rows = torch.arange(min(count, len(pictures))).split(250)
     errors = []
     for r in rows:
-        pixels = from_bytes(pictures.batch(r))
+        pixels = from_bytes(pictures.sound(r)[1])
         errors.append((vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).square().mean())
     return torch.stack(errors).mean().item()

@@ -54,8 +54,8 @@ class Classification:
         model = product.modules["classifier"]
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
-            rows, noise = rows_at(len(pictures), run.batch, run.seed, step), Noise(run.seed, step)
-            pixels = augmented(from_bytes(pictures.batch(rows)), self.shift, noise)
+            rows, images, _ = pictures.sound(rows_at(len(pictures), run.batch, run.seed, step))
+            pixels = augmented(from_bytes(images), self.shift, Noise(run.seed, step))
             return pixels.to(run.device), pictures.label(rows).to(run.device)  # type: ignore[union-attr]
 
         def loss(state: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, dict]:
@@ -64,10 +64,10 @@ class Classification:
 
         def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
             with torch.no_grad():
-                rows = torch.arange(len(held_out)).split(500)
-                guesses = torch.cat([averages["classifier"](from_bytes(held_out.batch(r)).to(run.device)).argmax(1)
-                                     for r in rows])
-            labels = held_out.label(torch.arange(len(held_out))).to(run.device)  # type: ignore[union-attr]
+                parts = [held_out.sound(r)[:2] for r in torch.arange(len(held_out)).split(500)]
+                guesses = torch.cat([averages["classifier"](from_bytes(images).to(run.device)).argmax(1)
+                                     for _, images in parts])
+            labels = held_out.label(torch.cat([rows for rows, _ in parts])).to(run.device)  # type: ignore[union-attr]
             return {"accuracy": (guesses == labels).float().mean().item()}
 
         phase = Phase("classifier", [(list(model.parameters()), self.optimiser)], loss, clip=self.clip)

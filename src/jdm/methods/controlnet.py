@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jdm.controls.base import control_of
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.evaluation.preview import STEPS, preview
@@ -60,24 +61,23 @@ class ControlNet:
         score = teacher.score_of(loaded.text(), teacher.denoiser(teacher.backbone, net))
         batches = Batches(pictures, run.batch, run.seed)
 
-        def shown(images: Tensor) -> Tensor:
-            return control.image(control.h(unit(from_bytes(images)).to(run.device)))
+        def shown(images: Tensor, maps: Tensor | None) -> Tensor:
+            return control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps))
 
         def begin(step: int) -> tuple[Batch, Tensor]:
-            (rows, images), noise = batches(step), Noise(run.seed, step, run.device)
+            (rows, images, maps), noise = batches(step), Noise(run.seed, step, run.device)
             batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, self.dropout)
-            return batch, shown(images)
+            return batch, shown(images, maps)
 
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, *state), {}
 
         def probe(_: dict[str, nn.Module]) -> dict[str, float]:
-            rows = torch.arange(min(512, len(loaded.held_out)))
-            images = loaded.held_out.batch(rows)
+            rows, images, maps = loaded.held_out.sound(torch.arange(min(512, len(loaded.held_out))))
             x = teacher.space.encode(from_bytes(images).to(run.device))
             with torch.no_grad():
                 batch = denoising_batch(x, loaded.held_out, rows, Noise(0, 0, run.device), score, 0.0)
-                return {"loss": denoising_loss(score, batch, shown(images)).item()}
+                return {"loss": denoising_loss(score, batch, shown(images, maps)).item()}
 
         phase = Phase("controlnet", [(list(net.parameters()), self.optimiser)], loss, clip=self.clip)
         guided = teacher.score_of(loaded.text(), score.net, guidance_of(teacher))

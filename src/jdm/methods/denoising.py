@@ -90,15 +90,16 @@ class Denoising:
 
         def begin(step: int) -> Batch:
             noise = Noise(run.seed, step, run.device)
-            rows = rows_at(len(pictures), run.batch, run.seed, step)
+            rows = pictures.replaced(rows_at(len(pictures), run.batch, run.seed, step))
             return denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, self.dropout)
 
         def loss(batch: Batch, _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, batch), {}
 
         def probe(averages: dict[str, nn.Module]) -> dict[str, float]:
-            model, rows = score_of(averages), torch.arange(min(512, len(held_out)))
-            x = space.encode(from_bytes(held_out.batch(rows)).to(run.device))
+            model = score_of(averages)
+            rows, images, _ = held_out.sound(torch.arange(min(512, len(held_out))))
+            x = space.encode(from_bytes(images).to(run.device))
             with torch.no_grad():
                 batch = denoising_batch(x, held_out, rows, Noise(0, 0, run.device), model, 0.0)
                 return {"loss": denoising_loss(model, batch).item()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from jdm.controls.base import control_of
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.loading import Loaded
@@ -58,8 +59,8 @@ class DSMControlNet:
         latents, batches = loaded.latents(), Batches(pictures, run.batch, run.seed)
 
         def begin(step: int) -> Pair:
-            (rows, images), noise = batches(step), Noise(run.seed, step, run.device)
-            shown = control.image(control.h(unit(from_bytes(images)).to(run.device)))
+            (rows, images, maps), noise = batches(step), Noise(run.seed, step, run.device)
+            shown = control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps))
             y = pictures.prompts(rows, noise.uniform("caption", len(rows)).cpu())
             x = latents[rows].to(run.device)
             return Pair(x, y, shown, noise.normal("eps", x.shape))

@@ -30,7 +30,7 @@ class References:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all components of the first training pictures' latents."""
         pictures = self.loaded.pictures
-        x = self.encoded(pictures.batch(torch.arange(min(MEASURED, len(pictures)))))
+        x = self.encoded(pictures.sound(torch.arange(min(MEASURED, len(pictures))))[1])
         return x.mean(), x.var(correction=0)
 
     def encoded(self, images: Tensor) -> Tensor:

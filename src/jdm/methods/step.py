@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control
+from jdm.controls.base import control_of
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.levels import Levels
@@ -42,10 +43,10 @@ class Step:
     def __init__(self, networks: Networks, batches: Batches, control: Control | None, step: int):
         run = networks.loaded.run
         self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
-        rows, images = batches(step)
+        rows, images, maps = batches(step)
         self.images = unit(from_bytes(images)).to(run.device)
         self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
-        self.c = None if control is None else control.h(self.images)
+        self.c = None if control is None else control_of(control, self.images, maps)
         self.shown = None if control is None or self.c is None else control.image(self.c)
         self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
         self._networks = networks

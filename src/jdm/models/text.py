@@ -68,6 +68,16 @@ class TextEncoder:
         for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
             yield from zip(group, self.encode(group), strict=True)
 
+    def overlong(self, prompts: Prompts) -> dict[str, str]:
+        """Prompt -> its end that no text model reads, of those longer than the tokenizers' limits."""
+        found: dict[str, str] = {}
+        for _, tokenizer in self.networks:
+            longest = tokenizer.model_max_length
+            for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+                if len(ids) > longest:
+                    found[prompt] = tokenizer.decode(ids[longest - 1 : -1]).strip()
+        return found
+
     def stacked(self, rows: list[Any]) -> Text:
         """Stacks the states of single prompts to a batch."""
         return torch.stack(rows)

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from jdm.data.sources import fingerprint, load_pictures
+from jdm.data.cache import facts, sha256
+from jdm.data.sources import Pictures, fingerprint
 from jdm.errors import UsageError
 from jdm.files import read_json, read_lines, write
 from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
 from jdm.training.trackers import Tracker
+
+COMPARED = {"n": "their number", "sha256": "what they show", "files": "their names or sizes", "captions": "captions"}
+GIVE_UP = "delete it to go on without it, or choose another --out"
 
 
 def refuse_another(run: Run) -> None:
@@ -23,8 +27,7 @@ def refuse_another(run: Run) -> None:
     """
     if not (run.out / "run.json").exists():
         return  # the tensors themselves still have to fit
-    remedy = "delete it to go on without it, or choose another --out"
-    before = without_cache(read_json(run.out / "run.json", Record, remedy)["run"])
+    before = without_cache(read_json(run.out / "run.json", Record, GIVE_UP)["run"])
     now = without_cache(json.loads(json.dumps(described(run))))
     changed = [k for k in ("model", "data", "batch", "seed") if now.get(k) != before.get(k)]
     if changed:
@@ -32,8 +35,24 @@ def refuse_another(run: Run) -> None:
                          f"it was: jdm train {run.out / 'run.json'}")
 
 
-def record(run: Run, preprocessor: dict | None) -> None:
-    """run.json: the recipe and the versions a run can be repeated from, and how its control's map is made."""
+def facts_of(run: Run, pictures: Pictures) -> dict[str, Any]:
+    """What identifies a run's pictures: their number, and hashes of pixels (the first 1,000), files and captions."""
+    stamps = pictures.stamps(pictures.indices) if pictures.stamps else []
+    return {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures),
+            "captions": facts(run.data, pictures)["prompts"], "files": sha256([stamp[:2] for stamp in stamps]),
+            "written": sha256([stamp[2] for stamp in stamps])}
+
+
+def record(run: Run, pictures: Pictures, step: int, preprocessor: dict | None) -> None:
+    """run.json: the recipe, versions and pictures a run can be repeated from; others that it read before are kept.
+
+    Args:
+        step: from which these pictures are read.
+        preprocessor: how the control's map is made; None for a run without one.
+
+    Raises:
+        UsageError: pictures or captions changed since an earlier step, and run.data.changed does not allow it.
+    """
     import platform
 
     import diffusers
@@ -41,11 +60,28 @@ def record(run: Run, preprocessor: dict | None) -> None:
 
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    pictures = load_pictures(run.data.source, run.data.split, run.data.size)
-    data = {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures)}
-    record = {"run": described(run), "data": data, "versions": versions, "threads": torch.get_num_threads(),
-              "preprocessor": preprocessor}
-    write(run.out / "run.json", json.dumps(record, indent=1) + "\n")
+    data, known = facts_of(run, pictures), read_json(run.out / "run.json", Record, GIVE_UP) if step else {}
+    before, others = known.get("data", {}), [*known.get("before", [])]
+    if differ := [said for key, said in COMPARED.items() if key in before and before[key] != data[key]]:
+        if not run.data.changed:
+            raise UsageError(f"the pictures of {run.data.source} changed since {run.out} began: {', '.join(differ)} "
+                             f"({before.get('n')} pictures then, {data['n']} now); put them back, choose another "
+                             "--out, or go on with those that are there: --data.changed")
+        others.append(before)
+        data["from step"] = step
+    else:
+        data |= {key: value for key, value in before.items() if key == "from step"}
+    whole = {"run": described(run), "data": data, "before": others, "found": pictures.report.summary(),
+             "unreadable": list(pictures.unread.found.values()), "versions": versions,
+             "threads": torch.get_num_threads(), "preprocessor": preprocessor}
+    write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+
+
+def record_unreadable(run: Run, pictures: Pictures) -> None:
+    """Brings run.json's list of pictures that could not be read up to date."""
+    whole = read_json(run.out / "run.json", Record, GIVE_UP)
+    whole["unreadable"] = sorted(pictures.unread.found.values())
+    write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
 
 
 class Log:

@@ -1,0 +1,180 @@
+"""A data set of the Hugging Face hub: its splits, columns and captions."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdm.data.pictures import UnreadableError, decoded, load_picture, read_all, read_picture, refuse_other_aspect
+from jdm.data.report import Report
+from jdm.data.split import Pictures, Unread
+from jdm.data.tables import CAPTIONS, column
+from jdm.data.texts import MISSING, captions_of
+from jdm.data.tree import SPLITS
+from jdm.errors import UsageError, in_short
+from jdm.models import hub
+from jdm.run import Data
+from jdm.size import Size
+
+HELD_OUT = 5000  # at most so many training pictures, and at most a tenth, stand for a split that a set lacks
+PICTURES = ("image", "img", "picture")
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a grey photo of a {}",
+             "a product photo of a {}", "a {} on a black background", "one {}")
+
+
+def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
+    """A split of a hub data set; one that it lacks is held out of its training pictures.
+
+    Raises:
+        UsageError: the hub cannot be asked, there is no such set, or its columns are ambiguous or not captions.
+    """
+    report = Report(name)
+    whole, first, last = _split(name, split, report)
+    columns = list(whole.features)
+    opened = [k for k in columns if type(whole.features[k]).__name__ == "Image"]
+    images = [k for k in columns if k in PICTURES] or opened
+    picture = column(columns, how.pictures, images, "--data.pictures", name) if images or how.pictures else ""
+    labelled = "label" in columns and not how.captions and not any(k in columns for k in CAPTIONS)
+    if not picture or not (labelled or how.captions or any(k in columns for k in CAPTIONS)):
+        raise UsageError(f"{name}: needs an image column and a text or label column, has {columns}; name them with "
+                         "--data.pictures and --data.captions")
+    text = "label" if labelled else column(columns, how.captions, CAPTIONS, "--data.captions", name)
+    drawn = column(columns, how.controls, (), "--data.controls", name) if how.controls else ""
+    for other in columns:
+        if other not in (picture, text, drawn):
+            report.leave_out(other, "columns that are not read", "--data.controls NAME reads one as control maps")
+    whole = _undecoded(whole, picture, drawn)
+    labels, captions, kept = _labels(whole, name) if labelled else _texts(whole, text, name)
+    for row in sorted(set(range(first, last)) - kept):
+        report.leave_out(f"row {row}", "rows without a caption")
+    return Pictures(
+        images=lambda rows: read_all(lambda file: _held(file, name, size), whole[rows.tolist()][picture]),
+        captions=tuple(captions),
+        labels=labels,
+        indices=torch.tensor([i for i in range(first, last) if i in kept], dtype=torch.long),
+        size=size,
+        source=f"{name}/{split}",
+        files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
+        slow=True,
+        controls=(lambda rows: _maps(whole[rows.tolist()], picture, drawn, name, size)) if drawn else None,
+        report=report,
+        unread=Unread(how.unreadable),
+        stamps=lambda rows: [(str(whole._fingerprint), len(rows), 0)],
+    )
+
+
+def _split(name: str, split: str, report: Report) -> tuple[Any, int, int]:
+    """(rows of a data set, first, last + 1): its own split, or the part of its training pictures that stands for it."""
+    if split != "train" and (own := _loaded(name, split)) is not None:
+        report.splits[split] = len(own)
+        return own, 0, len(own)
+    whole = _loaded(name, "train")
+    if whole is None:
+        raise UsageError(f"{name} has no train split; give a data set that has one")
+    absent = [other for other in ("validation", "test") if other == split or _loaded(name, other) is None]
+    end, places = len(whole), {}
+    for other in absent:  # validation from the end, the test before it
+        n = min(HELD_OUT, len(whole) // 10)
+        places[other], end = (end - n, end), end - n
+        report.note(f"{name} has no {other} split: {n:,} of its {len(whole):,} training pictures are held out for it")
+    places["train"] = 0, end
+    report.splits |= {part: b - a for part, (a, b) in places.items()}
+    return whole, *places[split]
+
+
+def _loaded(name: str, split: str) -> Any:
+    """The rows of a split by any of its names; None where the set has others alone.
+
+    Raises:
+        UsageError: the set cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    wanted = split
+    while True:
+        try:
+            return load_dataset(name, split=wanted)
+        except Exception as error:
+            known = re.findall(r"'([^']+)'", str(error).partition("Should be one of")[2])
+            other = [one for one in known if one in SPLITS[split]]
+            if "Unknown split" in str(error) and known and wanted not in known and not other:
+                return None
+            if other and other[0] != wanted:
+                wanted = other[0]
+                continue
+            why = hub.unfetched(name)
+            raise UsageError(f"{name!r} is neither fashion-mnist, a folder, nor a dataset that could be loaded "
+                             f"({in_short(error)}); {why or 'check its name, or log in with: hf auth login'}") from None
+
+
+def _undecoded(whole: Any, *columns: str) -> Any:
+    """The rows with their pictures as bytes: this package opens them, as datasets would open any format."""
+    from datasets import Image
+
+    for name in columns:
+        if name and isinstance(whole.features[name], Image):
+            whole = whole.cast_column(name, Image(decode=False))
+    return whole
+
+
+def _texts(whole: Any, text: str, name: str) -> tuple[None, list[tuple[str, ...]], set[int]]:
+    captions = [_plain(value, f"{name}, row {i}") for i, value in enumerate(whole[text])]
+    return None, captions, {i for i, row in enumerate(captions) if row}
+
+
+def _plain(value: Any, where: str) -> tuple[str, ...]:
+    """The captions of a cell; none where it says nan or the like, which nobody here can mend."""
+    values = value if isinstance(value, list) else [value]
+    found = []
+    for one in values:
+        if isinstance(one, str) and one.strip().lower() in MISSING:
+            continue
+        found += captions_of(one, where)
+    return tuple(dict.fromkeys(found))
+
+
+def _labels(whole: Any, name: str) -> tuple[Tensor, list[tuple[str, ...]], set[int]]:
+    names = getattr(whole.features["label"], "names", None)
+    if not names:
+        raise UsageError(f"{name}: its labels have no names ({whole.features['label']}); name a column of captions "
+                         "with --data.captions")
+    labels = torch.tensor([-1 if label is None else label for label in whole["label"]])
+    captions = [tuple(phrase(t, n.lower()) for t in TEMPLATES) for n in names]
+    return labels, captions, set((labels >= 0).nonzero().flatten().tolist())
+
+
+def phrase(template: str, noun: str) -> str:
+    """A caption of a class, with "an" where the noun asks for it."""
+    return re.sub(r"\ba ([aeiou])", r"an \1", template.format(noun))
+
+
+def _maps(rows: Any, picture: str, drawn: str, name: str, size: Size) -> Tensor:
+    def one(pair: tuple[Any, Any]) -> Tensor:
+        found = [_opened(file) for file in pair]
+        if all(found):
+            refuse_other_aspect(found[0], found[1], f"{name}: a map in {drawn}")  # type: ignore[arg-type]
+        return _held(pair[0], name, size)
+
+    return read_all(one, list(zip(rows[drawn], rows[picture], strict=True)))
+
+
+def _opened(file: Any) -> io.BytesIO | Path | None:
+    if not isinstance(file, dict):
+        return None
+    return Path(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"])
+
+
+def _held(file: Any, name: str, size: Size) -> Tensor:
+    """A picture of a hub dataset: its bytes, its path, or a picture that is open already."""
+    if file is None:
+        raise UnreadableError(f"{name}: a row has no picture; remove it")
+    if not isinstance(file, dict):
+        return decoded(file, size, name)
+    if file["bytes"] is None:
+        return load_picture(file["path"], size)
+    return read_picture(io.BytesIO(file["bytes"]), f"{name}: {file['path'] or 'a picture'}", len(file["bytes"]), size)

@@ -1,0 +1,65 @@
+"""What was found in a source of pictures, what each rule left out, and what was read in a way that should be said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jdm.data.texts import few, shown
+
+KEPT = 100  # names of each rule that are kept; all are counted
+
+
+@dataclass
+class LeftOut:
+    """What one rule left out.
+
+    Attributes:
+        count: of all.
+        names: the first of them.
+        remedy: how to have them read, or "".
+    """
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+    remedy: str = ""
+
+
+@dataclass
+class Report:
+    """What was found and what was not taken, of one split of a source.
+
+    Attributes:
+        source: name of the source.
+        splits: number of pictures of each split, as far as it is known.
+        left_out: rule, in words -> what it left out.
+        notes: sentences on how the source was read.
+    """
+
+    source: str
+    splits: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, name: str, rule: str, remedy: str = "", count: int = 1) -> None:
+        """Counts one thing, or several of one name, that a rule leaves out."""
+        entry = self.left_out.setdefault(rule, LeftOut(remedy=remedy))
+        entry.count += count
+        if len(entry.names) < KEPT:
+            entry.names.append(shown(name))
+
+    def note(self, text: str) -> None:
+        """Adds a sentence, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def lines(self) -> list[str]:
+        """All of it for a terminal, a line for each rule and each note."""
+        found = [f"{each.count:,} left out, {rule}: {few(each.names)}" + (f" ({each.remedy})" if each.remedy else "")
+                 for rule, each in self.left_out.items()]
+        return [*found, *self.notes]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as JSON, with the first names of each rule."""
+        return {"splits": self.splits, "notes": self.notes,
+                "left out": {rule: {"count": e.count, "first": e.names[:5]} for rule, e in self.left_out.items()}}

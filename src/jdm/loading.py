@@ -39,7 +39,7 @@ class Loaded:
     def __init__(self, run: Run, needs: Needs | None = None):
         self.run, self.needs = run, needs or run.method.needs(run)
         self._models: dict[str, Family] = {}
-        self._texts: dict[str, TextEncoder] = {}
+        self.texts: dict[str, TextEncoder] = {}
 
     def model(self, role: str) -> Family:
         """The model of a role, at the run's picture size and on its device."""
@@ -62,12 +62,12 @@ class Loaded:
 
     def text(self, role: str = "teacher") -> TextEncoder:
         """The text encoder of a role's model; its states come from the prepared folder where the run names one."""
-        if role not in self._texts:
+        if role not in self.texts:
             encoder = self.model(role).text(one_by_one=True)
             if self.cache is not None:
                 encoder.stored = self.cache.text(encoder)
-            self._texts[role] = encoder
-        return self._texts[role]
+            self.texts[role] = encoder
+        return self.texts[role]
 
     def student(self, role: str, levels: tuple[int, ...]) -> Family:
         """The trained student of a role, which must share the teacher's latents and run at these levels.
@@ -76,12 +76,8 @@ class Loaded:
             UsageError: it is a multi-step model, runs at other levels, or works on other latents.
         """
         model, name = self.model(role), self.needs.models[role]
-        if model.levels is None:
-            raise UsageError(f"{name} is not a one-step generator; name one, such as nano-canny, or train one first: "
-                             "jdm train nano-diff-instruct")
-        if model.levels != levels:
-            raise UsageError(f"{name} runs at levels {list(model.levels)}, asked for {list(levels)}; use --levels "
-                             f"{' '.join(map(str, model.levels))}")
+        if why := model.begins(levels, self.teacher.schedule):
+            raise UsageError(f"{name} {why}")
         if not self.same_latents(model):
             raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
         return model

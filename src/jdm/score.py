@@ -74,6 +74,8 @@ class Estimate:
 
     def read(self, prediction: Prediction) -> Tensor:
         """What a network of that prediction type would have put out."""
+        if prediction == self.prediction:
+            return self.output
         if prediction == "flow":
             return self.eps - self.x0
         return {"epsilon": self.eps, "v_prediction": self.v, "sample": self.x0}[prediction]

@@ -37,7 +37,6 @@ from jdm.loading import Loaded
 from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
 from jdm.models.family import Denoiser, Family, copied
-from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import REMEMBERED
 from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
@@ -205,8 +204,7 @@ class Rehearsal:
         n = self.run.steps * self.run.batch
         if self.run.data.source == "fashion-mnist":
             n = min(n, sum(map(len, FASHION_CLASSES)) * len(TEMPLATES))
-        return sum(min(float(REMEMBERED), n * 4.0 * model.tokenizer.model_max_length *
-                       model.backbone.config["cross_attention_dim"]) for model in self.models.values())
+        return sum(min(float(REMEMBERED), n * encoder.each) for encoder in self.shapes.texts.values())
 
     # Labels: which pass the FLOPs belong to
 
@@ -221,8 +219,9 @@ class Rehearsal:
         def label(module: nn.Module, args: tuple) -> str | None:
             if isinstance(module, Denoiser):
                 role = self._role(module, task)
-                if role == "generator" and "trained: unet" not in parts:
-                    parts["student's frozen unet"] = tensors_of(module.backbone)
+                name = self.models["teacher"].BACKBONE
+                if role == "generator" and f"trained: {name}" not in parts:
+                    parts[f"student's frozen {name}"] = tensors_of(module.backbone)
                 return self._named(role, module, len(args[0]))
             if id(module) in texts:
                 return PROMPTS
@@ -231,7 +230,7 @@ class Rehearsal:
         def before(module: nn.Module, args: tuple) -> None:
             if found := label(module, args):
                 self.meter.label = found
-                self.encoded += module is self.models["teacher"].text_encoder
+                self.encoded += module is getattr(self.models["teacher"], "text_encoder")  # noqa: B009
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if found := label(module, args):
@@ -257,7 +256,8 @@ class Rehearsal:
 
     def _named(self, role: str, net: Denoiser, rows: int) -> str:
         """A pass as benchmarks/step_time.py names it."""
-        whole = "UNet + ControlNet" if net.controlnet is not None else "UNet"
+        own = self.models["teacher"].NETWORK
+        whole = f"{own} + ControlNet" if net.controlnet is not None else own
         if role == "generator":
             return f"generator: {whole}"
         if role != "fake score":
@@ -304,7 +304,7 @@ class Shapes(Loaded):
         """The teacher, whose shapes a student has."""
         return self.teacher
 
-    def _model(self, role: str, name: str) -> StableDiffusion:
+    def _model(self, role: str, name: str) -> Family:
         with self.mode:
             model = without_weights(name).at(self.run.data.size)
         known = {"teacher": "teacher", "guide": "guide"}.get(role.split()[0])

@@ -19,11 +19,12 @@ from jdm.errors import UsageError, in_short
 from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
 from jdm.files import ASSETS, read_json, replaced
 from jdm.formats import lora_file, single_file
-from jdm.library import SHIPPED, load_model
+from jdm.library import FAMILIES, SHIPPED, load_model, lone_controlnet
 from jdm.models.configs import REMEDY
-from jdm.models.folder import CARD, folder_json, lone_controlnet
+from jdm.models.folder import CARD, folder_json
 from jdm.models.schedulers import alphas_cumprod
-from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stock import StockModel
 from jdm.recipes import recorded
 from jdm.run import Record
 from jdm.schedule import NoiseSchedule
@@ -72,10 +73,12 @@ class Source:
             raise UsageError(f"{self.name} is not in Stable Diffusion's format; export it with --format diffusers")
         return model
 
-    def controlnet(self) -> ControlNetModel:
+    def controlnet(self) -> tuple[Any, type[StockModel]]:
+        """Its ControlNet and the family that the ControlNet belongs to."""
+        named = {family.PARTS["controlnet"].classes[0] for family in FAMILIES.values()}
         for folder in (self.folder, self.folder / "controlnet"):
-            if read_json(folder / "config.json").get("_class_name") == "ControlNetModel":
-                return lone_controlnet(folder)
+            if read_json(folder / "config.json").get("_class_name") in named:
+                return lone_controlnet(str(folder))
         raise UsageError(f"{self.name} has no ControlNet; export it with --format diffusers, single-file or lora")
 
 
@@ -227,18 +230,19 @@ def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
 
 def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
     """Writes the ControlNet in the layout of diffusers and, beside it, in the single-file layout."""
-    net = source.controlnet()
+    net, family = source.controlnet()
     net.save_pretrained(draft)
     config = read_json(draft / "config.json")
     config.pop("_name_or_path", None)
     (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    single_file.save(single_file.controlnet_tensors(net), draft / CONTROLNET_FILE.format(name=subject.name))
+    if tensors := single_file.controlnet_tensors(net):
+        single_file.save(tensors, draft / CONTROLNET_FILE.format(name=subject.name))
     _keep_card(source, draft)
     subject = replace(subject, controlled=True, known_as=single_file.known_size({**net.config}))
-    if subject.kind != "ControlNetModel":
+    if subject.kind != type(net).__name__:
         return subject
-    wide = net.config["addition_embed_type"] is not None
-    return replace(subject, kind=f"StableDiffusion{'XL' * wide}ControlNetPipeline")
+    wide = net.config.get("addition_embed_type") is not None
+    return replace(subject, kind="StableDiffusionXLControlNetPipeline" if wide else family.PIPELINES[1])
 
 
 def _lora(source: Source, draft: Path, subject: Subject) -> Subject:

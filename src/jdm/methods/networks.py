@@ -269,7 +269,7 @@ class Networks:
     def modules(self) -> dict[str, nn.Module]:
         """The modules that train. The posterior's LoRA on a full fake score is part of that network."""
         trains = self.settings.optimiser is not None
-        found = {"unet": self.adapters.get("student", self.student.backbone if trains else None),
+        found = {self.teacher.BACKBONE: self.adapters.get("student", self.student.backbone if trains else None),
                  "controlnet": self.student.controlnet}
         if self._fake is not None:
             found["fake"] = self.adapters.get("fake", self.fake.net)
@@ -281,7 +281,7 @@ class Networks:
         """(parameters, optimiser) of what trains in the student."""
         groups: Groups = []
         if self.settings.optimiser is not None:
-            groups.append((list(self.modules["unet"].parameters()), self.settings.optimiser))
+            groups.append((list(self.modules[self.teacher.BACKBONE].parameters()), self.settings.optimiser))
         if branch and self.student.controlnet is not None:
             groups.append((list(self.student.controlnet.parameters()), branch.optimiser))
         return groups
@@ -310,13 +310,14 @@ class Networks:
             shown = {"preprocessor": self.loaded.preprocessor} if control else {}
             return save_pipeline(self._with(averages), folder, self.teacher.step_scheduler(levels), card=card | shown)
 
-        modules = {name: module for name, module in self.modules.items() if name in ("unet", "controlnet")}
+        trained = (self.teacher.BACKBONE, "controlnet")
+        modules = {name: module for name, module in self.modules.items() if name in trained}
         return Product(modules, write)
 
     def _with(self, averages: dict[str, nn.Module]) -> Family:
         """The teacher's folder with the student's averaged networks in it."""
         lora = self.adapters.get("student")
-        backbone: Any = self.student.backbone if lora else averages.get("unet", self.student.backbone)
+        backbone: Any = self.student.backbone if lora else averages.get(self.teacher.BACKBONE, self.student.backbone)
         if lora or backbone is self.teacher.backbone:
             backbone = with_merged(backbone, lora)
         return self.teacher.with_networks(backbone=backbone,

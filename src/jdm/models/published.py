@@ -1,16 +1,6 @@
-"""The published configurations of SD1.5, SD2.1 and SDXL, and networks built from configurations."""
+"""The published configurations of models by hub id."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from jdm.errors import UsageError, in_short
-from jdm.models.configs import REMEDY
 
 # Each part's config.json, without values that are defaults in diffusers or transformers.
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -57,24 +47,3 @@ def of_size(size: str, prediction: str) -> dict[str, dict]:
     sizes = {"SD1.5": SD15, "SD2": SD21_V if prediction == "v_prediction" else SD21, "SDXL": SDXL}
     return sizes[size]
 
-
-def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Builds networks with random weights from part -> config.json; `controlnet` and `text_encoder_2` are optional.
-
-    Raises:
-        UsageError: a config that its class cannot be made from.
-    """
-    makers: dict[str, Callable[[dict], Any]] = {
-        "unet": UNet2DConditionModel.from_config, "vae": AutoencoderKL.from_config,
-        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
-        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
-        "controlnet": ControlNetModel.from_config}
-    made: dict[str, nn.Module] = {}
-    for part, make in makers.items():
-        if part in configs:
-            try:
-                made[part] = make(dict(configs[part]))
-            except Exception as error:  # diffusers and transformers raise several
-                raise UsageError(f"{part}/config.json: no network can be made of it ({in_short(error)}); {REMEDY}"
-                                 ) from None
-    return made

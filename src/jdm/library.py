@@ -15,6 +15,7 @@ from jdm.models import hub
 from jdm.models.family import Family
 from jdm.models.folder import CARD, folder_json, model_index, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stable_diffusion_3 import StableDiffusion3
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import StockModel
 
@@ -34,7 +35,8 @@ SHIPPED = {
 
 # By the stock pipeline that a folder names.
 FAMILIES: dict[str, type[StockModel]] = {
-    name: family for family in (StableDiffusion, StableDiffusionXL) for name in family.PIPELINES}
+    name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    for name in family.PIPELINES}
 
 
 def load_model(name: str) -> Family:

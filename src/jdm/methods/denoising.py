@@ -117,6 +117,6 @@ def denoising_batch(x: Tensor, pictures: Pictures, rows: Tensor, noise: Noise, s
 
 
 def denoising_loss(score: ScoreModel, batch: Batch, control: Tensor | None = None) -> Tensor:
-    """Mean squared error in eps (JDM Sec. 2); scalar."""
+    """Mean squared error of what the network puts out: eps (JDM Sec. 2), v, or a flow's velocity; scalar."""
     x_t = score.schedule.noised(batch.x, batch.t, batch.eps)
-    return (score(x_t, batch.t, batch.y, control).eps - batch.eps).square().mean()
+    return score(x_t, batch.t, batch.y, control).error(batch.x, batch.eps, "own").square().mean()

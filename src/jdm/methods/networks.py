@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,8 @@ class Fake:
         high: largest noise level it is trained at, in [0, 1].
         optimiser: how it moves.
         clip: bound on the norm of its whole gradient.
-        loss: what its error is measured in: eps (JDM Eq. 6), or x0 as Decoupled DMD has it.
+        loss: what its error is measured in: eps (JDM Eq. 6), x0 as Decoupled DMD has it, or what the network itself
+            puts out (own), a flow's velocity, whose eps hardly depends on it where little signal is left.
         warm_up: steps at the start of the run in which it alone moves; in no paper.
     """
 
@@ -108,7 +109,7 @@ class Fake:
     high: Share = 1.0
     optimiser: Optimiser = field(default_factory=_fast)
     clip: Positive = 1.0
-    loss: Literal["eps", "x0"] = "eps"
+    loss: Literal["eps", "x0", "own"] = "eps"
     warm_up: Whole = 0
 
     def __post_init__(self):
@@ -355,6 +356,18 @@ def guide(loaded: Loaded, role: str) -> ScoreModel:
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
     return model.score_of(loaded.text(role), model.denoiser(model.backbone))
+
+
+def refuse_distilled(loaded: Loaded, terms: Mapping[str, Any]) -> None:
+    """UsageError where a term asks for the guidance of a teacher that was distilled with it inside."""
+    for name, term in terms.items():
+        asked = [f"guide {other}" if other else "teacher" for other in (getattr(term, "teacher", None),)
+                 if other is not None] or ["teacher"] * (getattr(term, "guidance", 1.0) != 1.0)
+        for role in asked:
+            if why := loaded.model(role).distilled:
+                raise UsageError(f"term {name} asks {loaded.needs.models[role]} for guidance, which it no longer has: "
+                                 f"{why}, so that its answers with and without the prompt differ by no guidance; take "
+                                 f"its base model as the teacher, or set --{name}.guidance 1 or --{name}.weight 0")
 
 
 def controlnet_need(branch: Branch) -> dict[str, str]:

@@ -40,6 +40,8 @@ class Card(TypedDict, total=False):
     levels: list[Annotated[int, Meta(ge=0, le=2**24)]] | None
     t_init: Annotated[int, Meta(ge=0, le=2**24)]
     guidance: Annotated[float, Meta(ge=0, le=1000)]
+    size: Annotated[list[Side], Meta(min_length=2, max_length=2)]
+    max_sequence_length: Annotated[int, Meta(ge=1, le=512)]
 
 
 class Index(TypedDict, total=False):
@@ -50,8 +52,11 @@ class Index(TypedDict, total=False):
     vae: Component
     text_encoder: Component
     text_encoder_2: Component
+    text_encoder_3: Component
     tokenizer: Component
     tokenizer_2: Component
+    tokenizer_3: Component
+    transformer: Component
     scheduler: Component
     controlnet: Component
     force_zeros_for_empty_prompt: bool
@@ -68,6 +73,9 @@ class Scheduler(TypedDict, total=False):
     trained_betas: Annotated[list[Unit], Meta(min_length=1, max_length=100_000)] | None
     prediction_type: str
     rescale_betas_zero_snr: bool
+    shift: Real
+    use_dynamic_shifting: bool
+    stochastic_sampling: bool
     clip_sample: bool
     set_alpha_to_one: bool
     timestep_spacing: str

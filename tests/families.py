@@ -1,16 +1,18 @@
-"""Tiny models of the classes of SD1.5, SD2.1, SDXL, SD3 and SD3.5, with random weights."""
+"""Tiny models of the classes of SD1.5, SD2.1, SDXL, SD3, SD3.5 and Z-Image, with random weights."""
 
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 import tiny
 from jdm.models import nano
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_3 import StableDiffusion3
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.z_image import ZImage
 
 WIDTH = 16
 DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -63,6 +65,31 @@ def sd3(**changes: Any) -> StableDiffusion3:
         clip_with_projection(tokenizer, 20), tokenizer, FLOW, tokens=3)
 
 
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, and the words of the chat."""
+    words = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=words, merges=[], pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                               additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def z_image(**changes: Any) -> ZImage:
+    """Z-Image's classes, with a text encoder of two layers; `changes` are of the transformer."""
+    tokenizer = qwen_tokenizer()
+    shape = {"in_channels": 4, "dim": 16, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+             "cap_feat_dim": 16, "axes_dims": [4, 2, 2], "axes_lens": [640, 32, 32]}
+    text = Qwen3Model(Qwen3Config(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                                  max_position_embeddings=1024))
+    return ZImage(ZImageTransformer2DModel(**(shape | changes)), flow_autoencoder(), text, tokenizer,
+                  FLOW | {"shift": 6.0}, pixels=32)
+
+
 def made(kind: str) -> Any:
     """Random weights in the shapes of a family, with its prediction and schedule."""
     if kind in FLOWS:
@@ -82,4 +109,5 @@ def made(kind: str) -> Any:
     return StableDiffusionXL(net, autoencoder(), encoder, tokenizer, nano.SCHEDULER, None, None, second, tokenizer)
 
 
-FLOWS = {"sd3": sd3, "sd35": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1))}
+FLOWS = {"sd3": sd3, "sd35": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+         "z-image": z_image}

@@ -18,6 +18,7 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_3 import StableDiffusion3
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import StockModel
+from jdm.models.z_image import ZImage
 
 SHIPPED = {
     "nano-sd": ("nano-sd", None),
@@ -35,7 +36,7 @@ SHIPPED = {
 
 # By the stock pipeline that a folder names.
 FAMILIES: dict[str, type[StockModel]] = {
-    name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, ZImage)
     for name in family.PIPELINES}
 
 

@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
         found: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(output if isinstance(output, Tensor) else output[0])
+            found.append(self.seen(output, x_t))
 
         hooks = [layer.register_forward_hook(keep) for layer in self.feature_layers()]
         try:
@@ -71,6 +71,10 @@ class Denoiser(nn.Module):
             for hook in hooks:
                 hook.remove()
         return found
+
+    def seen(self, output: Any, x_t: Tensor) -> Tensor:
+        """A feature layer's output as a picture [B, C, h, w]."""
+        return output if isinstance(output, Tensor) else output[0]
 
     def feature_layers(self) -> list[nn.Module]:
         """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""

@@ -19,10 +19,11 @@ from jdm.models.family import Denoiser, ManySteps
 from jdm.models.schedulers import FLOWS, complete
 from jdm.models.stock import StockModel
 from jdm.schedule import FlowSchedule, NoiseSchedule, precise
-from jdm.score import Estimate, Prediction, Text
+from jdm.score import Estimate, Prediction
 from jdm.size import Size, height_width, sized
 
 
+PATCH = 2  # latents per token along one side
 # What the names of models say that were distilled with their guidance inside, and draw in a few steps.
 DISTILLED = re.compile(r"turbo|lightning|schnell|hyper|distill", re.IGNORECASE)
 
@@ -39,9 +40,6 @@ class TransformerDenoiser(Denoiser):
         super().__init__(backbone, controlnet, also, adapters)
         self.encode, self._seen = encode, (lambda: None, [])
 
-    def forward(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
-        return super().forward(x_t, timestep, text, control)
-
     def latents_of(self, control: Tensor) -> list[Tensor]:
         """Raw latents of each ControlNet's picture in `control` [B, 3 k, H, W]; those of the last one are remembered."""
         of, latents = self._seen
@@ -50,6 +48,16 @@ class TransformerDenoiser(Denoiser):
             latents = [self.encode(picture) for picture in pictures]
             self._seen = weakref.ref(control), latents
         return latents
+
+    def seen(self, output: Any, x_t: Tensor) -> Tensor:
+        tokens = output if isinstance(output, Tensor) else output[-1]  # of two streams the picture's comes last
+        height, width = (side // PATCH for side in x_t.shape[2:])
+        return tokens[:, : height * width].mT.unflatten(2, (height, width))
+
+    @staticmethod
+    def spread(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        """At most four of the blocks, evenly spread, the last one among them."""
+        return list(blocks)[:: -max(1, len(blocks) // 4)][3::-1]
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """A network's transformer blocks, and what else is sharded as a unit of its own."""
@@ -85,7 +93,7 @@ class FlowModel(StockModel):
     BACKBONE: ClassVar[str] = "transformer"
     NETWORK: ClassVar[str] = "transformer"
     SCHEDULERS: ClassVar[tuple[str, ...]] = FLOWS
-    PATCH: ClassVar[int] = 2
+    PATCH: ClassVar[int] = PATCH
 
     pixels: Size | None
 

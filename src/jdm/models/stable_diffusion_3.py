@@ -55,7 +55,7 @@ class SD3Denoiser(TransformerDenoiser):
                    pooled_projections=torch.zeros_like(pooled) if blind else pooled, **told)[0]
 
     def feature_layers(self) -> list[nn.Module]:
-        raise NotImplementedError
+        return self.spread(cast(Any, self.backbone).transformer_blocks)
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*cast(Any, net).transformer_blocks]

@@ -73,13 +73,20 @@ class TextEncoder:
         """Yields each prompt and its states, read from `stored` if they are there, else encoded."""
         device = self.device or next(self.model.parameters()).device
         for prompt in [p for p in prompts if p in self.stored]:
-            parts = [part.to(device) for part in tensors_of(self.stored[prompt])]
-            yield prompt, parts[0] if len(parts) == 1 else tuple(parts)
+            yield prompt, self.read(tuple(part.to(device) for part in tensors_of(self.stored[prompt])))
         new = [p for p in prompts if p not in self.stored]
         for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
             for prompt, row in zip(group, self.encode(group), strict=True):
                 moved = tuple(part.to(device) for part in tensors_of(row))
                 yield prompt, moved if isinstance(row, tuple) else moved[0]
+
+    def kept(self, row: Any) -> tuple[Tensor, ...]:
+        """A prompt's states as they are stored on disk: tensors of one shape for all prompts."""
+        return tensors_of(row)
+
+    def read(self, parts: tuple[Tensor, ...]) -> Any:
+        """The inverse of `kept`."""
+        return parts[0] if len(parts) == 1 else parts
 
     def stacked(self, rows: list[Any]) -> Text:
         """Stacks the states of single prompts to a batch."""

@@ -46,7 +46,7 @@ class Loaded:
         if role not in self._models:
             model = self._model(role, self.needs.models[role]).at(self.run.data.size)
             if role == "teacher" or role in self.needs.prompts:
-                model.to(self.run.device)
+                model.to(self.run.device, texts=not self.prepared)
             else:  # nothing else of it runs
                 placed(model.backbone, self.run.device)
             self._models[role] = model
@@ -65,7 +65,7 @@ class Loaded:
         if role not in self.texts:
             encoder = self.model(role).text(one_by_one=True)
             if self.cache is not None:
-                encoder.stored = self.cache.text(encoder)
+                encoder.stored, encoder.device = self.cache.text(encoder), self.run.device
             self.texts[role] = encoder
         return self.texts[role]
 
@@ -85,6 +85,11 @@ class Loaded:
     def controlnet(self, role: str) -> nn.Module:
         """The ControlNet of a role: of a model or of a folder that is one; it must fit the teacher."""
         return self._controlnet(self.needs.models[role])
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the prompts' states are on disk, so that no text encoder takes room beside the training."""
+        return bool(self.run.data.prepared)
 
     @cached_property
     def cache(self) -> Cache | None:

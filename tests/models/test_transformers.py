@@ -59,10 +59,10 @@ def made_still(kind, **changes):
 
 
 def jdm_run(teacher, out, levels, rank=0, name="nano-canny") -> Run:
-    """JDM with a ControlNet that is zero no more after a step."""
+    """JDM that begins with the ControlNet of the teacher's neighbour, none of whose projections is zero."""
     run = tiny.run(find(name)(), out, teacher, steps=3)
     method = run.method
-    branch = replace(method.controlnet, optimiser=replace(method.controlnet.optimiser, lr=0.1, warmup=0))
+    branch = replace(method.controlnet, start=str(teacher.with_name("loud")))
     method = replace(method, controlnet=branch, student=replace(method.student, levels=levels, rank=rank),
                      fake=replace(method.fake, loss="own", rank=rank))
     return replace(run, method=method)
@@ -72,7 +72,9 @@ def jdm_run(teacher, out, levels, rank=0, name="nano-canny") -> Run:
 def family(request, tmp_path_factory):
     """(kind, folder of its tiny teacher, runs of a one-step student and a four-step one of LoRAs, both trained)."""
     place = tmp_path_factory.mktemp(request.param)
-    teacher = save_pipeline(made_still(request.param), place / "teacher")
+    model = made_still(request.param)
+    teacher = save_pipeline(model, place / "teacher")
+    save_pipeline(model.with_networks(controlnet=loud(model.new_controlnet())), place / "loud")
     runs = {1: jdm_run(teacher, place / "one", (999,)), 4: jdm_run(teacher, place / "four", FOUR, 2, "nano-canny-4")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jdm.evaluation.evaluate, "judge", tiny.judge)

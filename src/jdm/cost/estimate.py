@@ -117,7 +117,7 @@ def estimate(run: Run) -> Estimate:
         UsageError: the shapes of its models are not known, or its method does what only real tensors can.
     """
     refuse_large(run.batch, run.data.size)
-    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")))
+    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")), bool(run.data.prepared))
     try:
         return rehearsal.estimate()
     except UsageError:
@@ -129,9 +129,14 @@ def estimate(run: Run) -> Estimate:
 
 
 class Rehearsal:
-    """One step of a run on tensors without contents."""
+    """One step of a run on tensors without contents.
 
-    def __init__(self, run: Run):
+    Args:
+        prepared: the prompts' states come from disk: text encoders are no part of the memory.
+    """
+
+    def __init__(self, run: Run, prepared: bool = False):
+        self.prepared = prepared
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
         self.shapes = Shapes(run, self.mode)
         self.models, self.others = self.shapes.models, self.shapes.others
@@ -143,6 +148,8 @@ class Rehearsal:
             settle(self.run, *task.frozen)
             averages = {name: [v.clone() for v in trained(module).values()]
                         for name, module in task.product.modules.items()}
+            for role in self.shapes.needs.prompts if self.prepared else ():
+                self.shapes.text(role)(["a picture", ""])
             parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
 
@@ -167,14 +174,16 @@ class Rehearsal:
                 tops[phase.name] = meter.alive.peak, meter.alive.there_at_peak((*held, *gradients))
                 gradient_bytes[phase.name] = bytes_of(g for g in gradients if g is not None)
                 still = sum(map(bytes_of, parts.values())) + bytes_of(g for g in held if g is not None)
+                still += sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
                 saved[phase.name] = meter.held - still
                 held = gradients
                 del loss, logs
         weights = {name: bytes_of(tensors) for name, tensors in parts.items() if tensors}
         top = max(tops, key=lambda name: tops[name][0])
         peak, there = tops[top]
+        aside = sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
         memory = {**weights, "gradients": there, "optimiser": sum(map(state_bytes, task.phases)),
-                  "activations": peak - there - sum(weights.values()), "remembered prompts, at most": self._prompts()}
+                  "activations": peak - aside - there - sum(weights.values()), "remembered prompts, at most": self._prompts()}
         once = sum(n for (label, *_), n in totals.items() if label == PROMPTS) / max(1, self.encoded)
         names = dict.fromkeys(label for label, *_ in totals if label != PROMPTS)
         passes = [Pass(name, *(float(sum(n for (label, back, _), n in totals.items() if (label, back) == (name, side)))
@@ -190,7 +199,7 @@ class Rehearsal:
         found: dict[str, list[Tensor]] = {}
         for name, model in self.models.items():
             found |= {f"{name}: {part}": [*base_parameters(module), *module.buffers()]
-                      for part, module in model.modules().items()}
+                      for part, module in model.modules().items() if not (self.prepared and "text" in part)}
         for name, module in (task.modules | self.others).items():
             base = {id(p) for p in base_parameters(module)} | {id(b) for b in module.buffers()}
             found[f"trained: {name}" if name in task.modules else name] = [
@@ -198,6 +207,10 @@ class Rehearsal:
             if lora := [p for p in tensors_of(module) if id(p) not in base]:
                 found["trained: the posterior's LoRA"] = lora
         return found
+
+    def _texts(self) -> list[nn.Module]:
+        """Every text encoder."""
+        return [part for m in self.models.values() for name, part in m.modules().items() if "text" in name]
 
     def _prompts(self) -> float:
         """Bytes of the prompts that text encoders remember: at most one a picture, and no more than REMEMBERED each."""
@@ -213,7 +226,7 @@ class Rehearsal:
         """The meter's label follows the network that runs, forward and backward."""
         decoders = {id(m.vae.decoder): "decoder" for m in self.models.values()}
         decoders |= {id(net.decoder): "decoder" for k, net in self.others.items() if k == "tiny decoder"}
-        texts = {id(part) for m in self.models.values() for name, part in m.modules().items() if "text" in name}
+        texts = set(map(id, self._texts()))
         rewards = {id(self.others["reward"])} if "reward" in self.others else set()
 
         def label(module: nn.Module, args: tuple) -> str | None:

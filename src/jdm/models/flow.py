@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,7 +23,6 @@ from jdm.score import Estimate, Prediction
 from jdm.size import Size, height_width, sized
 
 
-PATCH = 2  # latents per token along one side
 # What the names of models say that were distilled with their guidance inside, and draw in a few steps.
 DISTILLED = re.compile(r"turbo|lightning|schnell|hyper|distill", re.IGNORECASE)
 
@@ -32,13 +31,15 @@ class TransformerDenoiser(Denoiser):
     """A transformer and its ControlNets, which see the control's latents.
 
     Args:
-        encode: control pictures [B, 3, H, W] in [0, 1] -> raw latents of the autoencoder, without scale and shift.
+        model: whose autoencoder encodes control pictures, and whose latents have its scale and shift.
     """
 
-    def __init__(self, backbone: nn.Module, encode: Callable[[Tensor], Tensor], controlnet: nn.Module | None = None,
+    def __init__(self, model: FlowModel, backbone: nn.Module | None, controlnet: nn.Module | None = None,
                  also: Sequence[nn.Module] = (), adapters: Sequence[Adapter] = ()):
-        super().__init__(backbone, controlnet, also, adapters)
-        self.encode, self._seen = encode, (lambda: None, [])
+        super().__init__(backbone or model.backbone, controlnet, also, adapters)
+        space = model.space
+        self.encode, self.patch, self.scale, self.shift = model.encoded, model.patch, space.scale, space.shift
+        self._seen = (lambda: None, [])
 
     def latents_of(self, control: Tensor) -> list[Tensor]:
         """Raw latents of each ControlNet's picture in `control` [B, 3 k, H, W]; those of the last one are remembered."""
@@ -51,7 +52,7 @@ class TransformerDenoiser(Denoiser):
 
     def seen(self, output: Any, x_t: Tensor) -> Tensor:
         tokens = output if isinstance(output, Tensor) else output[-1]  # of two streams the picture's comes last
-        height, width = (side // PATCH for side in x_t.shape[2:])
+        height, width = (side // self.patch for side in x_t.shape[2:])
         return tokens[:, : height * width].mT.unflatten(2, (height, width))
 
     @staticmethod
@@ -93,7 +94,6 @@ class FlowModel(StockModel):
     BACKBONE: ClassVar[str] = "transformer"
     NETWORK: ClassVar[str] = "transformer"
     SCHEDULERS: ClassVar[tuple[str, ...]] = FLOWS
-    PATCH: ClassVar[int] = PATCH
 
     pixels: Size | None
 
@@ -133,7 +133,7 @@ class FlowModel(StockModel):
         _, _, height, width = self.latent_shape(1, self.size)
         slope = ((config["max_shift"] - config["base_shift"])
                  / (config["max_image_seq_len"] - config["base_image_seq_len"]))
-        tokens = height * width // self.PATCH**2
+        tokens = height * width // self.patch**2
         return config["base_shift"] + slope * (tokens - config["base_image_seq_len"])
 
     @property

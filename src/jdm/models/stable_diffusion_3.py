@@ -28,10 +28,6 @@ TOKENS = 256  # of T5, by default in the stock pipeline
 class SD3Denoiser(TransformerDenoiser):
     """An SD3Transformer2DModel and SD3ControlNetModels as one denoiser; its output is the velocity eps - x0."""
 
-    def __init__(self, *args: Any, scale: float, shift: float, **more: Any):
-        super().__init__(*args, **more)
-        self.scale, self.shift = scale, shift
-
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
         assert isinstance(text, tuple)
         states, pooled = text[0], text[1]["pooled"]
@@ -187,13 +183,17 @@ class StableDiffusion3(FlowModel):
             refuse_foreign_tokenizer(own, cast(Any, network).config, path)
 
     @property
+    def patch(self) -> int:
+        return self.transformer.config["patch_size"]
+
+    @property
     def _own_size(self) -> Size:
         return self.transformer.config["sample_size"] * self.downscale
 
     def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
         shape, most = super().latent_shape(n, size), self.transformer.config["pos_embed_max_size"]
-        if most and max(shape[2:]) > most * self.PATCH:
-            raise UsageError(f"this model draws pictures of at most {most * self.PATCH * self.downscale} pixels a side, "
+        if most and max(shape[2:]) > most * self.patch:
+            raise UsageError(f"this model draws pictures of at most {most * self.patch * self.downscale} pixels a side, "
                              f"got {spelled(size)}")
         return shape
 
@@ -204,8 +204,7 @@ class StableDiffusion3(FlowModel):
 
     def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
                  adapters: Sequence[Adapter] = (), also: Sequence[nn.Module] = ()) -> SD3Denoiser:
-        return SD3Denoiser(backbone or self.transformer, self.encoded, controlnet, also, adapters,
-                           scale=self.space.scale, shift=self.space.shift)
+        return SD3Denoiser(self, backbone, controlnet, also, adapters)
 
     def new_controlnet(self, backbone: nn.Module | None = None) -> SD3ControlNetModel:
         """A ControlNet of the transformer's first blocks, one in SHARE of them, with zero projections (JDM Eq. 10).

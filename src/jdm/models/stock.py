@@ -254,10 +254,13 @@ class StockModel:
         """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
-    PATCH: ClassVar[int] = 1  # latents per token along one side
+    @property
+    def patch(self) -> int:
+        """Latents per token along one side."""
+        return 1
 
     def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
-        (height, width), multiple = height_width(size), self.downscale * self.PATCH
+        (height, width), multiple = height_width(size), self.downscale * self.patch
         if min(height, width) < 1 or height % multiple or width % multiple:
             raise UsageError(f"both sides of a picture must be multiples of {multiple}, got {spelled(size)}")
         return n, self.channels, height // self.downscale, width // self.downscale

@@ -57,7 +57,8 @@ class TextEncoder:
 
     def batch(self, prompts: Prompts) -> Text:
         """The states of a batch without the cache; differentiable if the text models train."""
-        return self.stacked(list(self.encode(prompts)))
+        found: Any = self.encode(prompts)
+        return found if isinstance(found, Tensor) else self.stacked(found)
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts) -> Text:

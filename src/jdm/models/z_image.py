@@ -40,10 +40,6 @@ class ZImageDenoiser(TransformerDenoiser):
     The networks put out x0 - eps, at times that run from 0, noise, to 1, clean.
     """
 
-    def __init__(self, *args: Any, scale: float, shift: float, **more: Any):
-        super().__init__(*args, **more)
-        self.scale, self.shift = scale, shift
-
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
         assert isinstance(text, tuple)
         captions = [states[:n] for states, n in zip(text[0], text[1]["lengths"].tolist(), strict=True)]
@@ -179,6 +175,10 @@ class ZImage(FlowModel):
             raise UsageError(f"{path}: the tokenizer {what}; put back the tokenizer it was trained with")
 
     @property
+    def patch(self) -> int:
+        return 2  # of the several that a transformer may know, the stock pipeline's
+
+    @property
     def _own_size(self) -> Size:
         return 1024
 
@@ -187,8 +187,7 @@ class ZImage(FlowModel):
 
     def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
                  adapters: Sequence[Adapter] = (), also: Sequence[nn.Module] = ()) -> ZImageDenoiser:
-        return ZImageDenoiser(backbone or self.transformer, self.encoded, controlnet, also, adapters,
-                              scale=self.space.scale, shift=self.space.shift)
+        return ZImageDenoiser(self, backbone, controlnet, also, adapters)
 
     def new_controlnet(self, backbone: nn.Module | None = None) -> ZImageControlNetModel:
         """A ControlNet of every SHARE-th block of the transformer, with zero projections (JDM Eq. 10)."""

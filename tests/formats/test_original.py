@@ -13,7 +13,6 @@ from jdm.errors import UsageError
 from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
-from jdm.models import published
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import networks
 from refusals import refused

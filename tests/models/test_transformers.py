@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import jdm.evaluation.evaluate
 import tiny
 from families import FLOWS, made
+from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import fresh_noise, starting_noise
 from jdm.library import load_model
@@ -269,3 +270,37 @@ def test_features_are_pictures_of_tokens(kind):
     assert len(found) == 4
     touched = torch.autograd.grad(found[0][..., 0, 0].sum(), x_t)[0].abs().sum((0, 1))
     assert touched[:2, :2].mean() > 10 * touched[4:, 8:].mean(), "the first token is the first corner"
+
+
+@pytest.mark.parametrize("kind", ["sd35", "z-image"])
+def test_frozen_weights_in_eight_bits_still_train(kind, tmp_path):
+    teacher = save_pipeline(made_still(kind), tmp_path / "teacher")
+    run = replace(jdm_run_of(teacher, tmp_path / "run"), precision="bf16", frozen="fp8")
+    trainer = Trainer(run)
+    backbone = trainer.task.frozen[0].backbone
+    small = [p for p in backbone.parameters() if p.dtype == torch.float8_e4m3fn]
+    frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad and p.ndim == 2)
+    assert sum(p.numel() for p in small) > (0.6 if kind == "sd35" else 0.05) * frozen
+    assert not any(p.requires_grad for p in small)
+    logs = trainer.step(0)
+    assert all(torch.isfinite(torch.tensor(float(logs[f"{p}/gradient"]))) for p in ("fake", "posterior", "generator"))
+    whole = load_model(str(teacher)).transformer.state_dict()
+    exported = load_model(str(trainer.export())).transformer.state_dict()
+    apart = max(float((exported[k] - whole[k]).norm() / whole[k].norm()) for k in whole if whole[k].ndim == 2)
+    assert 0 < apart < 0.1, "three bits of mantissa"
+
+
+def test_eight_bits_need_bf16_and_a_transformer(teacher, tmp_path):
+    with pytest.raises(UsageError, match="--frozen fp8 is for transformers"):
+        Trainer(replace(tiny.run(find("nano-canny")(), tmp_path, teacher), frozen="fp8", precision="bf16"))
+    flow = save_pipeline(made_still("sd3"), tmp_path / "flow")
+    with pytest.raises(UsageError, match="--frozen fp8 needs --precision bf16"):
+        Trainer(replace(tiny.run(find("nano-canny")(), tmp_path / "run", flow), frozen="fp8"))
+
+
+def jdm_run_of(teacher, out) -> Run:
+    """JDM whose student, fake score and posterior are LoRAs of one backbone."""
+    run = tiny.run(find("nano-canny")(), out, teacher)
+    method = run.method
+    return replace(run, method=replace(method, student=replace(method.student, levels=(999,), rank=2),
+                                       fake=replace(method.fake, loss="own", rank=2)))

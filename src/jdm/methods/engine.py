@@ -17,7 +17,7 @@ from jdm.errors import UsageError
 from jdm.generator import checked_levels
 from jdm.levels import Levels
 from jdm.loading import Loaded
-from jdm.methods.networks import Branch, Fake, Networks, Student, refuse_distilled
+from jdm.methods.networks import Branch, Fake, Networks, Student
 from jdm.methods.step import Step, View, fake_estimate, steps_of
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
@@ -190,7 +190,7 @@ class Declared:
 
 
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or as `loss` says."""
+    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or by its loss."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, fake.low, fake.high)
         found = fake_estimate(networks, fake, step, x_t, t)

@@ -51,7 +51,8 @@ class PosteriorTraining:
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
             card = {"kind": "posterior", "method": "consistency training", "control": None}
-            save_pipeline(teacher.with_networks(backbone=averages[teacher.BACKBONE], controlnet=None), folder, card=card)
+            trained = teacher.with_networks(backbone=averages[teacher.BACKBONE], controlnet=None)
+            save_pipeline(trained, folder, card=card)
 
         return Product({teacher.BACKBONE: copied(teacher.backbone)}, write)
 

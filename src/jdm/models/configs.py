@@ -28,6 +28,7 @@ Real = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
 Component = tuple[str | None, str | None] | None
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None
+NULL = ("joint_attention_dim",)  # of ControlNets that read no text, whatever their class declares
 SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
@@ -128,8 +129,9 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
 def _fields(kind: Any) -> dict[str, Any]:
     """The types that a network's class declares for its config, by key."""
     of = inspect.signature((getattr(kind, "config_class", None) or kind).__init__).parameters.values()
+    declared = [p for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)]
     return {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
-            for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)}
+            for p in declared} | {p.name: Whole | None for p in declared if p.name in NULL}
 
 
 def _type(hint: Any) -> Any:

@@ -80,6 +80,10 @@ class Denoiser(nn.Module):
         """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""
         raise NotImplementedError
 
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers of the backbone's blocks, whose frozen weights may be kept in 8 bits; none by default."""
+        return []
+
     def shard_units(self) -> list[nn.Module]:
         """The modules FSDP2 shards, each as a unit: a network's blocks, then the network itself."""
         raise NotImplementedError
@@ -156,7 +160,7 @@ class Family(Protocol):
 
     @property
     def distilled(self) -> str:
-        """Why its guidance means nothing: it is distilled, with guidance inside. Empty for a model that has guidance."""
+        """Why its guidance means nothing: it was distilled with guidance inside. Empty where it has guidance."""
         ...
 
     def begins(self, levels: Sequence[int], schedule: NoiseSchedule) -> str:
@@ -237,14 +241,20 @@ class Family(Protocol):
         """The largest |x0| that its scheduler keeps; infinite where it cuts none."""
         ...
 
+    CONTROL: ClassVar[str]
+    """The argument by which its stock pipeline takes a control picture."""
+
     @staticmethod
-    def asked(levels: Sequence[int] | None, guidance: float, n: int) -> dict[str, Any]:
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
         """The arguments with which its stock pipeline draws, beside the prompt and the control.
 
         Args:
             levels: of a student; None for a multi-step model.
             guidance: w of uncond + w (cond - uncond); 1 for a student.
             n: the scheduler's number of levels.
+            controlled: it draws to a control.
+            size: of the pictures, where the pipeline is to be told.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What the families of flow-matching transformers share: their line of noise levels, schedulers and control pictures."""
+"""What the families of flow-matching transformers share: noise levels, schedulers and control pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import diffusers
 import torch
@@ -21,7 +21,6 @@ from jdm.models.stock import StockModel
 from jdm.schedule import FlowSchedule, NoiseSchedule, precise
 from jdm.score import Estimate, Prediction
 from jdm.size import Size, height_width, sized
-
 
 # What the names of models say that were distilled with their guidance inside, and draw in a few steps.
 DISTILLED = re.compile(r"turbo|lightning|schnell|hyper|distill", re.IGNORECASE)
@@ -42,7 +41,7 @@ class TransformerDenoiser(Denoiser):
         self._seen = (lambda: None, [])
 
     def latents_of(self, control: Tensor) -> list[Tensor]:
-        """Raw latents of each ControlNet's picture in `control` [B, 3 k, H, W]; those of the last one are remembered."""
+        """Raw latents of each ControlNet's picture in `control` [B, 3 k, H, W]; the last ones are remembered."""
         of, latents = self._seen
         if of() is not control:
             pictures = control.split(3, dim=1) if self.also else [control]
@@ -59,6 +58,11 @@ class TransformerDenoiser(Denoiser):
     def spread(blocks: Sequence[nn.Module]) -> list[nn.Module]:
         """At most four of the blocks, evenly spread, the last one among them."""
         return list(blocks)[:: -max(1, len(blocks) // 4)][3::-1]
+
+    def linears(self) -> list[nn.Linear]:
+        kinds = cast(Any, self.backbone)._no_split_modules
+        return [layer for block in self.backbone.modules() if type(block).__name__ in kinds
+                for key, layer in block.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in key]
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """A network's transformer blocks, and what else is sharded as a unit of its own."""
@@ -88,6 +92,11 @@ class EulerSteps:
         return self.scheduler.step(estimate.read("flow"), self.scheduler.timesteps[k], x_t).prev_sample
 
 
+def told_size(size: Size | None) -> dict[str, int]:
+    """Height and width as arguments of a pipeline; none where the size is None."""
+    return {} if size is None else dict(zip(("height", "width"), height_width(size), strict=True))
+
+
 class FlowModel(StockModel):
     """A flow-matching transformer in a diffusers folder; subclasses are frozen dataclasses with a field `pixels`."""
 
@@ -100,12 +109,13 @@ class FlowModel(StockModel):
     @classmethod
     def _card(cls, path: str) -> dict | None:
         found = super()._card(path)
-        return found if found or not DISTILLED.search(Path(path).name) else {"kind": "distilled"}
+        if (found or {}).get("kind") or not DISTILLED.search(Path(path).name):
+            return found
+        return {**(found or {}), "kind": "distilled"}
 
     @classmethod
-    def _more(cls, path: str, index: dict) -> dict[str, Any]:
-        size = (cls._card(path) or {}).get("size")
-        return {"pixels": None if size is None else sized(size)}
+    def _of_card(cls, card: dict) -> dict[str, Any]:
+        return {"pixels": sized(card["size"]) if "size" in card else None}
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -203,6 +213,6 @@ class FlowModel(StockModel):
         if float(apart.max()) <= 2e-3:
             return ""
         fitting = [round(float(t) * schedule.n) - 1 for t in schedule.nearest(-2 * torch.logit(sigmas.double()))]
-        return (f"runs at sigmas {', '.join(f'{float(s):.3f}' for s in sigmas)}, where its own scheduler puts them; the "
-                f"levels asked for are {', '.join(f'{float(s):.3f}' for s in ours)}; use --levels among "
+        return (f"runs at sigmas {', '.join(f'{float(s):.3f}' for s in sigmas)}, where its own scheduler puts them; "
+                f"the levels asked for are {', '.join(f'{float(s):.3f}' for s in ours)}; use --levels among "
                 f"{' '.join(map(str, fitting))}")

@@ -150,9 +150,10 @@ def checked_scheduler(config: dict, file: str, kinds: tuple[str, ...] = KINDS) -
         whole = complete(config, kinds)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
+    values = FLOW_VALUES if whole["_class_name"] in FLOWS else VALUES
     for key, value in whole.items():
-        if key in VALUES and not VALUES[key][0](value):
-            raise UsageError(f"{file}: {key} must be {VALUES[key][1]}, got {_short(value)}; put back the scheduler "
+        if key in values and not values[key][0](value):
+            raise UsageError(f"{file}: {key} must be {values[key][1]}, got {_short(value)}; put back the scheduler "
                              "that the model was trained with")
     betas, n = whole.get("trained_betas"), whole["num_train_timesteps"]
     if betas is not None and len(betas) != n:
@@ -211,3 +212,6 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("use_dynamic_shifting", "stochastic_sampling"), _among(True, False)),
     **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"),
                     _among(True, False))}
+# A flow's line is the shifted one and no other.
+FLOW_VALUES = {**VALUES, **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+                                         _among(False))}

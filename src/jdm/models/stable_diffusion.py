@@ -68,6 +68,7 @@ class StableDiffusion(StockModel):
         "unet": Part.of(UNet2DConditionModel), "vae": Part.of(AutoencoderKL), "text_encoder": Part.of(CLIPTextModel),
         "tokenizer": Part(TOKENIZERS, tokenizer), "controlnet": Part.of(ControlNetModel, needed=False)}
     SCHEDULERS: ClassVar[tuple[str, ...]] = schedulers.KINDS
+    CONTROL: ClassVar[str] = "image"
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusionPipeline", "StableDiffusionControlNetPipeline")
     SHARED: ClassVar[tuple[str, ...]] = ("in_channels", "block_out_channels", "cross_attention_dim")
     # Attention, feed-forward and convolutions, as LCM-LoRA chooses them.
@@ -160,7 +161,8 @@ class StableDiffusion(StockModel):
         return schedulers.clip(self.scheduler)
 
     @staticmethod
-    def asked(levels: Sequence[int] | None, guidance: float, n: int) -> dict[str, Any]:
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
         if levels is not None and len(levels) > 1 and not schedulers.evenly_spaced(levels):
             return {"timesteps": list(levels), "guidance_scale": guidance}  # the scheduler finds no others by number
         return {"num_inference_steps": len(levels) if levels else 50, "guidance_scale": guidance}

@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter, without_adapters
-from jdm.models.flow import FlowModel, TransformerDenoiser
+from jdm.models.flow import FlowModel, TransformerDenoiser, told_size
 from jdm.models.folder import tokenizer
 from jdm.models.stock import Part
 from jdm.models.text import REMEMBERED, TOKENIZERS, TextEncoder, refuse_foreign_tokenizer, whole_tokenizer
@@ -104,9 +104,9 @@ class ThreeTextEncoders(TextEncoder):
     def _refuse_long(self, prompts: Prompts, longest: int) -> None:
         for prompt in prompts:
             if (n := len(self.tokenizer([prompt]).input_ids[0])) > longest:
-                raise UsageError(f"the prompt {prompt[:40]!r}... has {n} tokens, CLIP reads {longest} and this model has "
-                                 "no T5 (text_encoder_3 and tokenizer_3), which reads the rest; put T5 back into the "
-                                 "folder, or shorten the captions")
+                raise UsageError(f"the prompt {prompt[:40]!r}... has {n} tokens, CLIP reads {longest} and this model "
+                                 "has no T5 (text_encoder_3 and tokenizer_3), which reads the rest; put T5 back into "
+                                 "the folder, or shorten the captions")
 
     def stacked(self, rows: list[Any]) -> Text:
         clip, pooled, *third = (torch.stack(part) for part in zip(*rows, strict=True))
@@ -156,8 +156,8 @@ class StableDiffusion3(FlowModel):
     tokens: int = TOKENS
 
     @classmethod
-    def _more(cls, path: str, index: dict) -> dict[str, Any]:
-        return super()._more(path, index) | {"tokens": (cls._card(path) or {}).get("max_sequence_length", TOKENS)}
+    def _of_card(cls, card: dict) -> dict[str, Any]:
+        return super()._of_card(card) | {"tokens": card.get("max_sequence_length", TOKENS)}
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -193,8 +193,8 @@ class StableDiffusion3(FlowModel):
     def latent_shape(self, n: int, size: Size) -> tuple[int, int, int, int]:
         shape, most = super().latent_shape(n, size), self.transformer.config["pos_embed_max_size"]
         if most and max(shape[2:]) > most * self.patch:
-            raise UsageError(f"this model draws pictures of at most {most * self.patch * self.downscale} pixels a side, "
-                             f"got {spelled(size)}")
+            raise UsageError(f"this model draws pictures of at most {most * self.patch * self.downscale} pixels a "
+                             f"side, got {spelled(size)}")
         return shape
 
     def text(self, one_by_one: bool = False) -> TextEncoder:
@@ -224,11 +224,12 @@ class StableDiffusion3(FlowModel):
         return made.float()
 
     @staticmethod
-    def asked(levels: Sequence[int] | None, guidance: float, n: int) -> dict[str, Any]:
-        steps = {"num_inference_steps": len(levels) if levels else 28}
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
+        steps: dict[str, Any] = {"num_inference_steps": len(levels) if levels else 28}
         if levels and tuple(levels) != (n - 1,):  # sigmas before the shift
             steps["sigmas"] = [(level + 1) / n for level in levels]
-        return {**steps, "guidance_scale": guidance}
+        return {**steps, "guidance_scale": guidance, **told_size(size)}
 
     def _of_pipeline(self) -> dict[str, Any]:
         return {name: None for name in ("text_encoder_3",) if getattr(self, name) is None}

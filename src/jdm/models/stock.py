@@ -68,6 +68,7 @@ class StockModel:
     # Keys of its config in which a ControlNet and its backbone must agree.
     SHARED: ClassVar[tuple[str, ...]]
     SCHEDULERS: ClassVar[tuple[str, ...]]
+    CONTROL: ClassVar[str] = "control_image"
 
     vae: AutoencoderKL
     tokenizer: Any
@@ -114,7 +115,8 @@ class StockModel:
             if part.make is None and name.replace("tokenizer", "text_encoder") in parts:
                 read = configs[name.replace("tokenizer", "text_encoder")]
                 parts[name] = Zeros(read.get("max_position_embeddings", 77))
-        model = cls(**parts, scheduler=configs["scheduler"], card=configs.get("card"))
+        model = cls(**parts, scheduler=configs["scheduler"], card=configs.get("card"),
+                    **cls._of_card(configs.get("card") or {}))
         model._settle()
         return model
 
@@ -178,6 +180,11 @@ class StockModel:
     @classmethod
     def _more(cls, path: str, index: dict) -> dict[str, Any]:
         """Further fields that its folder decides."""
+        return cls._of_card(cls._card(path) or {})
+
+    @classmethod
+    def _of_card(cls, card: dict) -> dict[str, Any]:
+        """Further fields that its jdm.json decides."""
         return {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -280,6 +287,11 @@ class StockModel:
     def _of_pipeline(self) -> dict[str, Any]:
         """Further arguments of its stock pipeline."""
         return {}
+
+    @staticmethod
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
+        raise NotImplementedError
 
     def with_networks(self, **networks: nn.Module | None) -> Self:
         """With another `backbone` or `controlnet`; controlnet=None drops the model's own."""

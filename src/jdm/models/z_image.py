@@ -19,7 +19,7 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter, without_adapters
-from jdm.models.flow import FlowModel, TransformerDenoiser
+from jdm.models.flow import FlowModel, TransformerDenoiser, told_size
 from jdm.models.folder import whole_network
 from jdm.models.schedulers import evenly_spaced
 from jdm.models.stock import Part
@@ -225,9 +225,11 @@ class ZImage(FlowModel):
         return {"sigmas": torch.linspace(1.0, 1 / steps, steps).tolist()}
 
     @staticmethod
-    def asked(levels: Sequence[int] | None, guidance: float, n: int) -> dict[str, Any]:
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
         """The pipeline's guidance is w - 1, and 0 is none."""
         steps: dict[str, Any] = {"num_inference_steps": len(levels) if levels else 50}
         if levels and not (levels[0] == n - 1 and evenly_spaced(levels)):  # sigmas before the shift
             steps["sigmas"] = [(level + 1) / n for level in levels]
-        return {**steps, "guidance_scale": guidance - 1}
+        scale = {"controlnet_conditioning_scale": 1.0} if controlled else {}
+        return {**steps, "guidance_scale": guidance - 1, **scale, **told_size(size)}

@@ -20,7 +20,8 @@ PAGE = (ROOT / "docs" / "z-image.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 # What makes a run of hours one of seconds; the page's own flags stay.
 RANKS = "--method.student.rank 2 --method.fake.rank 2 --method.condition.posterior.rank 2"
-SMALL = f"--model TEACHER --data.size 32 --data.split train[:4] --data.validation train[:4] --device cpu --steps 2 {RANKS}"
+SMALL = ("--model TEACHER --data.size 32 --data.split train[:4] --data.validation train[:4] --device cpu --steps 2 "
+         f"{RANKS}")
 
 
 @pytest.fixture(scope="module")

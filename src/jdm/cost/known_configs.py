@@ -29,7 +29,7 @@ def without_weights(name: str) -> StockModel:
     """
     configs = KNOWN.get(name) or checkpoint_configs(name) or _of_folder(name)
     plain = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
-    return FAMILIES[configs.get("pipeline", plain)].made(configs)
+    return FAMILIES[str(configs.get("pipeline", plain))].made(configs)
 
 
 def _of_folder(name: str) -> dict[str, Any]:

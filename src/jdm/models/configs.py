@@ -6,7 +6,7 @@ import inspect
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, Required, TypedDict, Union, get_args, get_origin
 
 import diffusers
 from msgspec import Meta
@@ -131,7 +131,7 @@ def _fields(kind: Any) -> dict[str, Any]:
     of = inspect.signature((getattr(kind, "config_class", None) or kind).__init__).parameters.values()
     declared = [p for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)]
     return {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
-            for p in declared} | {p.name: Whole | None for p in declared if p.name in NULL}
+            for p in declared} | {p.name: Optional[Whole] for p in declared if p.name in NULL}  # noqa: UP045
 
 
 def _type(hint: Any) -> Any:

@@ -90,13 +90,12 @@ class Denoiser(nn.Module):
 
 
 class ManySteps(Protocol):
-    """A stock sampler of a multi-step model, at a number of steps.
+    """A stock sampler of a multi-step model, at a number of steps."""
 
-    Attributes:
-        times: t of each step, falling, in (0, 1].
-    """
-
-    times: Sequence[Tensor]
+    @property
+    def times(self) -> Sequence[Tensor]:
+        """t of each step, falling, in (0, 1]."""
+        ...
 
     def start(self, z: Tensor) -> Tensor:
         """x_t of the first step from noise z of unit variance."""

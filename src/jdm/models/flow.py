@@ -151,10 +151,6 @@ class FlowModel(StockModel):
         return "flow"
 
     @property
-    def clip(self) -> float:
-        return math.inf
-
-    @property
     def size(self) -> Size:
         return self._own_size if self.pixels is None else self.pixels
 
@@ -188,7 +184,7 @@ class FlowModel(StockModel):
 
     def many_steps(self, steps: int) -> ManySteps:
         config = {**complete(self.scheduler, FLOWS), "stochastic_sampling": False}
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(**self._spacing(steps), mu=self._mu(config))
         return EulerSteps.of(scheduler, self.schedule)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from jdm.errors import UsageError
 from jdm.models.adapters import Adapter, without_adapters
@@ -131,7 +131,7 @@ class StableDiffusion3(FlowModel):
         "text_encoder_2": Part.of(CLIPTextModelWithProjection), "tokenizer_2": Part(TOKENIZERS, tokenizer),
         "text_encoder_3": Part.of(T5EncoderModel, null=True),
         "tokenizer_3": Part(("T5TokenizerFast", "T5Tokenizer"),
-                            lambda path, part: whole_tokenizer(path, part, T5TokenizerFast), null=True),
+                            lambda path, part: whole_tokenizer(path, part, T5Tokenizer), null=True),
         "controlnet": Part.of(SD3ControlNetModel, needed=False)}
     PIPELINES: ClassVar[tuple[str, str]] = ("StableDiffusion3Pipeline", "StableDiffusion3ControlNetPipeline")
     SHARED: ClassVar[tuple[str, ...]] = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim",

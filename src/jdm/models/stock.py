@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
@@ -16,7 +17,7 @@ from transformers import BatchEncoding
 from jdm.errors import UsageError, in_short
 from jdm.generator import Generator
 from jdm.models.configs import REMEDY
-from jdm.models.family import Denoiser
+from jdm.models.family import Denoiser, ManySteps
 from jdm.models.folder import CARD, folder_json, folder_scheduler, model_index, whole_network
 from jdm.models.text import TextEncoder, refuse_foreign_tokenizer
 from jdm.schedule import NoiseSchedule
@@ -69,6 +70,7 @@ class StockModel:
     SHARED: ClassVar[tuple[str, ...]]
     SCHEDULERS: ClassVar[tuple[str, ...]]
     CONTROL: ClassVar[str] = "control_image"
+    lora_targets: ClassVar[tuple[str, ...]]
 
     vae: AutoencoderKL
     tokenizer: Any
@@ -95,7 +97,7 @@ class StockModel:
             read = {"controlnet": cls.PARTS["controlnet"].read(controlnet, "")} if controlnet else {}
             read |= {name: part.read(path, name) for name, part in cls.PARTS.items()
                      if name not in read and cls._named(index.get(name))}
-            model = cls(**read, scheduler=scheduler, card=cls._card(path), **cls._more(path, index))
+            model = cast(Any, cls)(**read, scheduler=scheduler, card=cls._card(path), **cls._more(path, index))
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} could not be loaded as a {cls.NAME} model: "
                              f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
@@ -115,7 +117,7 @@ class StockModel:
             if part.make is None and name.replace("tokenizer", "text_encoder") in parts:
                 read = configs[name.replace("tokenizer", "text_encoder")]
                 parts[name] = Zeros(read.get("max_position_embeddings", 77))
-        model = cls(**parts, scheduler=configs["scheduler"], card=configs.get("card"),
+        model = cast(Any, cls)(**parts, scheduler=configs["scheduler"], card=configs.get("card"),
                     **cls._of_card(configs.get("card") or {}))
         model._settle()
         return model
@@ -292,6 +294,26 @@ class StockModel:
     def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
               size: Size | None = None) -> dict[str, Any]:
         raise NotImplementedError
+
+    @property
+    def size(self) -> Size:
+        raise NotImplementedError
+
+    def at(self, size: Size) -> Self:
+        raise NotImplementedError
+
+    def new_controlnet(self, backbone: nn.Module | None = None) -> nn.Module:
+        raise NotImplementedError
+
+    def step_scheduler(self, levels: Sequence[int]) -> dict:
+        raise NotImplementedError
+
+    def many_steps(self, steps: int) -> ManySteps:
+        raise NotImplementedError
+
+    @property
+    def clip(self) -> float:
+        return math.inf
 
     def with_networks(self, **networks: nn.Module | None) -> Self:
         """With another `backbone` or `controlnet`; controlnet=None drops the model's own."""

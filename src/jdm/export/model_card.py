@@ -215,8 +215,7 @@ def _whole(of: Subject) -> str:
         return ""
     if "Pipeline" not in of.kind:  # one network
         return f'{_imports(of)}network = {of.kind}.from_pretrained(".")\n'
-    given = "".join(f", {name}=None" for name in of.absent)
-    return (f'{_imports(of)}pipe = {of.kind}.from_pretrained("."{given})  # this folder, or its name on the hub\n'
+    return (f'{_imports(of)}pipe = {of.kind}.from_pretrained("."{_absent(of)})  # this folder, or its name on the hub\n'
             f"{_call(of)}")
 
 
@@ -235,17 +234,22 @@ def _controlnet(of: Subject) -> str:
     return (f'{_imports(of, _net(of))}'
             f'base = {json.dumps(base)}  # folder, file or hub id of the model it belongs to\n'
             f'controlnet = {_net(of)}.from_pretrained(".")\n'
-            f'pipe = {of.kind}.{load}(base, controlnet=controlnet)\n{_call(of)}')
+            f'pipe = {of.kind}.{load}(base, controlnet=controlnet{_absent(of)})\n{_call(of)}')
 
 
 def _lora_code(of: Subject) -> str:
     parts = {"scheduler": (of.stepper, bool(of.levels)), "controlnet": (_net(of), of.controlled)}
     used = {name: kind for name, (kind, there) in parts.items() if there}
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
-    given = "".join(f", {name}={name}" for name in used)
+    given = "".join(f", {name}={name}" for name in used) + _absent(of)
     base, load = _loading(public(of.base or "base"))
     return (f'{_imports(of, *used.values())}base = {json.dumps(base)}  # folder, file or hub id of the base model\n'
             f'{lines}pipe = {of.kind}.{load}(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+
+
+def _absent(of: Subject) -> str:
+    """Arguments that say which parts the pipeline is to do without."""
+    return "".join(f", {name}=None" for name in of.absent)
 
 
 def _net(of: Subject) -> str:

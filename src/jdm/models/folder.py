@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from diffusers.utils import logging
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -30,13 +33,24 @@ def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, ca
     """
     whole: Any = model.pipeline(scheduler_of(scheduler or model.scheduler))
     with replaced(folder) as draft:
-        whole.save_pretrained(draft)
+        with _without_warnings():  # of parts that the model does without
+            whole.save_pretrained(draft)
         for config in draft.rglob("*.json"):
             _forget_place(config)
         if card is not None or model.noted:
             card = {**model.noted, **(card or {})}
             (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
     return folder
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _forget_place(config: Path) -> None:

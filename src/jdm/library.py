@@ -56,12 +56,23 @@ def load_model(name: str) -> Family:
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
         return model.with_parts(card=read_json(card)) if card.is_file() else model
+    if (folder := _folder_beside(name)) is not None:
+        return FAMILIES[str(model_index(str(folder))["_class_name"])].load(str(folder), file=Path(name))
     if (single := load_single_file(name)) is not None:
         return single
     kind = str(model_index(name).get("_class_name"))
     if kind not in FAMILIES:
         raise UsageError(f"{name} is a {kind}; families that are read: {', '.join(FAMILIES)}")
     return FAMILIES[kind].load(name)
+
+
+def _folder_beside(name: str) -> Path | None:
+    """The folder FILE beside FILE.safetensors, where it is of a transformer, whose weights the file then replaces."""
+    folder = Path(name).with_suffix("")
+    if not name.endswith(".safetensors") or not Path(name).is_file() or not (folder / "model_index.json").is_file():
+        return None
+    family = FAMILIES.get(str(model_index(str(folder)).get("_class_name")))
+    return folder if family is not None and family.BACKBONE == "transformer" else None
 
 
 def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:

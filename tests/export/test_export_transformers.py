@@ -104,9 +104,9 @@ def test_comfyuis_names_are_those_diffusers_reads(student, tmp_path):
     model = load_model(str(folder))
     out = export(folder, tmp_path / "one", format="single-file")
     file = load_file(out / "one.safetensors")
-    assert all(key.startswith("diffusion_model.") for key in file)
+    assert all(key.startswith("model.diffusion_model.") for key in file)
     assert any("attention.qkv.weight" in key for key in file)
-    found = convert_z_image_transformer_checkpoint_to_diffusers({f"model.{k}": v for k, v in file.items()})
+    found = convert_z_image_transformer_checkpoint_to_diffusers(dict(file))
     ours = model.backbone.state_dict()
     assert found.keys() == ours.keys()
     assert all(torch.equal(v, ours[k]) for k, v in found.items())
@@ -115,8 +115,9 @@ def test_comfyuis_names_are_those_diffusers_reads(student, tmp_path):
     assert net.keys() == model.controlnet.state_dict().keys()
     lora = export(folder, tmp_path / "lora", format="lora", rank=2, base=str(base))
     comfyui = load_file(lora / "lora_comfyui.safetensors")
-    diffusers_keys = {f"transformer.{k}" for k in _convert_non_diffusers_z_image_lora_to_diffusers(comfyui)}
-    theirs = load_file(lora / "pytorch_lora_weights.safetensors").keys()
-    assert {k.removeprefix("transformer.") for k in theirs} == {
-        k.removeprefix("transformer.").removeprefix("transformer.") for k in diffusers_keys}
+    assert all(key.startswith("diffusion_model.") for key in comfyui)
+    found, theirs = (_convert_non_diffusers_z_image_lora_to_diffusers(dict(comfyui)),
+                     load_file(lora / "pytorch_lora_weights.safetensors"))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in found.items())
     assert "| one.safetensors | models/diffusion_models |" in (out / "README.md").read_text()

@@ -13,12 +13,14 @@ from diffusers import (
     ZImageControlNetModel,
     ZImagePipeline,
 )
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 import tiny
 from families import flow_autoencoder, made
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
+from jdm.formats.transformers import checkpoint_tensors
 from jdm.generator import starting_noise
 from jdm.library import load_controlnet, load_model
 from jdm.loading import Loaded
@@ -261,3 +263,21 @@ def test_students_levels_are_four_of_the_turbos(folders):
     assert turbo.begins(FOUR, model.schedule) == ""
     assert "use --levels among" in turbo.begins((900,), model.schedule)
     assert "is not a one-step generator" in model.begins(FOUR, model.schedule)
+
+
+def test_a_file_of_a_transformer_replaces_its_folders(folders, tmp_path):
+    base = shutil.copytree(folders["z-image"], tmp_path / "tuned")
+    tuned = load_model(str(base))
+    stirred(tuned.transformer)
+    file = tmp_path / "tuned.safetensors"
+    save_file({k: v.contiguous() for k, v in checkpoint_tensors(tuned).items()}, file)
+    found = load_model(str(file))
+    assert all(torch.equal(v, found.transformer.state_dict()[k]) for k, v in tuned.transformer.state_dict().items())
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if "cap_embedder.1" not in k}, file)
+    with pytest.raises(UsageError, match=r"tuned.safetensors(: cap_embedder.1.\w+ is missing| could not be read)"):
+        load_model(str(file))
+    shutil.rmtree(base)
+    save_file(tensors, file)
+    with pytest.raises(UsageError, match="is a transformer of SD3 or Z-Image; put its base's diffusers folder beside"):
+        load_model(str(file))

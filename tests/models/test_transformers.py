@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,3 +325,24 @@ def test_a_flows_fake_score_learns_the_velocity(tmp_path):
     assert losses["own"] == pytest.approx(exact, rel=1e-4)
     assert losses["own"] > losses["eps"], "alpha is below 1"
     assert losses["own"] > losses["x0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd35", "z-image"])
+def test_compiling_changes_no_value(kind, monkeypatch):
+    monkeypatch.setattr("jdm.models.execution.BACKEND", "aot_eager")  # the graphs of inductor, run by eager kernels
+    model = made_still(kind)
+    net = model.denoiser(controlnet=loud(model.new_controlnet()))
+    trained = list(net.controlnet.parameters())
+    asked = (starting_noise(model.latent_shape(2, 32), 0), torch.full((2,), 500.0), model.text()(PROMPTS),
+             torch.rand(2, 3, 32, 32))
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            settle(replace(tiny.run(find("nano-canny")(), Path(), Path()), compile=True), net)
+        out = net(*asked)
+        found.append([out, *(g for g in torch.autograd.grad(out.square().sum(), trained, allow_unused=True)
+                             if g is not None)])
+    assert len(found[0]) > 10
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from jdm.formats.lora_file import LoRA
 from jdm.models.stock import StockModel
 from jdm.models.z_image import ZImage
 
-PREFIX = "diffusion_model."
+PREFIX, LORA_PREFIX = "model.diffusion_model.", "diffusion_model."
 RENAMED = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.",
            ".attention.to_out.0.": ".attention.out.", ".attention.norm_k.": ".attention.k_norm.",
            ".attention.norm_q.": ".attention.q_norm."}
@@ -37,7 +37,7 @@ def lora_tensors(model: StockModel, lora: LoRA) -> dict[str, Tensor]:
     """A LoRA by the names that ComfyUI reads; {} for families without any."""
     if not isinstance(model, ZImage):
         return {}
-    return {f"{PREFIX}{path}.lora_{half}.weight": tensor for path, pair in lora.at_one_rank().layers.items()
+    return {f"{LORA_PREFIX}{path}.lora_{half}.weight": tensor for path, pair in lora.at_one_rank().layers.items()
             for half, tensor in zip("AB", pair, strict=True)}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import diffusers
@@ -20,6 +21,7 @@ from jdm.models.configs import REMEDY
 from jdm.models.family import Denoiser, ManySteps
 from jdm.models.folder import CARD, folder_json, folder_scheduler, model_index, whole_network
 from jdm.models.text import TextEncoder, refuse_foreign_tokenizer
+from jdm.models.weights import not_finite
 from jdm.schedule import NoiseSchedule
 from jdm.score import Prediction, ScoreModel
 from jdm.size import Size, height_width, spelled
@@ -79,8 +81,12 @@ class StockModel:
     card: dict | None
 
     @classmethod
-    def load(cls, path: str, controlnet: str | None = None) -> Self:
+    def load(cls, path: str, controlnet: str | None = None, file: Path | None = None) -> Self:
         """From a diffusers folder or hub id; `controlnet` adds one from its own folder.
+
+        Args:
+            file: a .safetensors with the backbone's weights in another program's layout, read by diffusers in place of
+                the folder's.
 
         Raises:
             UsageError: the folder does not hold a model of this family.
@@ -95,6 +101,8 @@ class StockModel:
         scheduler = folder_scheduler(path, index, cls.SCHEDULERS)
         try:
             read = {"controlnet": cls.PARTS["controlnet"].read(controlnet, "")} if controlnet else {}
+            if file:
+                read[cls.BACKBONE] = from_file(cls.PARTS[cls.BACKBONE].kind, file, path, cls.BACKBONE)
             read |= {name: part.read(path, name) for name, part in cls.PARTS.items()
                      if name not in read and cls._named(index.get(name))}
             model = cast(Any, cls)(**read, scheduler=scheduler, card=cls._card(path), **cls._more(path, index))
@@ -321,6 +329,25 @@ class StockModel:
 
     def with_parts(self, **parts: Any) -> Self:
         return replace(cast(Any, self), **parts)
+
+
+def from_file(kind: Any, file: Path, path: str, part: str) -> nn.Module:
+    """A network from a file in another program's layout, by the config of a part of a folder.
+
+    Raises:
+        UsageError: diffusers cannot read it so, or a weight is missing or not finite.
+    """
+    folder_json(path, f"{part}/config.json", kind)
+    try:
+        net = kind.from_single_file(str(file), config=path, subfolder=part, local_files_only=True)
+    except Exception as error:  # diffusers raises several
+        raise UsageError(f"{file} could not be read as the {part} of {path} ({in_short(error)}); give the file of a "
+                         f"model of that family and size, or its diffusers folder") from None
+    lacking = next((name for name, value in net.state_dict().items() if value.is_meta), "")
+    if bad := lacking or not_finite(net):
+        raise UsageError(f"{file}: {bad} is {'missing' if lacking else 'not finite (NaN or infinity)'}; fetch the file "
+                         "again")
+    return net
 
 
 def networks(parts: Mapping[str, Part], configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,8 +130,9 @@ def _fields(kind: Any) -> dict[str, Any]:
     """The types that a network's class declares for its config, by key."""
     of = inspect.signature((getattr(kind, "config_class", None) or kind).__init__).parameters.values()
     declared = [p for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)]
-    return {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
-            for p in declared} | {p.name: Optional[Whole] for p in declared if p.name in NULL}  # noqa: UP045
+    found = {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
+             for p in declared}
+    return found | {name: Optional[Whole] for name in NULL if name in found}  # noqa: UP045
 
 
 def _type(hint: Any) -> Any:

@@ -2,7 +2,7 @@
 
 python several.py OUT TEACHER ACTION...             each action in this process, or in those of torchrun
 python several.py OUT TEACHER forked:N ACTION...    the same in N processes, forked after the imports
-python several.py OUT TEACHER all                   ALL
+python several.py OUT TEACHER all                   ALL; `scales` is GRADIENTS
 
 An action is KIND:SHARD[:NAME...]. `gradients` and `trained` compute in float64, where the order of a sum changes
 nothing that a bound of 1e-9 sees.
@@ -30,7 +30,7 @@ from jdm.cli.streams import failed
 from jdm.errors import RunError
 from jdm.loading import Loaded
 from jdm.methods.jdm import JDM
-from jdm.models.stable_diffusion import UNetDenoiser
+from jdm.models.family import Denoiser
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
@@ -46,8 +46,11 @@ ALL = [
     (4, ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
 ]
+GRADIENTS = [(1, ["gradients:1:full", "gradients:1:lora"]), (2, ["gradients:2:full", "gradients:2:lora"]),
+             (4, ["gradients:4:full"])]
 IN_DOUBLE = ("gradients", "trained")
 RANKS = {"full": 0, "lora": 2}
+ZERO = (".lora_B.", "controlnet_", "pos_embed_input", "before_proj", "after_proj")  # zero at the start
 
 
 def run_of(out: Path, teacher: Path, shard: int, ranks: str = "full", **changes) -> Run:
@@ -94,7 +97,7 @@ def gradients(out: Path, teacher: Path, shard: int, ranks: str, accumulate: int 
     trainer = Trainer(run_of(out / name, teacher, shard, ranks, accumulate=accumulate, batch=8))
     for module in trainer.task.modules.values():  # adapters and zero convolutions that speak, alike in every process
         for key, p in module.named_parameters():
-            if ".lora_B." in key or "controlnet_" in key:
+            if any(part in key for part in ZERO):
                 drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(key))) * 0.1
                 distributed.local(p.data).copy_(distributed.local(distributed.placed_like(drawn, p.data)))
     begun = trainer._begun(0, 0) if accumulate == 1 else None
@@ -166,25 +169,30 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
 @contextmanager
 def in_double() -> Iterator[None]:
     """Every network of a run computes in float64: its weights, and what comes in."""
-    settle, forward = jdm.training.loop.settle, UNetDenoiser.forward
+    settle, forward = jdm.training.loop.settle, Denoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
         settle(run, *networks)
         for network in networks:
             network.double()
 
-    def cast(self: UNetDenoiser, x_t, index, text, control=None):
-        return forward(self, x_t.double(), index, text.double(), None if control is None else control.double())
+    def cast(self: Denoiser, x_t, index, text, control=None):
+        return forward(self, x_t.double(), index, doubled_text(text), None if control is None else control.double())
+
+    def doubled_text(text):
+        if isinstance(text, torch.Tensor):
+            return text.double()
+        return text[0].double(), {k: v.double() if v.is_floating_point() else v for k, v in text[1].items()}
 
     warn = Loaded.warn_of_misfits
     torch.set_default_dtype(torch.float64)
-    jdm.training.loop.settle, UNetDenoiser.forward = doubled, cast
+    jdm.training.loop.settle, Denoiser.forward = doubled, cast
     Loaded.warn_of_misfits = lambda self: None  # it asks the networks before they are doubled
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        jdm.training.loop.settle, UNetDenoiser.forward, Loaded.warn_of_misfits = settle, forward, warn
+        jdm.training.loop.settle, Denoiser.forward, Loaded.warn_of_misfits = settle, forward, warn
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:
@@ -233,8 +241,8 @@ def computed(out: Path, teacher: Path, actions: list[str]) -> None:
 if __name__ == "__main__":
     folder, model, *wanted = sys.argv[1:]
     place = Path(folder), Path(model)
-    if wanted == ["all"]:
-        sys.exit(max(forked(n, *place, actions) for n, actions in ALL))
+    if wanted in (["all"], ["scales"]):
+        sys.exit(max(forked(n, *place, actions) for n, actions in (ALL if wanted == ["all"] else GRADIENTS)))
     if wanted[0].startswith("forked:"):
         sys.exit(forked(int(wanted[0].removeprefix("forked:")), *place, wanted[1:]))
     computed(*place, wanted)

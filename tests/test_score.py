@@ -132,3 +132,15 @@ def test_guidance_of_one_is_one_plain_pass():
     model = ScoreModel(net, SCHEDULE, text=lengths)
     torch.testing.assert_close(model.guided(x_t, t, ("a", "cat")).eps, model(x_t, t, ("a", "cat")).eps)
     assert net.calls == 2
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), KINDS)
+def test_errors_are_of_the_reading_asked_for(prediction, schedule):
+    x, eps, bump = (torch.randn(4, 3, generator=torch.Generator().manual_seed(k)).double() for k in range(3))
+    t = schedule.t(torch.tensor([100, 400, 700, 900]))
+    x_t, alpha, sigma = schedule.noised(x, t, eps), schedule.alpha(t, x), schedule.sigma(t, x)
+    found = Estimate.of(output_of(prediction, x, eps, alpha, sigma) + bump, prediction, x_t, t, schedule)
+    torch.testing.assert_close(found.error(x, eps, "own"), bump)
+    torch.testing.assert_close(found.error(x, eps, "eps"), found.eps - eps)
+    torch.testing.assert_close(found.error(x, eps, "x0"), found.x0 - x)
+    assert not torch.allclose(found.error(x, eps, "x0"), found.error(x, eps, "own")) or prediction == "sample"

@@ -13,9 +13,12 @@ from jdm.files import ASSETS, read_json
 from jdm.formats.single_file_import import load_single_file
 from jdm.models import hub
 from jdm.models.family import Family
-from jdm.models.folder import CARD, folder_json, lone_controlnet, model_index, whole_network
+from jdm.models.folder import CARD, folder_json, model_index, whole_network
 from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stable_diffusion_3 import StableDiffusion3
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.stock import StockModel
+from jdm.models.z_image import ZImage
 
 SHIPPED = {
     "nano-sd": ("nano-sd", None),
@@ -32,7 +35,9 @@ SHIPPED = {
 }
 
 # By the stock pipeline that a folder names.
-FAMILIES = {name: family for family in (StableDiffusion, StableDiffusionXL) for name in family.PIPELINES}
+FAMILIES: dict[str, type[StockModel]] = {
+    name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, ZImage)
+    for name in family.PIPELINES}
 
 
 def load_model(name: str) -> Family:
@@ -51,6 +56,8 @@ def load_model(name: str) -> Family:
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
         return model.with_parts(card=read_json(card)) if card.is_file() else model
+    if (folder := _folder_beside(name)) is not None:
+        return FAMILIES[str(model_index(str(folder))["_class_name"])].load(str(folder), file=Path(name))
     if (single := load_single_file(name)) is not None:
         return single
     kind = str(model_index(name).get("_class_name"))
@@ -59,31 +66,60 @@ def load_model(name: str) -> Family:
     return FAMILIES[kind].load(name)
 
 
+def _folder_beside(name: str) -> Path | None:
+    """The folder FILE beside FILE.safetensors, where it is of a transformer, whose weights the file then replaces."""
+    folder = Path(name).with_suffix("")
+    if not name.endswith(".safetensors") or not Path(name).is_file() or not (folder / "model_index.json").is_file():
+        return None
+    family = FAMILIES.get(str(model_index(str(folder)).get("_class_name")))
+    return folder if family is not None and family.BACKBONE == "transformer" else None
+
+
 def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:
     """A ControlNet to be added to a model's own, and the control it was trained for where its card says so.
 
     Args:
         name: a shipped model or a folder that has a ControlNet, or the folder of a ControlNet.
-        beside: the model; its UNet must have the shapes that the ControlNet was made for.
+        beside: the model; its backbone must have the shapes that the ControlNet was made for.
 
     Raises:
-        UsageError: there is no ControlNet, or it was made for another UNet's shapes.
+        UsageError: there is no ControlNet, or it was made for another backbone.
     """
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        net = lone_controlnet(folder)
+    if (Path(name) / "config.json").is_file():
+        net, family = lone_controlnet(name)
         card = folder_json(name, CARD) or {}
     else:
         model = load_model(name)
-        net, card = model.controlnet, model.card or {}
+        net, card, family = model.controlnet, model.card or {}, model
         if net is None:
             raise UsageError(f"{name} has no ControlNet; name a model that draws to a control, such as nano-canny")
+    if family.PARTS["controlnet"].classes != beside.PARTS["controlnet"].classes:
+        raise UsageError(f"{name} does not fit this model: it is a {type(net).__name__} for {family.NAME} models, and "
+                         f"this is a {beside.NAME} model; name a ControlNet made for it")
     theirs, ours = cast(Any, net).config, cast(Any, beside.backbone).config
-    for key in ("in_channels", "block_out_channels", "cross_attention_dim"):
+    for key in beside.SHARED:
         if theirs[key] != ours[key]:
             raise UsageError(f"{name} does not fit this model: its ControlNet has {key} {theirs[key]}, the model's "
-                             f"UNet {ours[key]}")
+                             f"{beside.NETWORK} {ours[key]}")
     return net, card.get("control")
+
+
+def lone_controlnet(name: str) -> tuple[nn.Module, type[StockModel]]:
+    """A ControlNet from a folder of its own, in float32, frozen, with a family that it belongs to.
+
+    Raises:
+        UsageError: the folder does not hold a ControlNet.
+    """
+    named = str(read_json(Path(name) / "config.json").get("_class_name"))
+    families = {family.PARTS["controlnet"].classes[0]: family for family in reversed(FAMILIES.values())}
+    if named not in families:
+        raise UsageError(f"{name} is not a ControlNet (its config.json names {named:.60}); the ControlNets that are "
+                         f"read are {', '.join(families)}")
+    try:
+        net = families[named].PARTS["controlnet"].read(name, "")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} is not a ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
+    return net.float().eval().requires_grad_(False), families[named]
 
 
 def tiny_decoder(name: str, teacher: Family) -> nn.Module:

@@ -42,14 +42,14 @@ class Loaded:
     def __init__(self, run: Run, needs: Needs | None = None):
         self.run, self.needs = run, needs or run.method.needs(run)
         self._models: dict[str, Family] = {}
-        self._texts: dict[str, TextEncoder] = {}
+        self.texts: dict[str, TextEncoder] = {}
 
     def model(self, role: str) -> Family:
         """The model of a role, at the run's picture size and on its device."""
         if role not in self._models:
             model = self._model(role, self.needs.models[role]).at(self.run.data.size)
             if role == "teacher" or role in self.needs.prompts:
-                model.to(self.run.device)
+                model.to(self.run.device, texts=not self.prepared)
             else:  # nothing else of it runs
                 placed(model.backbone, self.run.device)
             self._models[role] = model
@@ -65,12 +65,12 @@ class Loaded:
 
     def text(self, role: str = "teacher") -> TextEncoder:
         """The text encoder of a role's model; its states come from the prepared folder where the run names one."""
-        if role not in self._texts:
+        if role not in self.texts:
             encoder = self.model(role).text(one_by_one=True)
             if self.cache is not None:
-                encoder.stored = self.cache.text(encoder)
-            self._texts[role] = encoder
-        return self._texts[role]
+                encoder.stored, encoder.device = self.cache.text(encoder), self.run.device
+            self.texts[role] = encoder
+        return self.texts[role]
 
     def student(self, role: str, levels: tuple[int, ...]) -> Family:
         """The trained student of a role, which must share the teacher's latents and run at these levels.
@@ -79,12 +79,8 @@ class Loaded:
             UsageError: it is a multi-step model, runs at other levels, or works on other latents.
         """
         model, name = self.model(role), self.needs.models[role]
-        if model.levels is None:
-            raise UsageError(f"{name} is not a one-step generator; name one, such as nano-canny, or train one first: "
-                             "jdm train nano-diff-instruct")
-        if model.levels != levels:
-            raise UsageError(f"{name} runs at levels {list(model.levels)}, asked for {list(levels)}; use --levels "
-                             f"{' '.join(map(str, model.levels))}")
+        if why := model.begins(levels, self.teacher.schedule):
+            raise UsageError(f"{name} {why}")
         if not self.same_latents(model):
             raise UsageError(f"{name} works on other latents than the teacher; both must share one autoencoder")
         return model
@@ -92,6 +88,11 @@ class Loaded:
     def controlnet(self, role: str) -> nn.Module:
         """The ControlNet of a role: of a model or of a folder that is one; it must fit the teacher."""
         return self._controlnet(self.needs.models[role])
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the prompts' states are on disk, so that no text encoder takes room beside the training."""
+        return bool(self.run.data.prepared)
 
     @cached_property
     def cache(self) -> Cache | None:

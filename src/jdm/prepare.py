@@ -46,7 +46,7 @@ from jdm.data.sources import Pictures
 from jdm.errors import RunError, UsageError, remedy
 from jdm.files import LOCK, alone, read_json, write
 from jdm.loading import Loaded
-from jdm.models.text import TextEncoder, tensors_of
+from jdm.models.text import TextEncoder
 from jdm.run import Run
 from jdm.space import Space
 
@@ -132,7 +132,7 @@ class Draft(Cache):
     def _states(self, encoder: TextEncoder) -> Iterator[tuple[Tensor, ...]]:
         """Text states of each prompt, encoded alone, as a run with `one_by_one` does."""
         for prompt in self.prompts:
-            yield tuple(tensor[None] for tensor in tensors_of(next(iter(encoder.encode([prompt])))))
+            yield tuple(tensor[None] for tensor in encoder.kept(next(iter(encoder.encode([prompt])))))
 
     def _part(self, name: str, of: Any, n: int, pieces: Iterator[tuple[Tensor, ...]],
               unread: Mapping[int, str] | None = None) -> str:

@@ -74,9 +74,21 @@ class Estimate:
 
     def read(self, prediction: Prediction) -> Tensor:
         """What a network of that prediction type would have put out."""
+        if prediction == self.prediction:
+            return self.output
         if prediction == "flow":
             return self.eps - self.x0
         return {"epsilon": self.eps, "v_prediction": self.v, "sample": self.x0}[prediction]
+
+    def error(self, x0: Tensor, eps: Tensor, of: Literal["eps", "x0", "own"]) -> Tensor:
+        """The estimate minus the truth: of eps, of x0, or of what the network itself puts out."""
+        if of == "eps":
+            return self.eps - eps
+        if of == "x0":
+            return self.x0 - x0
+        own = {"epsilon": lambda: eps, "sample": lambda: x0, "flow": lambda: eps - x0,
+               "v_prediction": lambda: self.alpha * eps - self.sigma * x0}
+        return self.output - own[self.prediction]()
 
     @classmethod
     def of(cls, output: Tensor, prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Estimate:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdm.controls import Control, Silhouette, SoftEdge, checked, load_control
+from jdm.controls import Control, Scribble, Silhouette, SoftEdge, checked, load_control
 from jdm.controls.base import NAMED
 from jdm.controls.filters import PICTURES_AT_ONCE, filtered, gaussian, in_pieces
 from jdm.data.sources import load_pictures
@@ -145,6 +145,24 @@ def test_soft_edge_refuses_settings_without_meaning(bad, message):
 
 
 # Silhouettes
+
+
+def test_a_scribble_is_bold_and_black_or_white(garments):
+    """Half where the soft edge meets the threshold; wider strokes than the soft edges of the same step."""
+    control = Scribble()
+    soft = SoftEdge(scales=control.scales)
+    c, edge = control.h(garments), soft.h(garments)
+    exact = ((edge - control.threshold) / control.softness).sigmoid()
+    torch.testing.assert_close(c, exact)
+    assert ((c < 0.05) | (c > 0.95)).float().mean() > 0.6
+    bold, thin = (net.h(step())[0, 0, 8] for net in (control, SoftEdge()))
+    assert (bold > 0.5).sum() > (thin > 0.5).sum() >= 2
+    image = garments[:4].clone().requires_grad_()
+    slope = torch.autograd.grad(control.log_prob(image, control.h(garments[4:8])).sum(), image)[0]
+    assert (slope.flatten(1).norm(dim=1) > 1).all()
+    for bad in ({"threshold": 0.0}, {"softness": 1.0}, {"scales": ()}):
+        with pytest.raises(UsageError, match=r"scribble|scale"):
+            Scribble(**bad)
 
 
 def test_a_silhouette_is_half_at_the_threshold():

@@ -150,6 +150,6 @@ def test_the_estimate_counts_no_more_than_is_remembered(teacher, tmp_path, monke
     found = []
     for batch in (1, 4):
         rehearsal = Rehearsal(replace(run, batch=batch))
-        rehearsal.models["teacher"] = load_model(str(teacher))
+        rehearsal.shapes.text()(["a picture"])
         found.append(rehearsal._prompts())
     assert found == [2 * ROW, 5 * ROW]

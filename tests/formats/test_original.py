@@ -13,7 +13,8 @@ from jdm.errors import UsageError
 from jdm.formats import original, single_file
 from jdm.formats.original import SingleFile, named
 from jdm.formats.single_file_import import checkpoint_configs, file_places
-from jdm.models import published
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.stock import networks
 from refusals import refused
 
 
@@ -43,7 +44,7 @@ def test_every_tensor_of_real_files_has_a_place(kind):
     assert file.known_size == kind
     configs = file.configs()
     with torch.device("meta"):
-        nets = published.networks(configs)
+        nets = networks(StableDiffusionXL.PARTS, configs)
     read = {place.name for part, net in nets.items() for place in file_places(file, part, net, kind).values()}
     assert read == file.shapes.keys() - EXTRAS.keys() - FURTHER[kind].keys()
     sides = {"SD1.5": 64, "SD2": 64, "SDXL": 128}

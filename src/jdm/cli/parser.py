@@ -395,7 +395,3 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ from jdm.controls.depth import Depth
 from jdm.controls.hed import HED
 from jdm.controls.lowres import LowRes, LowRes8
 from jdm.controls.silhouette import Silhouette
-from jdm.controls.soft_edge import SoftEdge
+from jdm.controls.soft_edge import Scribble, SoftEdge
 
-__all__ = ["HED", "Canny", "Control", "Depth", "LowRes", "LowRes8", "Silhouette", "SoftEdge", "checked",
-           "load_control"]
+__all__ = ["HED", "Canny", "Control", "Depth", "LowRes", "LowRes8", "Scribble", "Silhouette", "SoftEdge",
+           "checked", "load_control"]

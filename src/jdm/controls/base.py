@@ -20,6 +20,7 @@ NAMED = {
     "lowres": "jdm.controls.lowres:LowRes",
     "lowres8": "jdm.controls.lowres:LowRes8",
     "soft-edge": "jdm.controls.soft_edge:SoftEdge",
+    "scribble": "jdm.controls.soft_edge:Scribble",
     "silhouette": "jdm.controls.silhouette:Silhouette",
 }
 

@@ -59,3 +59,31 @@ class SoftEdge(Control):
         slope = slope / slope[offsets > 0].sum()
         square = filtered(image, smooth, slope).square() + filtered(image, slope, smooth).square()
         return (square + self.floor**2).sqrt() - self.floor
+
+
+@dataclass(frozen=True)
+class Scribble(SoftEdge):
+    """Bold strokes where coarse edges are: c = sigmoid((m / (m + contrast) - threshold) / softness).
+
+    Nearly black and white, and still differentiable, so that the map is its own surrogate.
+
+    Attributes:
+        threshold: value of the soft edge at which a stroke begins.
+        softness: width of a stroke's border, in units of the soft edge.
+    """
+
+    scales: tuple[float, ...] = (2.0, 3.0)
+    threshold: float = 0.3
+    softness: float = 0.04
+
+    name = "scribble"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("threshold", "softness"):
+            if not 0 < getattr(self, field) < 1:
+                raise UsageError(f"scribble's {field} must be inside (0, 1), got {getattr(self, field)}")
+
+    def h(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> c [B, 1, H, W] in (0, 1), float32 or wider, differentiable."""
+        return ((super().h(images) - self.threshold) / self.softness).sigmoid()

@@ -12,36 +12,28 @@ peak times an ASSUMED utilisation: nothing here has run on such a GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from jdm.controls import load_control
-from jdm.controls.depth import Depth, Preprocessing
-from jdm.controls.hed import HED, HEDNetwork
 from jdm.cost.counting import Meter, converted, refuse_large
 from jdm.cost.gpus import GPU, GPUS
-from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
-from jdm.data.sources import FASHION_CLASSES, TEMPLATES, Pictures
+from jdm.cost.shapes import Shapes
+from jdm.data.sources import FASHION_CLASSES, TEMPLATES
 from jdm.errors import UsageError
-from jdm.loading import Loaded
 from jdm.models.adapters import base_parameters
 from jdm.models.execution import settle
-from jdm.models.family import Denoiser, Family, copied
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.family import Denoiser
 from jdm.models.text import REMEMBERED
-from jdm.rewards import load_reward
 from jdm.run import Phase, Run, Task
-from jdm.size import Size, bytes_of, height_width
+from jdm.size import bytes_of
 from jdm.training.checkpoint import trained
 from jdm.training.optimiser import adamw
 
@@ -118,7 +110,7 @@ def estimate(run: Run) -> Estimate:
         UsageError: the shapes of its models are not known, or its method does what only real tensors can.
     """
     refuse_large(run.batch, run.data.size)
-    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")))
+    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")), bool(run.data.prepared))
     try:
         return rehearsal.estimate()
     except UsageError:
@@ -130,9 +122,14 @@ def estimate(run: Run) -> Estimate:
 
 
 class Rehearsal:
-    """One step of a run on tensors without contents."""
+    """One step of a run on tensors without contents.
 
-    def __init__(self, run: Run):
+    Args:
+        prepared: the prompts' states come from disk: text encoders are no part of the memory.
+    """
+
+    def __init__(self, run: Run, prepared: bool = False):
+        self.prepared = prepared
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
         self.shapes = Shapes(run, self.mode)
         self.models, self.others = self.shapes.models, self.shapes.others
@@ -144,6 +141,8 @@ class Rehearsal:
             settle(self.run, *task.frozen)
             averages = {name: [v.clone() for v in trained(module).values()]
                         for name, module in task.product.modules.items()}
+            for role in self.shapes.needs.prompts if self.prepared else ():
+                self.shapes.text(role)(["a picture", ""])
             parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
 
@@ -168,14 +167,17 @@ class Rehearsal:
                 tops[phase.name] = meter.alive.peak, meter.alive.there_at_peak((*held, *gradients))
                 gradient_bytes[phase.name] = bytes_of(g for g in gradients if g is not None)
                 still = sum(map(bytes_of, parts.values())) + bytes_of(g for g in held if g is not None)
+                still += sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
                 saved[phase.name] = meter.held - still
                 held = gradients
                 del loss, logs
         weights = {name: bytes_of(tensors) for name, tensors in parts.items() if tensors}
         top = max(tops, key=lambda name: tops[name][0])
         peak, there = tops[top]
+        aside = sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
         memory = {**weights, "gradients": there, "optimiser": sum(map(state_bytes, task.phases)),
-                  "activations": peak - there - sum(weights.values()), "remembered prompts, at most": self._prompts()}
+                  "activations": peak - aside - there - sum(weights.values()),
+                  "remembered prompts, at most": self._prompts()}
         once = sum(n for (label, *_), n in totals.items() if label == PROMPTS) / max(1, self.encoded)
         names = dict.fromkeys(label for label, *_ in totals if label != PROMPTS)
         passes = [Pass(name, *(float(sum(n for (label, back, _), n in totals.items() if (label, back) == (name, side)))
@@ -191,7 +193,7 @@ class Rehearsal:
         found: dict[str, list[Tensor]] = {}
         for name, model in self.models.items():
             found |= {f"{name}: {part}": [*base_parameters(module), *module.buffers()]
-                      for part, module in model.modules().items()}
+                      for part, module in model.modules().items() if not (self.prepared and "text" in part)}
         for name, module in (task.modules | self.others).items():
             base = {id(p) for p in base_parameters(module)} | {id(b) for b in module.buffers()}
             found[f"trained: {name}" if name in task.modules else name] = [
@@ -200,13 +202,16 @@ class Rehearsal:
                 found["trained: the posterior's LoRA"] = lora
         return found
 
+    def _texts(self) -> list[nn.Module]:
+        """Every text encoder."""
+        return [part for m in self.models.values() for name, part in m.modules().items() if "text" in name]
+
     def _prompts(self) -> float:
         """Bytes of the prompts that text encoders remember: at most one a picture, and no more than REMEMBERED each."""
         n = self.run.steps * self.run.batch
         if self.run.data.source == "fashion-mnist":
             n = min(n, sum(map(len, FASHION_CLASSES)) * len(TEMPLATES))
-        return sum(min(float(REMEMBERED), n * 4.0 * model.tokenizer.model_max_length *
-                       model.backbone.config["cross_attention_dim"]) for model in self.models.values())
+        return sum(min(float(REMEMBERED), n * encoder.each) for encoder in self.shapes.texts.values())
 
     # Labels: which pass the FLOPs belong to
 
@@ -215,14 +220,15 @@ class Rehearsal:
         """The meter's label follows the network that runs, forward and backward."""
         decoders = {id(m.vae.decoder): "decoder" for m in self.models.values()}
         decoders |= {id(net.decoder): "decoder" for k, net in self.others.items() if k == "tiny decoder"}
-        texts = {id(part) for m in self.models.values() for name, part in m.modules().items() if "text" in name}
+        texts = set(map(id, self._texts()))
         rewards = {id(self.others["reward"])} if "reward" in self.others else set()
 
         def label(module: nn.Module, args: tuple) -> str | None:
             if isinstance(module, Denoiser):
                 role = self._role(module, task)
-                if role == "generator" and "trained: unet" not in parts:
-                    parts["student's frozen unet"] = tensors_of(module.backbone)
+                name = self.models["teacher"].BACKBONE
+                if role == "generator" and f"trained: {name}" not in parts:
+                    parts[f"student's frozen {name}"] = tensors_of(module.backbone)
                 return self._named(role, module, len(args[0]))
             if id(module) in texts:
                 return PROMPTS
@@ -231,7 +237,7 @@ class Rehearsal:
         def before(module: nn.Module, args: tuple) -> None:
             if found := label(module, args):
                 self.meter.label = found
-                self.encoded += module is self.models["teacher"].text_encoder
+                self.encoded += module is getattr(self.models["teacher"], "text_encoder")  # noqa: B009
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if found := label(module, args):
@@ -257,7 +263,8 @@ class Rehearsal:
 
     def _named(self, role: str, net: Denoiser, rows: int) -> str:
         """A pass as benchmarks/step_time.py names it."""
-        whole = "UNet + ControlNet" if net.controlnet is not None else "UNet"
+        own = self.models["teacher"].NETWORK
+        whole = f"{own} + ControlNet" if net.controlnet is not None else own
         if role == "generator":
             return f"generator: {whole}"
         if role != "fake score":
@@ -269,86 +276,6 @@ class Rehearsal:
         if self.phase == "generator":
             return "posterior, to x_t"
         return "posterior's training" if lora else "fake score's training"
-
-
-class Shapes(Loaded):
-    """Everything a run needs, with the right shapes and no contents: only configurations are read.
-
-    Attributes:
-        models: by what they are in the estimate: "teacher", "guide", "2. model NAME".
-        others: further networks that run, by name.
-        notes: what could not be counted.
-    """
-
-    def __init__(self, run: Run, mode: FakeTensorMode):
-        super().__init__(run)
-        self.mode, self.models, self.others, self.notes = mode, {}, {}, []
-
-    def making(self) -> AbstractContextManager[Any]:
-        return self.mode
-
-    def split(self, split: str) -> Pictures:
-        n, size = self.run.batch, self.run.data.size
-        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
-                        (("a picture",),) * n, None, torch.arange(n), size, self.run.data.source)
-
-    @cached_property
-    def held_out(self) -> Pictures:
-        """No validation pictures: the probe is not part of a step."""
-        return replace(self.split("validation"), indices=torch.arange(0))
-
-    def apart(self, role: str) -> float:
-        return 0.0
-
-    def student(self, role: str, levels: tuple[int, ...]) -> Family:
-        """The teacher, whose shapes a student has."""
-        return self.teacher
-
-    def _model(self, role: str, name: str) -> StableDiffusion:
-        with self.mode:
-            model = without_weights(name).at(self.run.data.size)
-        known = {"teacher": "teacher", "guide": "guide"}.get(role.split()[0])
-        self.models[known or f"{len(self.models) + 1}. model {name}"] = model
-        return model
-
-    def _controlnet(self, name: str) -> nn.Module:
-        with self.mode:
-            return self.teacher.new_controlnet(self.teacher.backbone)
-
-    def _decoder(self, name: str) -> nn.Module:
-        with self.mode:
-            net = AutoencoderTiny(latent_channels=self.teacher.latent_shape(1, self.run.data.size)[1])
-            self.others["tiny decoder"] = frozen(net)
-        return self.others["tiny decoder"]
-
-    def _control(self, spec: str, size: Size) -> Any:
-        control = load_control(spec)
-        if isinstance(control, HED):
-            with self.mode:
-                control.__dict__["network"] = self.others["control: HED"] = frozen(HEDNetwork(control.widths))
-        elif isinstance(control, Depth):
-            network = self._emptied(dpt_hybrid)
-            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", 1.0, (0.5,) * 3,
-                                                                (0.5,) * 3)
-            self.others["control: DPT"] = network
-            if control.model != Depth.model:
-                self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")
-        return control
-
-    def _reward(self, spec: str) -> Any:
-        reward = self._emptied(image_reward) if spec.partition(":")[0] == "image-reward" else \
-            load_reward(spec, self.run.device)
-        if isinstance(reward, nn.Module):
-            self.others["reward"] = reward
-        else:
-            self.notes.append(f"the weights of reward {spec} are not counted")
-        return reward
-
-    def _emptied(self, make: Callable[[], nn.Module]) -> nn.Module:
-        """A network whose making looks at values: it is made for real, then emptied."""
-        real = make()
-        with self.mode:
-            return copied(real).requires_grad_(False)
 
 
 @contextmanager

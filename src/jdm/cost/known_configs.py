@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import BatchEncoding, DPTConfig, DPTForDepthEstimation
+from transformers import DPTConfig, DPTForDepthEstimation
 
 from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
 from jdm.library import FAMILIES, SHIPPED
-from jdm.models.folder import folder_json, folder_scheduler, model_index
-from jdm.models.published import PUBLISHED, networks
-from jdm.models.stable_diffusion import StableDiffusion
-from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.folder import CARD, folder_json, folder_scheduler, model_index
+from jdm.models.published import PUBLISHED
+from jdm.models.stock import StockModel, Zeros
 
 
-def without_weights(name: str) -> StableDiffusion:
+def without_weights(name: str) -> StockModel:
     """The model that `load_model(name)` returns, with random weights and a tokenizer that maps all prompts to zeros.
 
     Under a FakeTensorMode or torch.device("meta") its networks take no memory.
@@ -30,52 +28,30 @@ def without_weights(name: str) -> StableDiffusion:
         UsageError: the name is neither known nor shipped, nor a local folder with configurations, nor a checkpoint.
     """
     configs = PUBLISHED.get(name) or checkpoint_configs(name) or _of_folder(name)
-    lengths = {k: v.get("max_position_embeddings", 77) for k, v in configs.items() if k.startswith("text_encoder")}
-    parts: dict[str, Any] = {**networks(configs), "tokenizer": Zeros(lengths["text_encoder"]),
-                             "scheduler": configs["scheduler"], "card": configs.get("card")}
-    if "text_encoder_2" in configs:
-        parts["tokenizer_2"] = Zeros(lengths["text_encoder_2"])
-        model = StableDiffusionXL(**parts)
-    else:
-        model = StableDiffusion(**parts)
-    for part in model.modules().values():
-        part.float().eval().requires_grad_(False)
-    return model
+    plain = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
+    return FAMILIES[str(configs.get("pipeline", plain))].made(configs)
 
 
-class Zeros:
-    """A tokenizer without a vocabulary: every prompt becomes `length` zeros."""
-
-    def __init__(self, length: int):
-        self.model_max_length = length
-
-    def __call__(self, prompts: Sequence[str], **_: Any) -> BatchEncoding:
-        ids = torch.zeros(len(prompts), self.model_max_length, dtype=torch.long)
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-
-def _of_folder(name: str) -> dict[str, dict]:
+def _of_folder(name: str) -> dict[str, Any]:
     folder, controlnet = SHIPPED.get(name, (name, None)) if not Path(name).is_dir() else (name, None)
     path = ASSETS / folder if name in SHIPPED and folder is not name else Path(folder)
     if not path.is_dir():
         raise UsageError(f"the shapes of {name} are not known; give a diffusers folder, or one of "
                          f"{', '.join([*SHIPPED, *PUBLISHED])}")
     index = model_index(str(path))
-    files = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
-             "card": "jdm.json"}
-    if FAMILIES.get(str(index.get("_class_name"))) is StableDiffusionXL:
-        files["text_encoder_2"] = "text_encoder_2/config.json"
-    if (index.get("controlnet") or [None])[0] is not None:
-        files["controlnet"] = "controlnet/config.json"
-    found = {part: folder_json(str(path), file) for part, file in files.items()}
+    kind = str(index.get("_class_name"))
+    if kind not in FAMILIES:
+        raise UsageError(f"{name} is a {kind}; families that are read: {', '.join(FAMILIES)}")
+    there = [part for part, of in FAMILIES[kind].PARTS.items()
+             if of.make is not None and (index.get(part) or [None])[0] is not None]
+    found = {part: folder_json(str(path), f"{part}/config.json", FAMILIES[kind].PARTS[part].kind) for part in there}
     if controlnet:
         found["controlnet"] = folder_json(str(ASSETS / controlnet), "config.json")
-    missing = [part for part, config in found.items() if config is None and part != "card"]
-    if missing:
-        raise UsageError(f"{name} lacks {files.get(missing[0], missing[0])}; fetch the model again")
+    if missing := [part for part, config in found.items() if config is None]:
+        raise UsageError(f"{name} lacks {missing[0]}/config.json; fetch the model again")
     with torch.device("cpu"), unset_fake_temporarily():  # diffusers computes the levels, whatever mode estimates run in
-        scheduler = folder_scheduler(str(path), index)
-    return {part: config or {} for part, config in found.items()} | {"scheduler": scheduler}
+        scheduler = folder_scheduler(str(path), index, FAMILIES[kind].SCHEDULERS)
+    return {**found, "card": folder_json(str(path), CARD), "scheduler": scheduler, "pipeline": kind}
 
 
 def dpt_hybrid() -> nn.Module:

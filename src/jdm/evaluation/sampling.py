@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from jdm.evaluation.steering import Steering
 from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
 from jdm.library import SHIPPED, load_model
 from jdm.models.family import Family
-from jdm.models.schedulers import ddim_scheduler
 from jdm.models.teacher_check import doubts
 from jdm.score import Estimate
 from jdm.size import Size, height_width, size_of
@@ -63,9 +61,8 @@ class Sampler:
         self.net.strengths[: len(strengths)] = strengths
         self.generator = generator or model.generator(self.text, self.net)
         self.score = model.score_of(self.text, self.net, guidance)
-        self._scheduler: Any = ddim_scheduler(model.scheduler)
         if self._many:
-            _set_steps(self._scheduler, self.steps)
+            model.many_steps(self.steps)  # refused before anything is drawn
 
     @property
     def nfe(self) -> int:
@@ -77,17 +74,16 @@ class Sampler:
         """Model-space samples [B, ...] like z; a student of several steps needs `renoise`, as `Generator` does."""
         if not self._many:
             return self.generator(z, y, control, renoise, self.steering)
-        scheduler = self._scheduler
-        _set_steps(scheduler, self.steps)
-        x_t = z * scheduler.init_noise_sigma
-        for index in scheduler.timesteps:
-            t = self.model.schedule.t(index).expand(len(z)).to(z.device)
+        many = self.model.many_steps(self.steps)
+        x_t = many.start(z)
+        for k, at in enumerate(many.times):
+            t = at.expand(len(z)).to(z.device)
 
             def estimate(x_t: Tensor, t: Tensor = t) -> Estimate:
                 return self.score.guided(x_t, t, y, control)
 
             found = self.steering(estimate, x_t, t, y) if self.steering else estimate(x_t)
-            x_t = scheduler.step(found.read(self.model.prediction), index, x_t).prev_sample
+            x_t = many.step(found, k, x_t)
         return x_t
 
     @torch.no_grad()
@@ -113,17 +109,6 @@ class Sampler:
                                "model whose weights are whole")
             pictures.append(to_bytes(pixels).cpu())
         return torch.cat(pictures)
-
-
-def _set_steps(scheduler: Any, steps: int) -> None:
-    """UsageError where the scheduler has not as many levels."""
-    n = scheduler.config["num_train_timesteps"]
-    if steps <= n:
-        scheduler.set_timesteps(steps)
-    if steps > n or int(scheduler.timesteps.max()) >= n:
-        most = n - 1 if steps == n else n
-        raise UsageError(f"steps must be at most {most} for this model's {plural(n, 'noise level')}, got {steps}; "
-                         "50 are enough")
 
 
 def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -> None:

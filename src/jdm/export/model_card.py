@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jdm.evaluation.sampling import counted
-from jdm.models.schedulers import evenly_spaced
+from jdm.library import FAMILIES
+from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stock import StockModel
 from jdm.size import Size, height_width, spelled
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
 CHECKPOINT_FILE, CONTROLNET_FILE = "{name}.safetensors", "{name}_controlnet.safetensors"
+COMFYUI_FILE = "{name}_comfyui.safetensors"
 NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every")
 
 
@@ -30,6 +33,9 @@ class Subject:
         sigma: sigma / alpha at a student's first level; same_levels: Stable Diffusion's table has it too.
         known_as: the size of UNet that ComfyUI and A1111 take it for.
         errors, left_out, rank: of a LoRA that stands for a full student.
+        n: number of the scheduler's levels. stepper: its class, "" where the folder has none.
+        absent: parts that the pipeline takes and the folder does not have.
+        comfyui: files in ComfyUI's layout, where this format has any.
     """
 
     name: str
@@ -49,6 +55,15 @@ class Subject:
     errors: Mapping[int, float] = field(default_factory=dict)
     left_out: float = 0.0
     rank: int = 0
+    n: int = 1000
+    stepper: str = ""
+    absent: tuple[str, ...] = ()
+    comfyui: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> type[StockModel] | None:
+        """Whose stock pipeline it runs in."""
+        return FAMILIES.get(self.kind or "")
 
     @property
     def levels(self) -> tuple[int, ...] | None:
@@ -119,7 +134,8 @@ def _header(of: Subject) -> str:
 
 
 def _summary(of: Subject) -> str:
-    what = {"controlnet": "The ControlNet of a model", "lora": "A LoRA of the UNet"}.get(of.format, "A model")
+    network = (of.family or StableDiffusion).NETWORK
+    what = {"controlnet": "The ControlNet of a model", "lora": f"A LoRA of the {network}"}.get(of.format, "A model")
     steps = f" that draws in {counted(len(of.levels))}" if of.levels else ""
     control = of.card.get("control")
     control = f", following a control ({_value(control)})" if control and of.controlled else ""
@@ -178,11 +194,11 @@ def _table(key: str, value: str, rows: Any) -> str:
 
 def _call(of: Subject) -> str:
     """Lines that draw and keep a picture with `pipe`."""
-    guidance = 1.0 if of.levels else float(of.card.get("guidance", 2.0))
-    steps = f"num_inference_steps={len(of.levels) if of.levels else 50}"
-    if of.levels and not evenly_spaced(of.levels):  # the scheduler finds no others by their number
-        steps = steps if of.one_step else f"timesteps={list(of.levels)}"
-    asked = ['"your prompt"', *["image=control"] * of.controlled, f"{steps}, guidance_scale={guidance}"]
+    family, guidance = of.family or StableDiffusion, 1.0 if of.levels else float(of.card.get("guidance", 2.0))
+    told = family.asked(of.levels, guidance, of.n, of.controlled, of.pixels)
+    if "max_sequence_length" in of.card:
+        told |= {"max_sequence_length": of.card["max_sequence_length"]}
+    asked = ['"your prompt"', *[f"{family.CONTROL}=control"] * of.controlled, *(f"{k}={v}" for k, v in told.items())]
     height, width = height_width(of.pixels or 0)
     size = f".resize(({width}, {height}))" if of.pixels else ""
     shown = f'control = Image.open("control.png").convert("RGB"){size}\n' if of.controlled else ""
@@ -199,7 +215,8 @@ def _whole(of: Subject) -> str:
         return ""
     if "Pipeline" not in of.kind:  # one network
         return f'{_imports(of)}network = {of.kind}.from_pretrained(".")\n'
-    return f'{_imports(of)}pipe = {of.kind}.from_pretrained(".")  # this folder, or its name on the hub\n{_call(of)}'
+    return (f'{_imports(of)}pipe = {of.kind}.from_pretrained("."{_absent(of)})  # this folder, or its name on the hub\n'
+            f"{_call(of)}")
 
 
 def _single_file(of: Subject) -> str:
@@ -214,21 +231,30 @@ def _single_file(of: Subject) -> str:
 
 def _controlnet(of: Subject) -> str:
     base, load = _loading(of.partner)
-    return (f'{_imports(of, "ControlNetModel")}'
+    return (f'{_imports(of, _net(of))}'
             f'base = {json.dumps(base)}  # folder, file or hub id of the model it belongs to\n'
-            f'controlnet = ControlNetModel.from_pretrained(".")\n'
-            f'pipe = {of.kind}.{load}(base, controlnet=controlnet)\n{_call(of)}')
+            f'controlnet = {_net(of)}.from_pretrained(".")\n'
+            f'pipe = {of.kind}.{load}(base, controlnet=controlnet{_absent(of)})\n{_call(of)}')
 
 
 def _lora_code(of: Subject) -> str:
-    stepper = "DDIMScheduler" if of.one_step else "LCMScheduler"
-    parts = {"scheduler": (stepper, bool(of.levels)), "controlnet": ("ControlNetModel", of.controlled)}
+    parts = {"scheduler": (of.stepper, bool(of.levels)), "controlnet": (_net(of), of.controlled)}
     used = {name: kind for name, (kind, there) in parts.items() if there}
     lines = "".join(f'{name} = {kind}.from_pretrained("{name}")\n' for name, kind in used.items())
-    given = "".join(f", {name}={name}" for name in used)
+    given = "".join(f", {name}={name}" for name in used) + _absent(of)
     base, load = _loading(public(of.base or "base"))
     return (f'{_imports(of, *used.values())}base = {json.dumps(base)}  # folder, file or hub id of the base model\n'
             f'{lines}pipe = {of.kind}.{load}(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+
+
+def _absent(of: Subject) -> str:
+    """Arguments that say which parts the pipeline is to do without."""
+    return "".join(f", {name}=None" for name in of.absent)
+
+
+def _net(of: Subject) -> str:
+    """The class of its ControlNet."""
+    return (of.family or StableDiffusion).PARTS["controlnet"].classes[0]
 
 
 def _loading(base: str) -> tuple[str, str]:
@@ -247,6 +273,9 @@ def _lora(of: Subject) -> Iterator[str]:
 
 def _other_programs(of: Subject) -> Iterator[str]:
     """Where the files belong, and the settings with which a stock sampler computes the student."""
+    if of.family and not issubclass(of.family, StableDiffusion):
+        yield from _of_transformer(of)
+        return
     files = {"single-file": [(CHECKPOINT_FILE, "models/checkpoints", "models/Stable-diffusion")],
              "lora": [(KOHYA_FILE, "models/loras", "models/Lora")]}.get(of.format, [])
     if of.controlled:
@@ -263,6 +292,21 @@ def _other_programs(of: Subject) -> Iterator[str]:
                "of these programs were worked out for that; use diffusers.")
     elif of.levels and of.sigma is not None:
         yield from _settings_for_one_step(of, of.levels[0], of.sigma)
+
+
+def _of_transformer(of: Subject) -> Iterator[str]:
+    """Where ComfyUI's files belong, and with which settings its samplers compute the student."""
+    if not of.comfyui:
+        yield (f"No layout of these programs is written for {of.family.NAME if of.family else 'it'}: nothing that is "
+               "known of their names can be tested. Use diffusers.")
+        return
+    yield _table("file", "ComfyUI", of.comfyui.items())
+    yield ("The names are those that diffusers' converters read, key by key; ComfyUI itself was not run. A1111 does "
+           "not read this family.")
+    if of.levels:
+        yield (f"The student draws in {counted(len(of.levels))} at cfg 1, at sigmas "
+               f"{_value([round((level + 1) / of.n, 4) for level in of.levels])} before the shift, with fresh noise "
+               "between steps: sampler lcm, ModelSamplingAuraFlow with the shift of scheduler_config.json.")
 
 
 def _settings_for_one_step(of: Subject, level: int, sigma: float) -> Iterator[str]:

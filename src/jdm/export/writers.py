@@ -9,21 +9,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from jdm.cost.known_configs import without_weights
 from jdm.errors import UsageError, in_short
-from jdm.export.model_card import CHECKPOINT_FILE, CONTROLNET_FILE, KOHYA_FILE, LORA_FILE, Subject, model_card
+from jdm.export.model_card import (
+    CHECKPOINT_FILE,
+    COMFYUI_FILE,
+    CONTROLNET_FILE,
+    KOHYA_FILE,
+    LORA_FILE,
+    Subject,
+    model_card,
+)
 from jdm.files import ASSETS, read_json, replaced
-from jdm.formats import lora_file, single_file
-from jdm.library import SHIPPED, load_model
+from jdm.formats import lora_file, single_file, transformers
+from jdm.library import FAMILIES, SHIPPED, load_model, lone_controlnet
 from jdm.models.configs import REMEDY
-from jdm.models.folder import CARD, folder_json, lone_controlnet
+from jdm.models.folder import CARD, folder_json
 from jdm.models.schedulers import alphas_cumprod
 from jdm.models.stable_diffusion import ControlNetModel, StableDiffusion
+from jdm.models.stock import StockModel
 from jdm.recipes import recorded
 from jdm.run import Record
 from jdm.schedule import NoiseSchedule
@@ -63,19 +73,18 @@ class Source:
             raise UsageError(f"{self.folder}: _class_name: expected a class of diffusers, got {kind!r:.60}; {REMEDY}")
         return kind if "_diffusers_version" in index else None
 
-    def model(self) -> StableDiffusion:
+    def model(self) -> StockModel:
         """The whole model, for the layouts of other programs."""
         if not (self.folder / "model_index.json").is_file():
             raise UsageError(f"{self.name} is one network, not a whole model; export it with --format diffusers")
-        model = load_model(str(self.folder))
-        if not isinstance(model, StableDiffusion):
-            raise UsageError(f"{self.name} is not in Stable Diffusion's format; export it with --format diffusers")
-        return model
+        return cast(StockModel, load_model(str(self.folder)))
 
-    def controlnet(self) -> ControlNetModel:
+    def controlnet(self) -> tuple[Any, type[StockModel]]:
+        """Its ControlNet and the family that the ControlNet belongs to."""
+        named = {family.PARTS["controlnet"].classes[0] for family in FAMILIES.values()}
         for folder in (self.folder, self.folder / "controlnet"):
-            if read_json(folder / "config.json").get("_class_name") == "ControlNetModel":
-                return lone_controlnet(folder)
+            if read_json(folder / "config.json").get("_class_name") in named:
+                return lone_controlnet(str(folder))
         raise UsageError(f"{self.name} has no ControlNet; export it with --format diffusers, single-file or lora")
 
 
@@ -95,7 +104,7 @@ def export(
         out: a new or empty folder; it is written whole or not at all.
         dtype: precision of the weights on disk. A stock loader still computes in the precision it is told to.
         format: diffusers, a folder for stock pipelines; single-file, for ComfyUI and A1111; controlnet, the ControlNet
-            alone in both layouts; lora, the UNet's difference from its base, in both layouts.
+            alone in both layouts; lora, the backbone's difference from its base, in both layouts.
         rank: rank of the LoRA; by default RANK.
         base: the model that the LoRA is applied to; by default the run's teacher.
         metrics: a file written by `jdm evaluate --json`, for the README.
@@ -189,6 +198,16 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     found = Subject(name, format, source.kind, source.card, source.record, dtype=str(dtype).split(".")[-1],
                     base=source.record.get("run", {}).get("model"),
                     controlled=(source.folder / "controlnet").is_dir())
+    index = folder_json(str(source.folder), "model_index.json") or {}
+    scheduling = folder_json(str(source.folder), "scheduler/scheduler_config.json") or {}
+    found = replace(found, stepper=str(scheduling.get("_class_name", "")),
+                    n=scheduling.get("num_train_timesteps", 1000),
+                    absent=tuple(name for name, part in (found.family.PARTS if found.family else {}).items()
+                                 if part.null and index.get(name) == [None, None]))
+    if found.family and not issubclass(found.family, StableDiffusion):
+        with torch.device("meta"):
+            model = without_weights(str(source.folder))
+        return replace(found, pixels=model.size, prediction=model.prediction)
     configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     unet, vae, scheduler = (folder_json(str(source.folder), file) for file in configs)
     if not (unet and vae and scheduler and "block_out_channels" in vae):
@@ -216,29 +235,38 @@ def _diffusers(source: Source, draft: Path, subject: Subject) -> Subject:
 def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
     """Writes one checkpoint, its ControlNet beside it, and the configs with which stock diffusers reads both."""
     model = source.model()
+    if not isinstance(model, StableDiffusion):
+        tensors = transformers.checkpoint_tensors(model)
+        if not tensors:
+            raise UsageError(f"no single file is written for {model.NAME} models; export it with --format diffusers")
+        draft.mkdir()
+        single_file.save(tensors, draft / CHECKPOINT_FILE.format(name=subject.name))
+        _keep_card(source, draft)
+        return _hints(model, draft, replace(subject, comfyui={CHECKPOINT_FILE.format(name=subject.name):
+                                                              "models/diffusion_models"}))
     draft.mkdir()
     no_weights = shutil.ignore_patterns("*.safetensors", *PICKLES, CARD, "training", "*.md")
     shutil.copytree(source.folder, draft / "config", ignore=no_weights)
     single_file.save(single_file.checkpoint_tensors(model), draft / CHECKPOINT_FILE.format(name=subject.name))
-    _hints(model, draft, subject)
     _keep_card(source, draft)
-    return subject
+    return _hints(model, draft, subject)
 
 
 def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
     """Writes the ControlNet in the layout of diffusers and, beside it, in the single-file layout."""
-    net = source.controlnet()
+    net, family = source.controlnet()
     net.save_pretrained(draft)
     config = read_json(draft / "config.json")
     config.pop("_name_or_path", None)
     (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    single_file.save(single_file.controlnet_tensors(net), draft / CONTROLNET_FILE.format(name=subject.name))
+    subject = _layout_of(net, draft, subject)
     _keep_card(source, draft)
-    subject = replace(subject, controlled=True, known_as=single_file.known_size({**net.config}))
-    if subject.kind != "ControlNetModel":
+    known = single_file.known_size({**net.config}) if issubclass(family, StableDiffusion) else None
+    subject = replace(subject, controlled=True, known_as=known)
+    if subject.kind != type(net).__name__:
         return subject
-    wide = net.config["addition_embed_type"] is not None
-    return replace(subject, kind=f"StableDiffusion{'XL' * wide}ControlNetPipeline")
+    wide = net.config.get("addition_embed_type") is not None
+    return replace(subject, kind="StableDiffusionXLControlNetPipeline" if wide else family.PIPELINES[1])
 
 
 def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
@@ -250,14 +278,18 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
         base = load_model(subject.base)
     except UsageError as error:
         raise UsageError(f"{error}; name what the LoRA is to be laid over with --base") from None
-    found = lora_file.difference_lora(base.backbone, model.unet, subject.rank)
+    found = lora_file.difference_lora(base.backbone, model.backbone, subject.rank)
     draft.mkdir()
-    lora_file.write_diffusers(found.lora, draft / LORA_FILE)
-    lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))
+    lora_file.write_diffusers(found.lora, draft / LORA_FILE, model.BACKBONE)
+    if isinstance(model, StableDiffusion):
+        lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))
+    elif tensors := transformers.lora_tensors(model, found.lora):
+        single_file.save(tensors, draft / COMFYUI_FILE.format(name=subject.name))
+        subject = replace(subject, comfyui={COMFYUI_FILE.format(name=subject.name): "models/loras"})
     for part in ("scheduler", "controlnet"):
         if (source.folder / part).is_dir():
             shutil.copytree(source.folder / part, draft / part)
-    _hints(model, draft, subject)
+    subject = _hints(model, draft, subject)
     _keep_card(source, draft)
     return replace(subject, errors=found.errors, left_out=found.left_out, rank=found.lora.rank)
 
@@ -266,10 +298,19 @@ WRITERS: dict[str, Callable[[Source, Path, Subject], Subject]] = dict(
     zip(FORMATS, (_diffusers, _single_file, _controlnet, _lora), strict=True))
 
 
-def _hints(model: StableDiffusion, draft: Path, subject: Subject) -> None:
-    if model.controlnet is not None:
-        single_file.save(single_file.controlnet_tensors(model.controlnet),
-                         draft / CONTROLNET_FILE.format(name=subject.name))
+def _hints(model: StockModel, draft: Path, subject: Subject) -> Subject:
+    """Writes the model's ControlNet, if it has one, in the layout of other programs."""
+    return subject if model.controlnet is None else _layout_of(model.controlnet, draft, subject)
+
+
+def _layout_of(net: Any, draft: Path, subject: Subject) -> Subject:
+    file = CONTROLNET_FILE.format(name=subject.name)
+    if isinstance(net, ControlNetModel):
+        single_file.save(single_file.controlnet_tensors(net), draft / file)
+    elif tensors := transformers.controlnet_tensors(net):
+        single_file.save(tensors, draft / file)
+        return replace(subject, comfyui={**subject.comfyui, file: "models/model_patches"})
+    return subject
 
 
 def _keep_card(source: Source, draft: Path) -> None:

@@ -94,12 +94,16 @@ def inject(lora: LoRA, module: nn.Module, name: str) -> Adapter:
     return adapter
 
 
-def write_diffusers(lora: LoRA, file: Path) -> Path:
-    """Writes the layout of diffusers and peft: `unet.PATH.lora_A.weight`, with alpha in the header."""
+def write_diffusers(lora: LoRA, file: Path, part: str = "unet") -> Path:
+    """Writes the layout of diffusers and peft: `unet.PATH.lora_A.weight`, with alpha in the header.
+
+    Args:
+        part: the network's name in its model's folder.
+    """
     lora = lora.at_one_rank()
-    tensors = {f"unet.{path}.lora_{half}.weight": t for path, pair in lora.layers.items()
+    tensors = {f"{part}.{path}.lora_{half}.weight": t for path, pair in lora.layers.items()
                for half, t in zip("AB", pair, strict=True)}
-    config = {"unet.r": lora.rank, "unet.lora_alpha": lora.rank, "unet.target_modules": list(lora.layers)}
+    config = {f"{part}.r": lora.rank, f"{part}.lora_alpha": lora.rank, f"{part}.target_modules": list(lora.layers)}
     return _write(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
 
 

@@ -33,8 +33,11 @@ OTHERS = {
         "a LoRA, which modifies a model; give the checkpoint it was made for",
     (CONTROLNET, "input_hint_block", "controlnet_cond_embedding", "controlnet_down_blocks"):
         "a ControlNet without its model; give the model's checkpoint",
-    ("joint_blocks.", "double_blocks.", "single_blocks."):
-        "of an unsupported model family; SD1.5, SD2 and SDXL are supported",
+    ("joint_blocks.", "noise_refiner."):
+        "a transformer of SD3 or Z-Image; put its base's diffusers folder beside it, named as the file is without its "
+        "ending",
+    ("double_blocks.", "single_blocks."):
+        "of an unsupported model family; SD1.5, SD2, SDXL, SD3 and Z-Image are supported",
     ("emb_params", "string_to_param"): "an embedding of one word; give the checkpoint of a whole model",
     (VAE, "decoder.up", "decoder.mid"): "an autoencoder without a UNet; give the whole checkpoint",
     ("input_blocks.", "down_blocks."):

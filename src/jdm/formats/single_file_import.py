@@ -32,10 +32,11 @@ from jdm.formats.single_file import (
     unet_names,
     vae_names,
 )
-from jdm.models import hub, published
+from jdm.models import hub
 from jdm.models.schedulers import checked_scheduler
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.stable_diffusion_xl import StableDiffusionXL
+from jdm.models.stock import networks
 from jdm.models.text import whole_tokenizer
 from jdm.models.weights import not_finite
 
@@ -223,7 +224,7 @@ def _shapes(file: SingleFile, configs: Mapping[str, Mapping[str, Any]]) -> dict[
     """Builds the networks of the configs on the meta device, without memory."""
     try:
         with torch.device("meta"):
-            return published.networks(configs)
+            return networks(StableDiffusionXL.PARTS, configs)
     except UsageError as error:
         raise UsageError(f"the configurations in {file.beside} do not describe a model ({error})") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
 from jdm.methods.previews import GUIDANCE, asked_pictures, many_steps
 from jdm.models import nano
-from jdm.models.family import placed
+from jdm.models.family import Family, placed
 from jdm.models.folder import save_pipeline
 from jdm.models.nano import TeacherConfig, VAEConfig
-from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
-from jdm.models.text import TextEncoder
+from jdm.models.nano_flow import FlowConfig
 from jdm.ranges import Positive, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel
@@ -39,18 +38,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Denoising:
-    """E || eps_phi(x_t, t, y) - eps ||^2 over uniform t: UNet and text encoder together (JDM Sec. 2).
+    """E || eps_phi(x_t, t, y) - eps ||^2 over uniform t: backbone and text encoders together (JDM Sec. 2).
+
+    A flow-matching transformer predicts the velocity eps - x in place of eps.
 
     Attributes:
         vae: folder of the trained autoencoder.
-        network: the sizes of the UNet and the text encoder.
+        network: what is trained, and its sizes: a UNet, or a transformer of SD3's format.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
         optimiser: how both networks move.
         clip: bound on the norm of their gradient.
     """
 
     vae: str = "runs/nano-vae/model"
-    network: TeacherConfig = field(default_factory=TeacherConfig)
+    network: TeacherConfig | FlowConfig = field(default_factory=TeacherConfig)
     dropout: Share = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
     clip: Positive = 1.0
@@ -63,15 +64,12 @@ class Denoising:
         vae: Any = loaded.space.vae
         tokenizer = self._tokenizer(pictures)
         latents = VAEConfig(vae.config.latent_channels, tuple(vae.config.block_out_channels))
-        unet = placed(nano.unet(self.network, latents.latent_shape(run.data.size)), run.device)
-        encoder = placed(nano.text_encoder(self.network, tokenizer), run.device)
+        made = self.network.networks(latents.latent_shape(run.data.size), tokenizer)
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
-            model = StableDiffusion(averages["unet"], vae, averages["text_encoder"], tokenizer,  # type: ignore[arg-type]
-                                    nano.SCHEDULER)
-            save_pipeline(model.at(run.data.size), folder)
+            save_pipeline(self.network.model(averages, vae, tokenizer).at(run.data.size), folder)
 
-        return Product({"unet": unet, "text_encoder": encoder}, write)
+        return Product({name: placed(network, run.device) for name, network in made.items()}, write)
 
     def _tokenizer(self, pictures: Pictures) -> CLIPTokenizer:
         captions = (caption for row in pictures.captions for caption in row)
@@ -80,11 +78,11 @@ class Denoising:
     def task(self, loaded: Loaded) -> Task:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
         space, latents, product = loaded.space, loaded.latents(), self.product(loaded)
-        tokenizer = self._tokenizer(pictures)
+        tokenizer, vae = self._tokenizer(pictures), cast(Any, space.vae)
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
-            text = TextEncoder(networks["text_encoder"], tokenizer)
-            return ScoreModel(UNetDenoiser(networks["unet"]), nano.schedule(), text=text.encode)
+            model: Family = self.network.model(networks, vae, tokenizer)
+            return ScoreModel(model.denoiser(), model.schedule, model.prediction, model.text().batch)
 
         score = score_of(product.modules)
 
@@ -123,6 +121,6 @@ def denoising_batch(x: Tensor, pictures: Pictures, rows: Tensor, noise: Noise, s
 
 
 def denoising_loss(score: ScoreModel, batch: Batch, control: Tensor | None = None) -> Tensor:
-    """Mean squared error in eps (JDM Sec. 2); scalar."""
+    """Mean squared error of what the network puts out: eps (JDM Sec. 2), v, or a flow's velocity; scalar."""
     x_t = score.schedule.noised(batch.x, batch.t, batch.eps)
-    return (score(x_t, batch.t, batch.y, control).eps - batch.eps).square().mean()
+    return score(x_t, batch.t, batch.y, control).error(batch.x, batch.eps, "own").square().mean()

@@ -17,7 +17,7 @@ from jdm.errors import UsageError
 from jdm.generator import checked_levels
 from jdm.levels import Levels
 from jdm.loading import Loaded
-from jdm.methods.networks import Branch, Fake, Networks, Student
+from jdm.methods.networks import Branch, Fake, Networks, Student, refuse_distilled
 from jdm.methods.step import Step, View, fake_estimate, steps_of
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
@@ -82,6 +82,7 @@ class Distillation:
 
     def task(self, loaded: Loaded) -> Task:
         self._check(loaded.teacher.schedule, loaded.run.steps)
+        refuse_distilled(loaded, self.terms)
         control, _ = loaded.control, loaded.reward  # a control or reward that cannot be used is found out first
         networks = Networks(loaded, self.student, self.branch, self.fake, controlled=bool(self.teacher))
         for posterior in self.posteriors:
@@ -190,12 +191,11 @@ class Declared:
 
 
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or of x0."""
+    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or by its loss."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, fake.low, fake.high)
         found = fake_estimate(networks, fake, step, x_t, t)
-        apart = found.eps - eps if fake.loss == "eps" else found.x0 - step.x.detach()
-        return apart.square().mean(), {}
+        return found.error(step.x.detach(), eps, fake.loss).square().mean(), {}
 
     return Phase("fake", networks.fake_groups(fake), loss, fake.updates, clip=fake.clip)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +100,8 @@ class Fake:
         high: largest noise level it is trained at, in [0, 1].
         optimiser: how it moves.
         clip: bound on the norm of its whole gradient.
-        loss: what its error is measured in: eps (JDM Eq. 6), or x0 as Decoupled DMD has it.
+        loss: what its error is measured in: eps (JDM Eq. 6), x0 as Decoupled DMD has it, or what the network itself
+            puts out (own), a flow's velocity, whose eps hardly depends on it where little signal is left.
         warm_up: steps at the start of the run in which it alone moves; in no paper.
     """
 
@@ -112,7 +113,7 @@ class Fake:
     high: Share = 1.0
     optimiser: Optimiser = field(default_factory=_fast)
     clip: Positive = 1.0
-    loss: Literal["eps", "x0"] = "eps"
+    loss: Literal["eps", "x0", "own"] = "eps"
     warm_up: Whole = 0
 
     def __post_init__(self):
@@ -273,7 +274,7 @@ class Networks:
     def modules(self) -> dict[str, nn.Module]:
         """The modules that train. The posterior's LoRA on a full fake score is part of that network."""
         trains = self.settings.optimiser is not None
-        found = {"unet": self.adapters.get("student", self.student.backbone if trains else None),
+        found = {self.teacher.BACKBONE: self.adapters.get("student", self.student.backbone if trains else None),
                  "controlnet": self.student.controlnet}
         if self._fake is not None:
             found["fake"] = self.adapters.get("fake", self.fake.net)
@@ -285,7 +286,7 @@ class Networks:
         """(parameters, optimiser) of what trains in the student."""
         groups: Groups = []
         if self.settings.optimiser is not None:
-            groups.append((list(self.modules["unet"].parameters()), self.settings.optimiser))
+            groups.append((list(self.modules[self.teacher.BACKBONE].parameters()), self.settings.optimiser))
         if branch and self.student.controlnet is not None:
             groups.append((list(self.student.controlnet.parameters()), branch.optimiser))
         return groups
@@ -314,13 +315,14 @@ class Networks:
             shown = {"preprocessor": self.loaded.preprocessor} if control else {}
             return save_pipeline(self._with(averages), folder, self.teacher.step_scheduler(levels), card=card | shown)
 
-        modules = {name: module for name, module in self.modules.items() if name in ("unet", "controlnet")}
+        trained = (self.teacher.BACKBONE, "controlnet")
+        modules = {name: module for name, module in self.modules.items() if name in trained}
         return Product(modules, write)
 
     def _with(self, averages: dict[str, nn.Module]) -> Family:
         """The teacher's folder with the student's averaged networks in it."""
         lora = self.adapters.get("student")
-        backbone: Any = self.student.backbone if lora else averages.get("unet", self.student.backbone)
+        backbone: Any = self.student.backbone if lora else averages.get(self.teacher.BACKBONE, self.student.backbone)
         if lora or backbone is self.teacher.backbone:
             backbone = with_merged(backbone, lora)
         return self.teacher.with_networks(backbone=backbone,
@@ -375,6 +377,18 @@ def guide(loaded: Loaded, role: str) -> ScoreModel:
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
                          f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
     return model.score_of(loaded.text(role), model.denoiser(model.backbone))
+
+
+def refuse_distilled(loaded: Loaded, terms: Mapping[str, Any]) -> None:
+    """UsageError where a term asks for the guidance of a teacher that was distilled with it inside."""
+    for name, term in terms.items():
+        asked = [f"guide {other}" if other else "teacher" for other in (getattr(term, "teacher", None),)
+                 if other is not None] or ["teacher"] * (getattr(term, "guidance", 1.0) != 1.0)
+        for role in asked:
+            if why := loaded.model(role).distilled:
+                raise UsageError(f"term {name} asks {loaded.needs.models[role]} for guidance, which it no longer has: "
+                                 f"{why}, so that its answers with and without the prompt differ by no guidance; take "
+                                 f"its base model as the teacher, or set --{name}.guidance 1 or --{name}.weight 0")
 
 
 def controlnet_need(branch: Branch) -> dict[str, str]:

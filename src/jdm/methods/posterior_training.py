@@ -51,15 +51,16 @@ class PosteriorTraining:
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
             card = {"kind": "posterior", "method": "consistency training", "control": None}
-            save_pipeline(teacher.with_networks(backbone=averages["unet"], controlnet=None), folder, card=card)
+            trained = teacher.with_networks(backbone=averages[teacher.BACKBONE], controlnet=None)
+            save_pipeline(trained, folder, card=card)
 
-        return Product({"unet": copied(teacher.backbone)}, write)
+        return Product({teacher.BACKBONE: copied(teacher.backbone)}, write)
 
     def task(self, loaded: Loaded) -> Task:
         run, teacher, pictures = loaded.run, loaded.teacher, loaded.pictures
         latents, product = loaded.latents(), self.product(loaded)
-        unet = product.modules["unet"]
-        score = teacher.score_of(loaded.text(), teacher.denoiser(unet))
+        backbone = product.modules[teacher.BACKBONE]
+        score = teacher.score_of(loaded.text(), teacher.denoiser(backbone))
         posterior = Posterior(score, teacher.schedule, self.levels, self.low, self.high)
 
         def begin(step: int) -> tuple[Batch, Tensor]:
@@ -71,5 +72,5 @@ class PosteriorTraining:
             batch, uniform = state
             return posterior.consistency_loss(batch.x, batch.y, uniform, batch.eps), {}
 
-        phase = Phase("posterior", [(list(unet.parameters()), self.optimiser)], loss, clip=self.clip)
+        phase = Phase("posterior", [(list(backbone.parameters()), self.optimiser)], loss, clip=self.clip)
         return Task([phase], begin, dict(product.modules), product, frozen=[score.net])

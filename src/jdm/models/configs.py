@@ -6,7 +6,7 @@ import inspect
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, Required, TypedDict, Union, get_args, get_origin
 
 import diffusers
 from msgspec import Meta
@@ -28,6 +28,7 @@ Real = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
 Component = tuple[str | None, str | None] | None
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None
+NULL = ("joint_attention_dim",)  # of ControlNets that read no text, whatever their class declares
 SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
@@ -41,6 +42,8 @@ class Card(TypedDict, total=False):
     levels: list[Annotated[int, Meta(ge=0, le=2**24)]] | None
     t_init: Annotated[int, Meta(ge=0, le=2**24)]
     guidance: Annotated[float, Meta(ge=0, le=1000)]
+    size: Annotated[list[Side], Meta(min_length=2, max_length=2)]
+    max_sequence_length: Annotated[int, Meta(ge=1, le=512)]
 
 
 class Index(TypedDict, total=False):
@@ -51,8 +54,11 @@ class Index(TypedDict, total=False):
     vae: Component
     text_encoder: Component
     text_encoder_2: Component
+    text_encoder_3: Component
     tokenizer: Component
     tokenizer_2: Component
+    tokenizer_3: Component
+    transformer: Component
     scheduler: Component
     controlnet: Component
     force_zeros_for_empty_prompt: bool
@@ -69,6 +75,9 @@ class Scheduler(TypedDict, total=False):
     trained_betas: Annotated[list[Unit], Meta(min_length=1, max_length=100_000)] | None
     prediction_type: str
     rescale_betas_zero_snr: bool
+    shift: Real
+    use_dynamic_shifting: bool
+    stochastic_sampling: bool
     clip_sample: bool
     set_alpha_to_one: bool
     timestep_spacing: str
@@ -130,8 +139,10 @@ def _update(card: dict) -> None:
 def _fields(kind: Any) -> dict[str, Any]:
     """The types that a network's class declares for its config, by key."""
     of = inspect.signature((getattr(kind, "config_class", None) or kind).__init__).parameters.values()
-    return {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
-            for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)}
+    declared = [p for p in of if p.annotation is not p.empty and not isinstance(p.annotation, str)]
+    found = {p.name: Layers | None if "layers" in p.name or p.name.endswith("coder_blocks") else _type(p.annotation)
+             for p in declared}
+    return found | {name: Optional[Whole] for name in NULL if name in found}  # noqa: UP045
 
 
 def _type(hint: Any) -> Any:

@@ -14,6 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jdm.errors import UsageError
 from jdm.models.adapters import now_on, switched_on
 from jdm.run import Run
 from jdm.terms import gradient
@@ -47,6 +48,8 @@ def settle(run: Run, *networks: nn.Module) -> None:
                     part.enable_slicing()  # type: ignore[operator]
             if "autocast" in part.__dict__:  # a denoiser
                 part.autocast = dtype  # type: ignore[assignment]
+                if run.frozen == "fp8":
+                    _compress_frozen(part, dtype)
                 if dtype is not None:
                     _cast_frozen(part, dtype)
                 if run.compile:
@@ -74,6 +77,17 @@ def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
         for key, p in part._parameters.items():
             if p is not None and not p.requires_grad and p.dtype == torch.float32:
                 part._parameters[key] = nn.Parameter(p.to(dtype), requires_grad=False)
+
+
+def _compress_frozen(denoiser: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keeps the frozen weights of the denoiser's `linears` in 8 bits; autocast converts them when they are used."""
+    layers = denoiser.linears()  # type: ignore[operator]
+    if dtype is None or not layers:
+        what = "needs --precision bf16, which converts them" if layers else "is for transformers"
+        raise UsageError(f"--frozen fp8 {what}; leave it out")
+    for layer in layers:
+        if not layer.weight.requires_grad and layer.weight.dtype in (torch.float32, torch.bfloat16):
+            layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
 
 
 def _compile(denoiser: nn.Module) -> None:

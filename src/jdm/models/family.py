@@ -15,9 +15,9 @@ from jdm.models.adapters import Adapter, merged, switched_on, without_adapters
 from jdm.models.execution import computing
 from jdm.models.text import TextEncoder
 from jdm.schedule import NoiseSchedule
-from jdm.score import Prediction, ScoreModel, Text
+from jdm.score import Estimate, Prediction, ScoreModel, Text
 from jdm.size import Size
-from jdm.space import Space, channels_last
+from jdm.space import Space
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,8 +52,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
         with switched_on(self.adapters), computing(x_t.device, self.autocast):
-            shown = None if control is None else channels_last(control)
-            return self._denoised(channels_last(x_t), timestep, text, shown).contiguous()
+            return self._denoised(x_t, timestep, text, control).contiguous()
 
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -63,7 +62,7 @@ class Denoiser(nn.Module):
         found: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(output if isinstance(output, Tensor) else output[0])
+            found.append(self.seen(output, x_t))
 
         hooks = [layer.register_forward_hook(keep) for layer in self.feature_layers()]
         try:
@@ -73,17 +72,60 @@ class Denoiser(nn.Module):
                 hook.remove()
         return found
 
+    def seen(self, output: Any, x_t: Tensor) -> Tensor:
+        """A feature layer's output as a picture [B, C, h, w]."""
+        return output if isinstance(output, Tensor) else output[0]
+
     def feature_layers(self) -> list[nn.Module]:
         """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""
         raise NotImplementedError
+
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers of the backbone's blocks, whose frozen weights may be kept in 8 bits; none by default."""
+        return []
 
     def shard_units(self) -> list[nn.Module]:
         """The modules FSDP2 shards, each as a unit: a network's blocks, then the network itself."""
         raise NotImplementedError
 
 
+class ManySteps(Protocol):
+    """A stock sampler of a multi-step model, at a number of steps."""
+
+    @property
+    def times(self) -> Sequence[Tensor]:
+        """t of each step, falling, in (0, 1]."""
+        ...
+
+    def start(self, z: Tensor) -> Tensor:
+        """x_t of the first step from noise z of unit variance."""
+        ...
+
+    def step(self, estimate: Estimate, k: int, x_t: Tensor) -> Tensor:
+        """x_t of the step after step k, from the estimate at step k; of the last one x0."""
+        ...
+
+
 class Family(Protocol):
     """A loaded model, in float32, frozen and in eval mode, as methods, samplers and exporters see it."""
+
+    NAME: ClassVar[str]
+    """The family's name, for messages."""
+
+    BACKBONE: ClassVar[str]
+    """The backbone's name in the folder."""
+
+    NETWORK: ClassVar[str]
+    """The backbone in a sentence: UNet, transformer."""
+
+    PARTS: ClassVar[dict[str, Any]]
+    """What is in its folder, by name (`jdm.models.stock.Part`)."""
+
+    SHARED: ClassVar[tuple[str, ...]]
+    """Keys of its config in which a ControlNet and its backbone must agree."""
+
+    PIPELINES: ClassVar[tuple[str, str]]
+    """The stock pipelines that load it, without and with a ControlNet."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -108,6 +150,20 @@ class Family(Protocol):
     @property
     def card(self) -> dict | None:
         """jdm.json, where this project made the model."""
+        ...
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What jdm.json must keep of the model because no other file of its folder can."""
+        ...
+
+    @property
+    def distilled(self) -> str:
+        """Why its guidance means nothing: it was distilled with guidance inside. Empty where it has guidance."""
+        ...
+
+    def begins(self, levels: Sequence[int], schedule: NoiseSchedule) -> str:
+        """Why a student at these levels of a schedule cannot begin as it, the remedy included; empty if it can."""
         ...
 
     def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
@@ -175,6 +231,32 @@ class Family(Protocol):
         """The scheduler config by which a stock pipeline runs a student at these levels."""
         ...
 
+    def many_steps(self, steps: int) -> ManySteps:
+        """A stock sampler of the model as a multi-step one; UsageError where it has not as many levels."""
+        ...
+
+    @property
+    def clip(self) -> float:
+        """The largest |x0| that its scheduler keeps; infinite where it cuts none."""
+        ...
+
+    CONTROL: ClassVar[str]
+    """The argument by which its stock pipeline takes a control picture."""
+
+    @staticmethod
+    def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
+              size: Size | None = None) -> dict[str, Any]:
+        """The arguments with which its stock pipeline draws, beside the prompt and the control.
+
+        Args:
+            levels: of a student; None for a multi-step model.
+            guidance: w of uncond + w (cond - uncond); 1 for a student.
+            n: the scheduler's number of levels.
+            controlled: it draws to a control.
+            size: of the pictures, where the pipeline is to be told.
+        """
+        ...
+
     def pipeline(self, scheduler: Any) -> diffusers.DiffusionPipeline:
         """The stock pipeline of these parts."""
         ...
@@ -192,8 +274,8 @@ class Family(Protocol):
         """Every network, by its name in the folder."""
         ...
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same model, its networks moved to the device."""
+    def to(self, device: torch.device | str, texts: bool = True) -> Self:
+        """The same model, its networks moved to the device; its text encoders too unless `texts` is False."""
         ...
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from diffusers import ControlNetModel
+from diffusers.utils import logging
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -31,12 +33,24 @@ def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, ca
     """
     whole: Any = model.pipeline(scheduler_of(scheduler or model.scheduler))
     with replaced(folder) as draft:
-        whole.save_pretrained(draft)
+        with _without_warnings():  # of parts that the model does without
+            whole.save_pretrained(draft)
         for config in draft.rglob("*.json"):
             _forget_place(config)
-        if card is not None:
+        if card is not None or model.noted:
+            card = {**model.noted, **(card or {})}
             (draft / CARD).write_text(json.dumps(card, indent=1) + "\n")
     return folder
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _forget_place(config: Path) -> None:
@@ -76,7 +90,7 @@ def folder_json(path: str, name: str, kind: Any = None) -> dict | None:
     return configs.check(read_json(file, remedy=configs.REMEDY), name, str(file), kind)
 
 
-def folder_scheduler(path: str, index: dict) -> dict:
+def folder_scheduler(path: str, index: dict, kinds: tuple[str, ...]) -> dict:
     """The scheduler's config of a folder or hub id, of the class that model_index.json names where it names none.
 
     Raises:
@@ -88,23 +102,14 @@ def folder_scheduler(path: str, index: dict) -> dict:
         what = "is missing" if config is None else "says nothing of the noise levels"
         raise UsageError(f"{path}: {name} {what}; put back the scheduler that the model was trained with")
     named = index.get("scheduler") or [None, None]
-    return checked_scheduler({"_class_name": named[1], **config}, f"{path}/{name}")
+    return checked_scheduler({"_class_name": named[1], **config}, f"{path}/{name}", kinds)
 
 
-def lone_controlnet(folder: Path) -> ControlNetModel:
-    """A ControlNet from a folder of its own, in float32, frozen.
-
-    Raises:
-        UsageError: the folder does not hold a ControlNet.
-    """
-    try:
-        return whole_network(ControlNetModel, str(folder)).float().eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} is not a ControlNet ({(str(error).splitlines() or [''])[0][:120]})") from None
-
-
-def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
+def whole_network(kind: type[Module], path: str, subfolder: str = "", also: tuple[str, ...] = ()) -> Module:
     """A network from the .safetensors of its folder, none of its weights left at random.
+
+    Args:
+        also: other classes that its config may name, whose weights hold those of this one.
 
     Raises:
         UsageError: its config does not fit its class, its weights are a pickle, of another class, or not finite.
@@ -124,7 +129,7 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "") -> Module:
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{subfolder or path} lacks {plural(len(missing), 'weight')} of the {kind.__name__}, "
                          f"{missing[0]} first")
-    refuse_unsound(net, path, subfolder)
+    refuse_unsound(net, path, subfolder, also)
     return net
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import UsageError, in_short, plural
 from jdm.models.folder import whole_network
-from jdm.models.schedulers import alphas_cumprod
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.ranges import Count, Whole
-from jdm.schedule import NoiseSchedule
 from jdm.size import Size, height_width, sized, spelled
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -89,6 +89,14 @@ class TeacherConfig:
     text_layers: Count = 2
     tokens: Count = 16
     merges: Whole | None = None
+
+    def networks(self, latent: Sequence[int], tokens: CLIPTokenizer) -> dict[str, nn.Module]:
+        """New networks by part, for latents of that shape [C, h, w]."""
+        return {"unet": unet(self, latent), "text_encoder": text_encoder(self, tokens)}
+
+    def model(self, networks: Mapping[str, Any], vae: AutoencoderKL, tokens: CLIPTokenizer) -> StableDiffusion:
+        """The model of these networks, on SD1.5's levels."""
+        return StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokens, SCHEDULER)
 
 
 def vae(config: VAEConfig, size: Size) -> AutoencoderKL:
@@ -182,11 +190,6 @@ def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
         num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=config.tokens, **special))
-
-
-def schedule() -> NoiseSchedule:
-    """SD1.5's levels."""
-    return NoiseSchedule(alphas_cumprod(SCHEDULER))
 
 
 def load_vae(folder: str) -> AutoencoderKL:

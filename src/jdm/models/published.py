@@ -1,16 +1,8 @@
-"""The published configurations of SD1.5, SD2.1 and SDXL, and networks built from configurations."""
+"""The published configurations of models by hub id."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
-
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from jdm.errors import UsageError, in_short
-from jdm.models.configs import REMEDY
 
 # Each part's config.json, without values that are defaults in diffusers or transformers.
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -41,14 +33,36 @@ SDXL = {
     "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
     "text_encoder": CLIP_L, "text_encoder_2": CLIP_G,
     "scheduler": {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}
+# Latents of 16 channels; SD3's and Z-Image's differ in scale and shift.
+VAE_16 = {**VAE, "sample_size": 1024, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "feed_forward_proj": "gated-gelu", "vocab_size": 32128}
+QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+SD3 = {"pipeline": "StableDiffusion3Pipeline", "text_encoder": CLIP_L, "text_encoder_2": CLIP_G,
+       "text_encoder_3": T5_XXL, "vae": {**VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}, "scheduler": FLOW,
+       "transformer": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+                       "pos_embed_max_size": 192}}
+SD35_MEDIUM = {**SD3, "transformer": {**SD3["transformer"], "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+                                      "dual_attention_layers": tuple(range(13))}}
+SD35_LARGE = {**SD3, "transformer": {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+                                     "pos_embed_max_size": 192, "qk_norm": "rms_norm"}}
+Z_IMAGE = {"pipeline": "ZImagePipeline", "transformer": {"dim": 3840}, "text_encoder": QWEN3_4B, "scheduler": FLOW,
+           "vae": {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}}
 
 # Configurations by hub id.
-PUBLISHED: dict[str, dict[str, dict]] = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-2-1-base": SD21,
     "stabilityai/stable-diffusion-2-1": SD21_V,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "stabilityai/stable-diffusion-3-medium-diffusers": SD3,
+    "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+    "stabilityai/stable-diffusion-3.5-large": SD35_LARGE,
+    "Tongyi-MAI/Z-Image": Z_IMAGE,
+    "Tongyi-MAI/Z-Image-Turbo": Z_IMAGE,
 }
 
 
@@ -57,24 +71,3 @@ def of_size(size: str, prediction: str) -> dict[str, dict]:
     sizes = {"SD1.5": SD15, "SD2": SD21_V if prediction == "v_prediction" else SD21, "SDXL": SDXL}
     return sizes[size]
 
-
-def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Builds networks with random weights from part -> config.json; `controlnet` and `text_encoder_2` are optional.
-
-    Raises:
-        UsageError: a config that its class cannot be made from.
-    """
-    makers: dict[str, Callable[[dict], Any]] = {
-        "unet": UNet2DConditionModel.from_config, "vae": AutoencoderKL.from_config,
-        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
-        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
-        "controlnet": ControlNetModel.from_config}
-    made: dict[str, nn.Module] = {}
-    for part, make in makers.items():
-        if part in configs:
-            try:
-                made[part] = make(dict(configs[part]))
-            except Exception as error:  # diffusers and transformers raise several
-                raise UsageError(f"{part}/config.json: no network can be made of it ({in_short(error)}); {REMEDY}"
-                                 ) from None
-    return made

@@ -14,29 +14,32 @@ from torch import Tensor
 from jdm.errors import UsageError, in_short, plural
 from jdm.generator import checked_levels
 from jdm.schedule import NoiseSchedule
+from jdm.score import Estimate
 
 # The samplers of diffusers that read alpha^2 + sigma^2 = 1 from a table of betas.
 KINDS = tuple(f"{name}Scheduler" for name in (
     "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep",
     "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM",
     "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"))
+# Those of a flow's straight line.
+FLOWS = ("FlowMatchEulerDiscreteScheduler",)
 LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 PREDICTED = ("epsilon", "v_prediction", "sample")
 
 
-def complete(config: dict) -> dict:
+def complete(config: dict, kinds: tuple[str, ...] = KINDS) -> dict:
     """A scheduler config with what it leaves out, by the defaults of its own class in diffusers.
 
     Keys that its class does not take mean nothing to it and are dropped, as in diffusers.
 
     Raises:
-        UsageError: it names no class, or one that has no table of betas.
+        UsageError: it names no class, or one that is not among `kinds`.
     """
     kind = config.get("_class_name")
-    if kind not in KINDS:
+    if kind not in kinds:
         named = f"is of {kind}" if kind else "names no _class_name"
-        raise UsageError(f"the scheduler's config {named}; the schedulers that are read, all of a table of betas, are "
-                         f"{', '.join(KINDS)}")
+        raise UsageError(f"the scheduler's config {named}; the schedulers that are read for this family are "
+                         f"{', '.join(kinds)}")
     own = _defaults(kind)
     return {"_class_name": kind, **own, **{k: v for k, v in config.items() if k in own}}
 
@@ -54,7 +57,7 @@ def alphas_cumprod(config: dict) -> Tensor:
 
 def scheduler_of(config: dict) -> Any:
     """The scheduler that a config names."""
-    whole = complete(config)
+    whole = complete(config, (*KINDS, *FLOWS))
     return getattr(diffusers, whole["_class_name"]).from_config(whole)
 
 
@@ -62,6 +65,40 @@ def ddim_scheduler(config: dict) -> diffusers.DDIMScheduler:
     """A DDIM sampler on a scheduler config's levels; it clips x0 only if the config's own class does."""
     unclipped: Any = {"clip_sample": False}  # of a class that has no such setting
     return cast(diffusers.DDIMScheduler, diffusers.DDIMScheduler.from_config(unclipped | complete(config)))
+
+
+class DDIMSteps:
+    """A `ManySteps` of DDIM on a scheduler config's levels.
+
+    Raises:
+        UsageError: it has not as many levels.
+    """
+
+    def __init__(self, config: dict, steps: int):
+        self.scheduler: Any = ddim_scheduler(config)
+        n = self.scheduler.config["num_train_timesteps"]
+        if steps <= n:
+            self.scheduler.set_timesteps(steps)
+        if steps > n or int(self.scheduler.timesteps.max()) >= n:
+            most = n - 1 if steps == n else n
+            raise UsageError(f"steps must be at most {most} for this model's {plural(n, 'noise level')}, got {steps}; "
+                             "50 are enough")
+        self.times = [(index.double() + 1) / n for index in self.scheduler.timesteps]
+        self.prediction = complete(config)["prediction_type"]
+
+    def start(self, z: Tensor) -> Tensor:
+        return z * self.scheduler.init_noise_sigma
+
+    def step(self, estimate: Estimate, k: int, x_t: Tensor) -> Tensor:
+        return self.scheduler.step(estimate.read(self.prediction), self.scheduler.timesteps[k], x_t).prev_sample
+
+
+def clip(config: dict) -> float:
+    """The largest |x0| that a sampler of this config keeps."""
+    own = ddim_scheduler(config).config
+    if own["thresholding"]:
+        return own["sample_max_value"]
+    return own["clip_sample_range"] if own["clip_sample"] else math.inf
 
 
 def step_scheduler(config: dict, levels: Sequence[int]) -> dict:
@@ -103,27 +140,29 @@ def _table(config: dict) -> diffusers.DDPMScheduler:
 # What a config that was read may say
 
 
-def checked_scheduler(config: dict, file: str) -> dict:
+def checked_scheduler(config: dict, file: str, kinds: tuple[str, ...] = KINDS) -> dict:
     """The config itself, as read from a file, after each of its values was found to make sense.
 
     Raises:
         UsageError: its class is not read, or a value is not one that its class takes.
     """
     try:
-        whole = complete(config)
+        whole = complete(config, kinds)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
+    values = FLOW_VALUES if whole["_class_name"] in FLOWS else VALUES
     for key, value in whole.items():
-        if key in VALUES and not VALUES[key][0](value):
-            raise UsageError(f"{file}: {key} must be {VALUES[key][1]}, got {_short(value)}; put back the scheduler "
+        if key in values and not values[key][0](value):
+            raise UsageError(f"{file}: {key} must be {values[key][1]}, got {_short(value)}; put back the scheduler "
                              "that the model was trained with")
-    betas, n = whole["trained_betas"], whole["num_train_timesteps"]
+    betas, n = whole.get("trained_betas"), whole["num_train_timesteps"]
     if betas is not None and len(betas) != n:
         raise UsageError(f"{file}: trained_betas has {plural(len(betas), 'level')} and num_train_timesteps is {n}; "
                          "they must agree")
     try:
         getattr(diffusers, whole["_class_name"]).from_config(whole)
-        NoiseSchedule(alphas_cumprod(whole))
+        if whole["_class_name"] in KINDS:
+            NoiseSchedule(alphas_cumprod(whole))
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
     except Exception as error:  # an option that the class takes and does not implement
@@ -167,5 +206,12 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timestep_spacing": _among("leading", "linspace", "trailing"), "timestep_type": _among("discrete"),
     "clip_sample_range": _number(0, 1e6, open_low=True), "sample_max_value": _number(0, 1e6, open_low=True),
     "dynamic_thresholding_ratio": _number(0, 1), "use_flow_sigmas": _among(False),
+    "shift": _number(0, 1000, open_low=True), "base_shift": _number(-10, 10), "max_shift": _number(-10, 10),
+    "base_image_seq_len": _whole(1, 2**24), "max_image_seq_len": _whole(1, 2**24), "invert_sigmas": _among(False),
+    "shift_terminal": (lambda value: value is None, "null"), "time_shift_type": _among("exponential", "linear"),
+    **dict.fromkeys(("use_dynamic_shifting", "stochastic_sampling"), _among(True, False)),
     **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"),
                     _among(True, False))}
+# A flow's line is the shifted one and no other.
+FLOW_VALUES = {**VALUES, **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+                                         _among(False))}

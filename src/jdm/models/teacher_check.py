@@ -9,7 +9,6 @@ from torch import Tensor
 
 from jdm.errors import UsageError
 from jdm.models.family import Family
-from jdm.models.schedulers import ddim_scheduler
 from jdm.score import Estimate
 
 FEW = 4  # pictures that errors with right and with wrong prompts are compared on, at least
@@ -17,7 +16,7 @@ LEVELS = (0.1, 0.5, 0.9)  # t: nearly clean, in between, nearly noise
 LONGER = 1.15  # how much an x0 of the middle level may be longer or shorter than the true one
 STRETCHED = 0.05  # how far the length of the noise predicted at the last level may be from that of the best guess
 DEAF = 0.88  # error at the last level with the pictures' own prompts over that with one another's, at most
-PARTS = "the scheduler's config, the autoencoder and the UNet may not be of one model"
+PARTS = "the scheduler's config, the autoencoder and the network may not be of one model"
 
 
 @torch.no_grad()
@@ -91,9 +90,5 @@ def _estimate(model: Family, x: Tensor, t: float, y: Sequence[str]) -> tuple[Est
 
 def _clipped_share(model: Family, x: Tensor) -> float:
     """The share of the latents' values that the model's scheduler would cut off; 0 where it cuts none of note."""
-    config = ddim_scheduler(model.scheduler).config
-    if not config["clip_sample"] and not config["thresholding"]:
-        return 0.0
-    bound = config["sample_max_value"] if config["thresholding"] else config["clip_sample_range"]
-    share = float((x.abs() > bound).float().mean())
+    share = float((x.abs() > model.clip).float().mean())
     return share if share > 0.01 else 0.0

@@ -1,4 +1,4 @@
-"""Encodes prompts for a UNet, as hidden states of one CLIP text model or of SDXL's two."""
+"""Encodes prompts as hidden states of text models: one of CLIP's, or SDXL's two. Other families bring their own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ class TextEncoder:
 
     Attributes:
         stored: prompt -> states on disk (data/cache.py), which are read instead of encoding the prompt.
+        device: where states go; None for where the text model is.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = REMEMBERED, one_by_one: bool = False):
         self.model, self.tokenizer, self.capacity, self.one_by_one = model, tokenizer, capacity, one_by_one
         self.stored: Mapping[str, Any] = {}
+        self.device: torch.device | str | None = None
         self._memory: OrderedDict[str, Any] = OrderedDict()
         self._held = 0  # bytes
 
@@ -42,11 +44,21 @@ class TextEncoder:
         """The (text model, tokenizer) pairs."""
         return [(self.model, self.tokenizer)]
 
+    @property
+    def each(self) -> float:
+        """Bytes of the states of one prompt, on average over those that are remembered."""
+        return self._held / max(1, len(self._memory))
+
     def encode(self, prompts: Prompts) -> Tensor:
         """Encodes prompts without the cache; differentiable if the text model trains."""
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=self.tokenizer.model_max_length).input_ids
         return self.model(tokens.to(next(self.model.parameters()).device))[0]
+
+    def batch(self, prompts: Prompts) -> Text:
+        """The states of a batch without the cache; differentiable if the text models train."""
+        found: Any = self.encode(prompts)
+        return found if isinstance(found, Tensor) else self.stacked(found)
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts) -> Text:
@@ -60,13 +72,22 @@ class TextEncoder:
 
     def _rows(self, prompts: list[str]) -> Iterator[tuple[str, Any]]:
         """Yields each prompt and its states, read from `stored` if they are there, else encoded."""
-        device = next(self.model.parameters()).device
+        device = self.device or next(self.model.parameters()).device
         for prompt in [p for p in prompts if p in self.stored]:
-            parts = [part.to(device) for part in tensors_of(self.stored[prompt])]
-            yield prompt, parts[0] if len(parts) == 1 else tuple(parts)
+            yield prompt, self.read(tuple(part.to(device) for part in tensors_of(self.stored[prompt])))
         new = [p for p in prompts if p not in self.stored]
         for group in [[p] for p in new] if self.one_by_one else [new] if new else []:
-            yield from zip(group, self.encode(group), strict=True)
+            for prompt, row in zip(group, self.encode(group), strict=True):
+                moved = tuple(part.to(device) for part in tensors_of(row))
+                yield prompt, moved if isinstance(row, tuple) else moved[0]
+
+    def kept(self, row: Any) -> tuple[Tensor, ...]:
+        """A prompt's states as they are stored on disk: tensors of one shape for all prompts."""
+        return tensors_of(row)
+
+    def read(self, parts: tuple[Tensor, ...]) -> Any:
+        """The inverse of `kept`."""
+        return parts[0] if len(parts) == 1 else parts
 
     def overlong(self, prompts: Prompts) -> dict[str, str]:
         """Prompt -> its end that no text model reads, of those longer than the tokenizers' limits."""
@@ -138,8 +159,11 @@ def _bytes_of(row: Any) -> int:
 # Tokenizers
 
 
-def whole_tokenizer(path: str, part: str = "", **options: Any) -> CLIPTokenizer:
+def whole_tokenizer(path: str, part: str = "", kind: Any = CLIPTokenizer, **options: Any) -> Any:
     """The tokenizer of a part of a folder or hub id, or of the folder itself.
+
+    Args:
+        kind: its class, one of transformers' tokenizers.
 
     Raises:
         UsageError: a file of it is missing or cannot be read.
@@ -152,7 +176,7 @@ def whole_tokenizer(path: str, part: str = "", **options: Any) -> CLIPTokenizer:
     try:
         where = (folder,) if Path(path).is_dir() else (path,)
         extra = {"subfolder": part} if part and not Path(path).is_dir() else {}
-        return CLIPTokenizer.from_pretrained(*where, **extra, **options)
+        return kind.from_pretrained(*where, **extra, **options)
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise UsageError(f"{folder} holds no tokenizer that can be read ({in_short(error)}); copy it again") from None
 

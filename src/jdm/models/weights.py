@@ -36,13 +36,17 @@ def variant_of(folder: Path | None) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def refuse_unsound(net: nn.Module, path: str, subfolder: str | None) -> None:
-    """UsageError where the files are those of another class, or hold weights that are not finite real numbers."""
+def refuse_unsound(net: nn.Module, path: str, subfolder: str | None, also: tuple[str, ...] = ()) -> None:
+    """UsageError where the files are those of another class, or hold weights that are not finite real numbers.
+
+    Args:
+        also: other classes whose weights hold those of this one.
+    """
     kind, folder = type(net).__name__, folder_of(path, subfolder)
     if folder is not None and (config := folder / "config.json").is_file():
         said = json.loads(config.read_text(encoding="utf-8"))
         named = said.get("_class_name") or said.get("architectures") or kind
-        if kind not in (named if isinstance(named, list) else [named]):
+        if not {kind, *also} & set(named if isinstance(named, list) else [named]):
             raise UsageError(f"{config} is of a {named if isinstance(named, str) else ', '.join(map(str, named))}, not "
                              f"of a {kind}; put back the part that the model was trained with")
     for file in _files(folder):

@@ -44,7 +44,7 @@ class Entry:
 
 
 SCALES = ("nano", "sd15")  # the keys of scales.SCALES, which is not imported for its names
-FILES = ("students", "yardsticks", "ablations", "blocks")  # in the order in which they are shown
+FILES = ("students", "transformers", "yardsticks", "ablations", "blocks")  # in the order in which they are shown
 
 
 def groups() -> dict[str, list[Entry]]:
@@ -161,8 +161,8 @@ def _types() -> dict[str, type]:
     """The dataclasses a record may name: the run's own and those of every method."""
     import jdm.methods
 
-    modules = ["jdm.run", "jdm.models.classifier", "jdm.models.nano", "jdm.levels", "jdm.posterior", "jdm.terms",
-               "jdm.regularisers",
+    modules = ["jdm.run", "jdm.models.classifier", "jdm.models.nano", "jdm.models.nano_flow", "jdm.levels",
+               "jdm.posterior", "jdm.terms", "jdm.regularisers",
                *(f"jdm.methods.{m.name}" for m in pkgutil.iter_modules(jdm.methods.__path__))]
     found = [v for m in modules for v in vars(importlib.import_module(m)).values()]
     return {v.__name__: v for v in found if isinstance(v, type) and is_dataclass(v)}

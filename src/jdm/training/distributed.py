@@ -118,6 +118,10 @@ def shard(task: Task, run: Run) -> None:
     before = {id(p): (part, key) for part in parts for key, p in part._parameters.items() if p is not None}
     for unit in units:
         fully_shard(unit, mesh=mesh)
+    inner = {part for unit in units for part in unit.modules() if part is not unit}
+    for unit in [unit for unit in units if unit not in inner]:
+        # FSDP2 makes the first module that runs a root; a ControlNet may run its transformer's parts before that does.
+        unit._get_fsdp_state()._lazy_init()
     for phase in task.phases:
         _renew(phase, before)
 

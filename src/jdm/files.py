@@ -20,6 +20,11 @@ ASSETS = Path(__file__).parent / "assets"  # the models and pictures that are pa
 LOCK = ".jdm.lock"  # names its holder; it stays, so that it also says which folders are this program's
 
 
+def expanded(name: str | Path) -> Path:
+    """The path that a person's name for it stands for: ~ is the home folder, where there is one."""
+    return Path(os.path.expanduser(name))
+
+
 @contextmanager
 def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
     """Returns a context manager; entering it blocks until no other process holds the folder's lock.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.errors import UsageError
+from jdm.files import expanded
 
 FLAG = "--trust-code"
 _named: dict[str, str] = {}  # a source of code -> the data file that names it
@@ -48,7 +49,7 @@ def refuse_data(source: str) -> None:
     """Raises UsageError if a data file names this code and no person has."""
     if source not in _named or source in _trusted:
         return
-    what = Path(source).expanduser().absolute() if source.endswith(".py") else f"the module {source}"
+    what = expanded(source).absolute() if source.endswith(".py") else f"the module {source}"
     if not _data_trusted:
         raise UsageError(f"{_named[source]} names code, {what}, which is not run because a file of data named it; read "
                          f"that code, then name it yourself (--control, --method.control, ...) or add {FLAG}")

@@ -6,13 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
+from jdm.files import expanded
 from jdm.size import Size, height_width
 from jdm.trust import refuse_data, trust
 
@@ -36,7 +36,7 @@ def _module(source: str) -> ModuleType:
         except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise UsageError(f"{source} could not be imported ({in_short(error)}); a file is named with its "
                              ".py, such as my_controls.py:Posterize") from error
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
     # The name contains a hash of the path, so that two files of the same name can both be loaded.

@@ -101,3 +101,40 @@ def test_weights_of_one_variant_alone_are_read(folder):
     for file in list(folder.rglob("*.safetensors")):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     assert load_model(str(folder)).controlnet is not None
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_adapter_over_other_weights(part, folder):
+    (folder / part / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    with pytest.raises(UsageError, match=rf"{part}/adapter_config.json lays an adapter over another model's weights"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("named", ["../vae/diffusion_pytorch_model.safetensors", "/etc/hostname", "weights.bin"])
+def test_an_index_of_weights_elsewhere(named, folder):
+    weights = load_file(next((folder / "unet").glob("*.safetensors")))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, named)}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"index.json names .*, which is no .safetensors file of its folder"):
+        load_model(str(folder))
+
+
+def test_weights_under_names_of_their_index_alone(folder):
+    file = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(file)
+    weights[next(iter(weights))].view(-1)[0] = float("nan")
+    file.unlink()
+    save_file(weights, folder / "unet" / "mine.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "mine.safetensors")}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="is not finite"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [
+    ("vae", "scaling_factor", 0), ("vae", "scaling_factor", "a"), ("vae", "latents_mean", [0.0] * 4),
+    ("unet", "quantization_config", {"quant_method": "bitsandbytes"})])
+def test_what_a_config_may_not_say(part, key, value, folder):
+    changed(folder / part / "config.json", **{key: value})
+    with pytest.raises(UsageError, match=rf"{part}/config.json: .*{key}"):
+        load_model(str(folder))

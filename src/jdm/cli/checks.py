@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from jdm.errors import UsageError, remedy
-from jdm.files import read_json
+from jdm.files import expanded, read_json
 
 
 def device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ def free_of_others(outputs: Iterable[Path], inputs: Iterable[str | None], is_our
     Args:
         flag: where another place is named.
     """
-    read = [Path(name).expanduser() for name in inputs if name]
+    read = [expanded(name) for name in inputs if name]
     for file in outputs:
         if not os.path.lexists(file):
             continue

@@ -13,6 +13,7 @@ from torch.nn import functional
 from jdm.controls.base import Control
 from jdm.controls.filters import in_pieces
 from jdm.errors import UsageError, in_short
+from jdm.files import expanded
 from jdm.models import hub
 from jdm.models.weights import read_tensors
 from jdm.schedule import precise
@@ -108,7 +109,7 @@ class Block(nn.Module):
 
 def _found(place: str) -> Path:
     """Returns the weights file for a path or hub id; downloads it for a hub id."""
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_dir():
         names = [FILE, str(Path(FILE).with_suffix(".safetensors"))]
         files = [path / name for name in names if (path / name).is_file()]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jdm.data.texts import shown
 from jdm.errors import UsageError, in_short, plural, remedy
-from jdm.files import write
+from jdm.files import expanded, write
 from jdm.size import Size, height_width
 
 SMALLEST_SIDE = 8
@@ -55,7 +55,7 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     decompression bombs.
     """
     try:
-        path = Path(path).expanduser()
+        path = expanded(path)
         there, folder, other = path.is_file(), path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, a null byte
         raise UsageError(f"{str(path)[:100]}: no file can have this path ({in_short(error)[:80]}); give the path of a "

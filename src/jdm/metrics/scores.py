@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jdm.errors import UsageError
-from jdm.files import read_json
+from jdm.files import expanded, read_json
 from jdm.metrics.spread import bootstrap
 from jdm.rewards import load_reward, reward_name
 from jdm.space import from_bytes, unit
@@ -69,7 +69,7 @@ def read_prompts(place: str | Path) -> dict[str, list[str]]:
     Raises:
         UsageError: no prompt was found.
     """
-    path = Path(place).expanduser()
+    path = expanded(place)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
         raise UsageError(f"{place} holds no prompts; give a folder with one JSON list per style, such as HPSv2's "

@@ -12,6 +12,7 @@ import diffusers
 from msgspec import Meta
 from transformers import CLIPTextConfig
 
+from jdm.errors import UsageError
 from jdm.files import fitted
 from jdm.trust import note_data
 
@@ -90,6 +91,14 @@ class Tokenizer(TypedDict, total=False):
     model_max_length: Annotated[float, Meta(ge=1)] | None
 
 
+class VAE(TypedDict, total=False):
+    """What is read of an autoencoder's config; None stands for what stock pipelines of these families ignore."""
+
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e9)]
+    latents_mean: None
+    latents_std: None
+
+
 class UNet(TypedDict, total=False):
     """What is read of a UNet's config beside what its class checks."""
 
@@ -116,12 +125,13 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
         note_data(found, where)
         _update(found)
     kind = (kind or PARTS.get(file.parent.name)) if file.name == "config.json" else None
-    if kind is diffusers.UNet2DConditionModel:
-        fitted(found, UNet, where, REMEDY)
+    fitted(found, {diffusers.UNet2DConditionModel: UNet, diffusers.AutoencoderKL: VAE}.get(kind, dict), where, REMEDY)
     for key, hint in _fields(kind).items() if kind else ():
         if key in found:
             fitted(found[key], hint, where, REMEDY, key)
     for key in found if kind else ():
+        if key == "quantization_config" and found[key] is not None:
+            raise UsageError(f"{where}: {key}: quantised networks are not read; give the model that was quantised")
         if "attn_implementation" in key:  # transformers fetches code for other names
             fitted(found[key], Attention, where, REMEDY, key)
     return found

@@ -19,7 +19,7 @@ from jdm.models.configs import CARD as CARD
 from jdm.models.family import Family
 from jdm.models.schedulers import checked_scheduler, scheduler_of
 from jdm.models.text import whole_tokenizer
-from jdm.models.weights import folder_of, refuse_unsound, variant_of
+from jdm.models.weights import folder_of, refuse_foreign, refuse_unsound, variant_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -116,9 +116,7 @@ def whole_network(kind: type[Module], path: str, subfolder: str = "", also: tupl
         ValueError: it cannot be loaded, or lacks weights, of which diffusers and transformers only warn.
     """
     folder_json(path, f"{subfolder}/config.json".lstrip("/"), kind)
-    folder = Path(path) / subfolder
-    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
-        raise UsageError(f"{pickles[0]} is a pickle, which is not read; give the same weights as .safetensors")
+    refuse_foreign(Path(path) / subfolder)
     more: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True,
                             "variant": variant_of(folder_of(path, subfolder))}
     try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn, serialization
 
 from jdm.errors import UsageError
+from jdm.files import read_json
+from jdm.models.configs import REMEDY
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,6 +37,25 @@ def variant_of(folder: Path | None) -> str | None:
     """"fp16" or another variant where the folder holds the weights in that variant alone, else None."""
     found = {match[1] for file in _files(folder) if (match := WEIGHTS.fullmatch(file.name))}
     return found.pop() if len(found) == 1 else None
+
+
+class Index(TypedDict):
+    """*.safetensors.index.json, of weights in several files."""
+
+    weight_map: dict[str, str]
+
+
+def refuse_foreign(folder: Path) -> None:
+    """UsageError where weights would come from a pickle, from another folder, or with an adapter laid over them."""
+    if not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
+        raise UsageError(f"{pickles[0]} is a pickle, which is not read; give the same weights as .safetensors")
+    if (adapter := folder / "adapter_config.json").exists():
+        raise UsageError(f"{adapter} lays an adapter over another model's weights, which is not read; merge it into "
+                         "the network's own, or delete it")
+    for index in folder.glob("*.safetensors.index.json"):
+        for file in read_json(index, Index, REMEDY, needed=True)["weight_map"].values():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UsageError(f"{index} names {file!r:.80}, which is no .safetensors file of its folder; {REMEDY}")
 
 
 def refuse_unsound(net: nn.Module, path: str, subfolder: str | None, also: tuple[str, ...] = ()) -> None:
@@ -97,7 +119,11 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path | None) -> list[Path]:
-    return [] if folder is None else [file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name)]
+    if folder is None:
+        return []
+    sharded = {file for index in folder.glob("*.safetensors.index.json")
+               for file in read_json(index, Index, REMEDY)["weight_map"].values()}
+    return [file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name) or file.name in sharded]
 
 
 def _header(file: Path) -> dict[str, str]:

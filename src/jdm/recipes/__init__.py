@@ -13,7 +13,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from jdm.errors import UsageError
-from jdm.files import fitted, read_json
+from jdm.files import expanded, fitted, read_json
 from jdm.trust import note_data
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _from_file(path: str) -> Callable[[], Run]:
     module = imported(path)
     if hasattr(module, "recipe"):
         return module.recipe
-    functions = {n.name: n for n in ast.parse(Path(path).expanduser().read_text(encoding="utf-8")).body
+    functions = {n.name: n for n in ast.parse(expanded(path).read_text(encoding="utf-8")).body
                  if isinstance(n, ast.FunctionDef) and _is_recipe(n)}
     if len(functions) == 1:
         return getattr(module, next(iter(functions)))

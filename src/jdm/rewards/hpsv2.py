@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from jdm.files import expanded
 from jdm.rewards.networks import image_embedding, paired, pretrained, read_weights, text_embedding, weights_file
 from jdm.rewards.pick_score import TOKENIZER
 
@@ -54,7 +54,7 @@ class HPSv2(nn.Module):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        own = (Path(weights).expanduser() / "config.json").is_file()
+        own = (expanded(weights) / "config.json").is_file()
         if own:
             self.clip = pretrained(self.name, CLIPModel, weights, dtype=dtype)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jdm.errors import UsageError, in_short, plural
+from jdm.files import expanded
 from jdm.models import hub
 from jdm.models.weights import read_tensors
 
@@ -116,7 +117,7 @@ def pretrained(name: str, kind: type[Any], place: str | None, **settings: Any) -
 
 def weights_file(name: str, place: str, files: Sequence[str]) -> Path:
     """Returns the weights file: `place` itself, one of `files` in the folder `place`, or `files[0]` from the hub."""
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_file():
         return path
     inside = [path / file for file in files if (path / file).is_file()]

@@ -31,6 +31,7 @@ from jdm.metrics.extractors import ClassifierFeatures
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
+from jdm.training.curves import charts
 from jdm.training.loop import train
 from jdm.training.record import measurements
 
@@ -41,6 +42,8 @@ NAMES = {"controlnet50": "ControlNet, 50 steps", "shipped": "shipped student, 1 
          "fresh_before": "fresh student, before", "fresh_after": "fresh student, after"}
 COLUMNS = ("fd", "fd_floor", "consistency", "consistency_chance", "diversity", "prompt_agreement", "nfe",
            "seconds_per_image", "n")
+
+SHOWN = ("step", "fidelity", "condition", "fake/loss", "posterior/loss", "std_x")  # of metrics.jsonl
 
 
 def command(asked: argparse.Namespace) -> int:
@@ -142,10 +145,8 @@ def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], 
 
 
 def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:
-    log = measurements(run.out / "metrics.jsonl")
-    curves = [html.curve(name, [(r["step"], r[key]) for r in log if key in r]) for name, key in (
-        ("fidelity term, rms", "fidelity"), ("condition term, rms", "condition"), ("fake score's loss", "fake/loss"),
-        ("posterior's loss", "posterior/loss"), ("standard deviation of x", "std_x"))]
+    log = [{k: v for k, v in row.items() if k in SHOWN} for row in measurements(run.out / "metrics.jsonl")]
+    drawn = [curve for group in charts({"fresh student": log}).values() for curve in group]
     extractor = next(iter(metrics.values()))["fd_extractor"]
     many, one = metrics["controlnet50"], metrics["shipped"]
     ratio = many["seconds_per_image"] / one["seconds_per_image"]
@@ -162,7 +163,7 @@ def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.
                        f"is ignored. The shipped student takes 1/{ratio:.0f} of the ControlNet's time per picture, at "
                        "batch 64."),
         html.heading(f"Training of the fresh student, {run.steps} steps of batch {run.batch}"),
-        *curves,
+        html.columns(*drawn),
         html.heading("What to try next"),
         html.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'
                   "jdm evaluate nano-canny --control canny --n 1000 --seed 0 --json out.json\n"

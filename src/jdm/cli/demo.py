@@ -22,7 +22,6 @@ from jdm.data.pictures import grid, save_picture
 from jdm.data.sources import load_pictures
 from jdm.errors import plural
 from jdm.evaluation import html
-from jdm.evaluation.chart import chart
 from jdm.evaluation.evaluate import cost, judge, measured
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.reference import Reference, references
@@ -33,7 +32,7 @@ from jdm.metrics.extractors import ClassifierFeatures
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import to_bytes
-from jdm.training.curves import curve_of
+from jdm.training.curves import charts
 from jdm.training.loop import train
 from jdm.training.record import measurements
 
@@ -44,6 +43,8 @@ NAMES = {"controlnet50": "ControlNet, 50 steps", "shipped": "shipped student, 1 
          "fresh_before": "fresh student, before", "fresh_after": "fresh student, after"}
 COLUMNS = ("fd", "fd_floor", "consistency", "consistency_chance", "diversity", "prompt_agreement", "nfe",
            "seconds_per_image", "n")
+
+SHOWN = ("step", "fidelity", "condition", "fake/loss", "posterior/loss", "std_x")  # of metrics.jsonl
 
 
 def command(asked: argparse.Namespace) -> int:
@@ -145,10 +146,8 @@ def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], 
 
 
 def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:
-    log = measurements(run.out / "metrics.jsonl")
-    shown = {key: curve_of(key) for key in ("fidelity", "condition", "fake/loss", "posterior/loss", "std_x")}
-    curves = [chart(curve.name, {"": [(r["step"], r[key]) for r in log if key in r]}, curve.unit)
-              for key, curve in shown.items()]
+    log = [{k: v for k, v in row.items() if k in SHOWN} for row in measurements(run.out / "metrics.jsonl")]
+    drawn = [curve for group in charts({"fresh student": log}).values() for curve in group]
     extractor = next(iter(metrics.values()))["fd_extractor"]
     many, one = metrics["controlnet50"], metrics["shipped"]
     ratio = many["seconds_per_image"] / one["seconds_per_image"]
@@ -165,7 +164,7 @@ def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.
                        f"is ignored. The shipped student takes 1/{ratio:.0f} of the ControlNet's time per picture, at "
                        "batch 64."),
         html.heading(f"Training of the fresh student, {plural(run.steps, 'step')} of batch {run.batch}"),
-        html.columns(*curves),
+        html.columns(*drawn),
         html.heading("What to try next"),
         html.code('jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8 --seed 0\n'
                   "jdm evaluate nano-canny --control canny --n 1000 --seed 0 --json out.json\n"

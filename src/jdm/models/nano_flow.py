@@ -23,7 +23,7 @@ class FlowConfig:
 
     Attributes:
         width: Channels of each stream, a multiple of 32.
-        layers: Transformer blocks.
+        layers: Number of transformer blocks.
         patch: Latents along the side of a token.
         text_width: Channels of each text encoder, a multiple of 4.
         text_layers: Transformer layers of each text encoder, at least 2: the last one's states are not read.

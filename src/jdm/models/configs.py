@@ -31,6 +31,19 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | No
 SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
+Colour = Annotated[str, Meta(pattern="^#[0-9a-fA-F]{6}$")]
+Prompt = Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class Page(TypedDict, total=False):
+    """What jdm.json may say of the page on which the model is drawn with; docs/app.md says what each entry does."""
+
+    paper: Colour
+    ink: Colour
+    styles: dict[Annotated[str, Meta(min_length=1, max_length=40)], Annotated[Prompt, Meta(pattern=r"\{prompt\}")]]
+    prompts: Annotated[list[Prompt], Meta(max_length=1000)]
+
+
 class Card(TypedDict, total=False):
     """jdm.json."""
 
@@ -40,6 +53,7 @@ class Card(TypedDict, total=False):
     levels: list[Annotated[int, Meta(ge=0, le=2**24)]] | None
     t_init: Annotated[int, Meta(ge=0, le=2**24)]
     guidance: Annotated[float, Meta(ge=0, le=1000)]
+    page: Page
 
 
 class Index(TypedDict, total=False):

@@ -19,7 +19,6 @@ from jdm.files import ASSETS, read_json
 from jdm.library import SHIPPED, load_controlnet, load_model
 from jdm.models.configs import CARD
 from jdm.models.family import Family, placed
-from jdm.size import height_width, spelled
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Student:
         if image is not None and bool((image == image[:, :1, :1]).all()):
             notes.append("The drawing is empty, so it says nothing: the picture follows the prompt alone.")
         for _, tokenizer in self.model.text().networks:
-            found, most = len(tokenizer(asked.prompt).input_ids), tokenizer.model_max_length
+            found, most = len(tokenizer(asked.prompt, verbose=False).input_ids), tokenizer.model_max_length
             if found > most:
                 notes.append(f"The prompt is long: of its {found} tokens the model reads the first {most}.")
                 break
@@ -148,8 +147,7 @@ def load_students(names: Sequence[str], also: Sequence[str], control: str | None
         student.controls += [_further(name, student.model, device) for name in also]
         student.controls += [named for other in students for named in own[other.name]
                              if other is not student and other.model.backbone is student.model.backbone]
-    for student in students:
-        student.yardstick = _yardstick(student, students, compare, device)
+    _set_yardsticks(students, compare, device)
     return students
 
 
@@ -193,30 +191,26 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def _yardstick(student: Student, students: Sequence[Student], compare: str | None, device: str) -> Student | None:
-    """The slow model beside a student: the one that was asked for, or a multi-step one with its control.
+def _set_yardsticks(students: Sequence[Student], compare: str | None, device: str) -> None:
+    """Gives each student the first slow model that fits it: the one that was asked for, else a given or shipped one.
 
     Raises:
-        UsageError: the one that was asked for draws to another control or at another size.
+        UsageError: the one that was asked for fits no student.
     """
-    if not student.model.levels:
-        return None
-    card = student.model.card or {}
-    if compare:
-        found = _loaded(compare, card.get("control"), device)
-        if _control(found) != _control(student) or found.model.size != student.model.size:
-            raise UsageError(f"{compare} cannot be compared with {student.name}: it draws to {_control(found)} at "
-                             f"{spelled(found.model.size)}, the other to {_control(student)} at "
-                             f"{spelled(student.model.size)}")
-        return found
     given = [other for other in students if not other.model.levels]
-    names = [name for name in _shipped("many-step", card.get("control")) if student.controls]
-    for found in [*given, *(_loaded(name, None, device) for name in names)]:
-        if (_control(found) == _control(student) and height_width(found.model.size) == height_width(student.model.size)
-                and _same(found.model.vae, student.model.vae)):
-            return found
-    return None
+    asked = [] if compare is None else [_loaded(compare, None, device)]
+    loaded: dict[str, Student] = {}
+    for student in (s for s in students if s.model.levels and s.controls):
+        names = [] if compare else _shipped("many-step", student.controls[0].control.name)
+        loaded |= {name: _loaded(name, None, device) for name in names if name not in loaded}
+        fitting = [other for other in asked or [*given, *map(loaded.__getitem__, names)] if _fits(other, student)]
+        student.yardstick = fitting[0] if fitting else None
+    if compare and not any(student.yardstick for student in students):
+        raise UsageError(f"{compare} can be compared with none of {', '.join(s.name for s in students)}: it needs the "
+                         "same control, autoencoder and picture size as a student")
 
 
-def _control(student: Student) -> str:
-    return student.controls[0].control.name if student.controls else "no control"
+def _fits(slow: Student, student: Student) -> bool:
+    """Whether both draw to the same control, in the same latents, at the same size."""
+    names = [[named.control.name for named in one.controls[:1]] for one in (slow, student)]
+    return names[0] == names[1] and slow.model.size == student.model.size and _same(slow.model.vae, student.model.vae)

@@ -11,6 +11,7 @@
  * @typedef {object} Engine
  * @property {Model[]} models  at least one; the first is shown at the start.
  * @property {Limits} limits
+ * @property {string} [device]  as `jdm sample --device` takes it; the CPU where missing.
  * @property {(request: Request) => Promise<Result | null>} draw
  *       The live picture. The page calls it whenever something changed, without waiting for earlier calls. An engine
  *       draws one request at a time and, of those that wait, the newest alone: the others resolve to null at once
@@ -34,7 +35,7 @@
  * @typedef {object} Control
  * @property {string} model    the name by which `jdm sample NAME` or `--also NAME` loads it; the key of its strength.
  * @property {string} label    what it measures, such as "canny".
- * @property {string} spec     the control as `jdm sample --control` and `load_control` take it.
+ * @property {string | null} spec  its name for `jdm sample --control`, where the model's card does not say it.
  *
  * @typedef {object} Page      every entry may be missing.
  * @property {string} [paper]  colour of an empty canvas, "#rrggbb"; white where missing.

@@ -111,6 +111,7 @@ class Models(BaseModel):
 
     models: list[Model]
     limits: Bounds
+    device: str = Field(description="Where they compute, as `jdm sample --device` takes it.")
 
 
 def packed(head: dict[str, Any], body: bytes = b"") -> bytes:

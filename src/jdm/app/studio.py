@@ -32,7 +32,8 @@ class Studio:
     def described(self) -> Models:
         """The models as the page sees them."""
         limits = self.limits
-        return Models(models=[_described(student) for student in self.students.values()],
+        device = str(next(next(iter(self.students.values())).model.backbone.parameters()).device)
+        return Models(device=device, models=[_described(student) for student in self.students.values()],
                       limits=Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes,
                                     pixels=limits.pixels))
 

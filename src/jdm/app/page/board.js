@@ -50,9 +50,9 @@ export class Board {
   /** The drawing at the model's size: RGBA, each pixel the mean of a square of canvas pixels. */
   pixels() {
     const { width, height } = this.canvas;
-    const { data } = this.ink.getImageData(0, 0, width, height);
-    const k = this.times;
-    if (k === 1) return { width, height, data };
+    const whole = this.ink.getImageData(0, 0, width, height);
+    const [k, data] = [this.times, whole.data];
+    if (k === 1) return whole;
     const small = new ImageData(width / k, height / k);
     const sums = new Uint32Array((width / k) * 3);
     for (let row = 0, from = 0; row < small.height; row++) {

@@ -142,8 +142,6 @@ export class Board {
 
   #down(event) {
     if (event.button !== 0) return;
-    event.preventDefault();
-    this.canvas.focus({ preventScroll: true });
     this.canvas.setPointerCapture(event.pointerId);
     this.#keep();
     this.#stroke = this.#place(event);

@@ -22,6 +22,8 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "the multi-step model among MODEL and the shipped ones with the same control and autoencoder)")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
                         "%(default)s)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads to compute with, at least 1 (default: one fewer "
+                        "than there are cores, which leaves the browser one)")
     where = parser.add_argument_group("where it is served")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
                        "needs a token, and one is made if none is given (default: %(default)s)")

@@ -6,13 +6,23 @@ import json
 import struct
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jdm.errors import UsageError
 
+
+def _written(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text in UTF-8, without half a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_written)]
 Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**40)]
-Name = Annotated[str, Field(max_length=1000)]
+Name = Annotated[Text, Field(max_length=1000)]
 
 
 class Settings(BaseModel):
@@ -21,7 +31,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Name = Field("", description="One of the models of /api/models; the first where empty.")
-    prompt: str = Field("", description="Text to draw pictures for.", examples=["ankle boot"])
+    prompt: Text = Field("", description="Text to draw pictures for.", examples=["ankle boot"])
     seed: Seed = Field(0, description="Seed of the starting noise; picture i starts from row i of it.")
     to_seed: Seed = Field(0, description="Seed whose noise is blended into the first.")
     blend: float = Field(0, ge=0, le=1, allow_inf_nan=False, description="Way from seed to to_seed.")

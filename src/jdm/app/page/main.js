@@ -167,6 +167,7 @@ function slider(control) {
   const value = strengths[model.name][control.model];
   const range = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 2, step: 0.05, value });
   range.name = control.model;
+  range.ariaLabel = `Strength of ${control.label}`;
   const output = document.createElement("output");
   const set = () => {
     strengths[model.name][control.model] = +range.value;

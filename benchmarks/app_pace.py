@@ -24,6 +24,11 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
+# Lines of a hand, in [0, 1] of the canvas: the outline of a boot, then its sole.
+BOOT = [[(.42, .13), (.43, .3), (.42, .46), (.37, .55), (.26, .61), (.17, .67), (.14, .74), (.16, .79), (.3, .8),
+         (.5, .79), (.62, .77), (.72, .79), (.8, .79), (.81, .7), (.78, .56), (.76, .4), (.76, .26), (.75, .13),
+         (.6, .11), (.42, .13)], [(.15, .84), (.4, .85), (.6, .83), (.81, .84)]]
+
 
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[str]:
@@ -59,6 +64,24 @@ def measured(page: Page, seconds: float) -> list[float]:
     return found
 
 
+def pictured(page: Page, file: Path) -> None:
+    """Draws a boot by hand and writes what the page shows."""
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    page.click("#clear")
+    page.fill("#n", "4")
+    for line in BOOT:
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        for x, y in points[1:]:
+            page.mouse.move(x, y, steps=4)
+        page.mouse.up()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="nano-canny")
@@ -72,7 +95,7 @@ def main() -> None:
         page.goto(address)
         latencies = measured(page, asked.seconds)
         if asked.screenshot:
-            page.screenshot(path=asked.screenshot)
+            pictured(page, asked.screenshot)
         browser.close()
     cuts = statistics.quantiles(latencies, n=20)
     row = {"model": asked.model, "seconds": asked.seconds, "pictures_per_second": len(latencies) / asked.seconds,

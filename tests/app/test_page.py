@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,8 +154,10 @@ def test_every_setting_is_live(page):
 
 
 def slide(page, selector, value):
-    page.locator(selector).evaluate("(range, value) => { range.value = value; range.dispatchEvent(new Event('input')); }",
-                                    value)
+    page.locator(selector).evaluate("""(range, value) => {
+        range.value = value;
+        range.dispatchEvent(new Event("input"));
+    }""", value)
 
 
 def test_comparison_shows_both_times(page):
@@ -226,7 +229,7 @@ def drop(page, content: bytes, name: str):
     }""", [base64.b64encode(content).decode(), name])
 
 
-def test_a_broken_file_is_told_and_the_page_goes_on(page):
+def test_a_broken_file_is_told(page):
     before = settled(page)
     drop(page, b"\x89PNG no picture", "fox.png")
     expect(page.locator("#notice")).to_have_text(
@@ -303,6 +306,32 @@ def test_a_model_without_control_says_so(browser):
         expect(page.locator("#model-row")).to_be_hidden()
         page.click("#code")
         assert "--image" not in page.inner_text("#shell")
+
+
+def test_a_card_gives_styles_paper_and_shape(browser, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "student")
+    for file, more in (("jdm.json", {"page": {"paper": "#204060", "styles": {"Dark": "{prompt}, one dress"},
+                                              "prompts": ["a coat", "one dress"]}}),
+                       ("unet/config.json", {"sample_size": [8, 12]})):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | more))
+    with pages.served(str(folder)) as address, opened(browser, address) as page:
+        stroke(page)
+        before = settled(page)
+        assert before[0].shape == (32, 48, 3)
+        box = page.locator("#canvas").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(1.5, rel=0.01)
+        assert page.input_value("#prompt") == "a coat"
+        page.select_option("#style", "Dark")
+        assert differ(before, settled(page))
+        page.click("#code")
+        assert "--prompt='a coat, one dress'" in page.inner_text("#shell")
+        assert 'load_picture("drawing.png", (32, 48))' in page.inner_text("#python")
+        with page.expect_download() as download:
+            page.click("#save-drawing")
+        download.value.save_as(tmp_path / "drawing.png")
+    drawn = Image.open(tmp_path / "drawing.png").convert("RGB")
+    assert drawn.size == (48, 32)
+    assert drawn.getpixel((0, 0)) == (0x20, 0x40, 0x60)
 
 
 def test_a_lost_server_is_told(browser):

@@ -58,7 +58,7 @@ class Guard:
             if refusal:
                 return await answer(send, *refusal)
             await self.app(scope, await self._whole(receive), _with_headers(scope, send))
-        except _Refused as refused:
+        except _RefusedError as refused:
             await answer(send, *refused.args)
         finally:
             self._now -= 1
@@ -92,11 +92,12 @@ class Guard:
                     message = await receive()
                     body += message.get("body", b"")
                     if len(body) > self.limits.bytes:
-                        raise _Refused(413, f"a request may have {self.limits.bytes:,} bytes; send a smaller picture")
+                        raise _RefusedError(413, f"a request may have {self.limits.bytes:,} bytes; send a smaller "
+                                                 "picture")
                     if message["type"] != "http.request" or not message.get("more_body"):
                         break
         except TimeoutError:
-            raise _Refused(408, f"the request did not arrive within {self.limits.seconds} seconds") from None
+            raise _RefusedError(408, f"the request did not arrive within {self.limits.seconds} seconds") from None
         parts = iter([{**message, "body": bytes(body)}])
 
         async def again() -> MutableMapping[str, Any]:
@@ -105,8 +106,8 @@ class Guard:
         return again
 
 
-class _Refused(Exception):
-    pass
+class _RefusedError(Exception):
+    """(status, sentence)."""
 
 
 def is_local(host: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -41,7 +41,7 @@ class Session:
             if self._comparison:
                 self._comparison.cancel()
 
-    async def _read(self, message: dict) -> None:
+    async def _read(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
         try:

@@ -94,7 +94,7 @@ def _described(student: Student) -> Model:
 
 
 def _for(named: Student, student: Student, asked: Settings) -> Settings:
-    """The settings for the model that draws: a yardstick has its own control alone, at the strength of the student's."""
+    """The settings for the model that draws: a yardstick has one control, at the strength of the student's."""
     if student is named or not named.controls:
         return asked
     own = asked.strengths.get(named.controls[0].model, 1.0)

@@ -6,10 +6,18 @@ VENV ?= .venv
 PIP ?= $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-versions lint dist sbom clean
+.PHONY: app browser demo test test-slow test-gpu test-versions lint dist sbom clean
 
 demo: $(VENV)/.run
 	$(BIN)/jdm demo
+
+# A page on which a drawing becomes pictures; it is opened in this machine's browser.
+app: $(VENV)/.app
+	$(BIN)/jdm app --open
+
+# Chromium for the tests of that page, where there is none.
+browser: $(VENV)/.dev
+	command -v chromium || $(BIN)/playwright install --with-deps chromium
 
 # A process for each core, each with whole files: what a file's tests share is made once.
 test: $(VENV)/.dev
@@ -63,6 +71,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/.app: $(VENV)/.run
+	$(PIP) -e '.[app]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from jdm.errors import UsageError
-from jdm.generator import Generator, fresh_noise, starting_noise
+from jdm.generator import Generator, blended_noise, fresh_noise, starting_noise
 from jdm.schedule import FlowSchedule, NoiseSchedule
 from worlds import LinearGaussianWorld, cubature
 
@@ -152,3 +152,15 @@ def test_each_step_has_noise_of_its_own():
     flat = torch.stack([step.flatten() for step in steps])
     # Four standard errors of a correlation of 25,600 pairs.
     assert (torch.corrcoef(flat) - torch.eye(4)).abs().max() < 4 / 160
+
+
+def test_blended_noise_stays_standard_normal():
+    shape = (2, 4, 64, 64)
+    a, b = starting_noise(shape, 1), starting_noise(shape, 2)
+    assert torch.equal(blended_noise(shape, 1, 2, 0), a)
+    assert torch.equal(blended_noise(shape, 1, 2, 1), b)
+    middle = blended_noise(shape, 1, 2, 0.5)
+    torch.testing.assert_close(middle, (a + b) / 2**0.5)
+    assert float(middle.std()) == pytest.approx(1, abs=0.01)  # 32,768 numbers: an error of 0.004
+    with pytest.raises(UsageError, match=r"blend must be in \[0, 1\], got 1.5"):
+        blended_noise(shape, 1, 2, 1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -104,6 +105,22 @@ def checked_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
 def starting_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """z for picture number i of a seed: row i, the same whatever the batch size."""
     return fresh_noise(shape, seed, 0)
+
+
+def blended_noise(shape: tuple[int, ...], seed: int, to_seed: int, blend: float) -> Tensor:
+    """z on the way from one seed's noise to another's: cos(a) z(seed) + sin(a) z(to_seed), a = blend pi / 2.
+
+    It stays N(0, I) all the way, as a straight line would not. At blend 0 it is z(seed), at 1 z(to_seed), to the bit.
+
+    Raises:
+        UsageError: blend is not in [0, 1].
+    """
+    if not 0 <= blend <= 1:
+        raise UsageError(f"blend must be in [0, 1], got {blend:g}; 0 is the first seed, 1 the other")
+    if blend in (0, 1):
+        return starting_noise(shape, to_seed if blend else seed)
+    angle = blend * math.pi / 2
+    return math.cos(angle) * starting_noise(shape, seed) + math.sin(angle) * starting_noise(shape, to_seed)
 
 
 def fresh_noise(shape: tuple[int, ...], seed: int, k: int) -> Tensor:

@@ -143,6 +143,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser("jdm", description="One-step diffusion generators that learn new controls.", epilog=EXAMPLES,
                     formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jdm {__version__}", help="print the version and exit")
+    from jdm.cli.app_flags import app_flags  # which has this module's types
+
     under = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     made: dict[str, Parser] = {}
 
@@ -165,6 +167,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     command("export", "write a run's model as a folder that other programs load", _export_flags)
     command("reproduce", "reproduce a table or figure of the paper beside the published one", _reproduce_flags)
     command("data", "make a data set to train on, from public packages: emoji pictures with captions", _data_flags)
+    command("app", "draw in the browser, and the picture follows the hand: a page on this machine", app_flags)
     command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
     command("completion", "print a script with which a shell completes commands, recipes and flags at TAB",
             _completion_flags)
@@ -237,6 +240,10 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", action="append", type=_factor, default=[], help="factor on each control in "
                         "turn, the model's own first, in [0, 100]; 0 ignores a control; repeatable (default: 1)")
     parser.add_argument("--n", type=_positive, default=4, help="number of pictures to draw (default: %(default)s)")
+    parser.add_argument("--to-seed", type=_seed, default=0, help="seed whose noise is blended into that of --seed, a "
+                        "whole number below 2^40 (default: %(default)s)")
+    parser.add_argument("--blend", type=_share, default=0.0, help="way from the noise of --seed to that of --to-seed, "
+                        "in [0, 1] (default: %(default)s)")
     parser.add_argument("--size", type=_side, nargs="+", metavar="PIXELS", help="side of a square, or height and "
                         "width, in pixels, in [1, 4096] (default: the size the model was trained at)")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
@@ -380,6 +387,12 @@ def _factor(text: str) -> float:
         value = float("nan")
     if not 0 <= value <= 100:  # so that NaN is refused
         raise argparse.ArgumentTypeError(f"must be a number in [0, 100], got {text[:40]!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    if not (value := _factor(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text[:40]!r}")
     return value
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from jdm.cli import checks, console
-from jdm.controls import checked, load_control
+from jdm.controls import Control, checked, load_control
 from jdm.data import pictures
 from jdm.errors import UsageError
-from jdm.evaluation.sampling import Sampler, warn_of_misfit
+from jdm.evaluation.sampling import Sampler, control_named, default_guidance, warn_of_misfit
 from jdm.evaluation.steering import Steering, frozen_posterior, likelihood
-from jdm.generator import starting_noise
+from jdm.generator import blended_noise
 from jdm.library import load_controlnet, load_model
 from jdm.models.family import Family, placed
 from jdm.size import Size, height_width, size_of, sized, spelled
@@ -42,12 +42,12 @@ def command(asked: argparse.Namespace) -> int:
     also = [load_controlnet(name, model) for name in asked.also]
     if also:
         shown = _with_further(shown, [spec for _, spec in also], asked)
-    guidance = float((model.card or {}).get("guidance", 2.0)) if asked.guidance is None else asked.guidance
+    guidance = default_guidance(model) if asked.guidance is None else asked.guidance
     sampler = Sampler(model, asked.steps, guidance,
                       [placed(net, asked.device) for net, _ in also], asked.strength, steering=steering)
     console.remark_cut(sampler.text, [asked.prompt])
     checks.writable(out)
-    z = starting_noise(model.latent_shape(asked.n, model.size), asked.seed)
+    z = blended_noise(model.latent_shape(asked.n, model.size), asked.seed, asked.to_seed, asked.blend)
     images = sampler(z, [asked.prompt] * asked.n, None if shown is None else shown.expand(asked.n, -1, -1, -1),
                      seed=asked.seed)
     print(_written(out, images, shown, model.size))
@@ -91,10 +91,7 @@ def shown_control(model: Family, image: str | None, control_map: str | None,
                              f"{height} x {width}; resize it, or give the picture itself with --image")
         return loaded[None].float() / 255
     assert image is not None
-    spec = control or (model.card or {}).get("control")
-    if not spec:
-        raise UsageError("this model does not say which control it draws to; name it with --control canny")
-    return _measured(spec, image, model.size)
+    return _measured(control_named(model, control), image, model.size)
 
 
 def steering_of(asked: argparse.Namespace, model: Family) -> Steering | None:
@@ -134,11 +131,10 @@ def _with_further(shown: Tensor | None, specs: Sequence[str | None], asked: argp
     for spec, name in zip(specs, asked.also, strict=True):
         if not spec:
             raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
-        parts.append(_measured(spec, asked.image, size_of(shown)))
+        parts.append(_measured(checked(load_control(spec), size_of(shown)), asked.image, size_of(shown)))
     return torch.cat(parts, dim=1)
 
 
-def _measured(spec: str, image: str, size: Size) -> Tensor:
+def _measured(control: Control, image: str, size: Size) -> Tensor:
     """A control measured on a picture file, as an image [1, 3, H, W] in [0, 1]."""
-    control = checked(load_control(spec), size)
     return control.image(control.h(unit(from_bytes(pictures.load_picture(image, size)))[None]))

@@ -66,13 +66,21 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     return read_picture(path, shown(path), path.stat().st_size, size)
 
 
-def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size) -> Tensor:
-    """`load_picture` for an open file or a path; `path` and `length` (bytes) are only for messages."""
+def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size, most: int | None = None) -> Tensor:
+    """`load_picture` for an open file or a path.
+
+    Args:
+        path, length: name and bytes, only for messages.
+        most: pixels that the picture may have, checked before any is decoded; Pillow's own limit where None.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large but allowed pictures and odd metadata
             with Image.open(source, formats=FORMATS) as image:
                 _check_size(path, image)
+                if most is not None and image.width * image.height > most:
+                    raise UsageError(f"{path}: {image.width} x {image.height} are more than {most:,} pixels, the limit "
+                                     "here; shrink it first")
                 image.load()
                 rgb = _rgb(path, ImageOps.exif_transpose(image))
     except UsageError:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.controls import Control
+from jdm.controls import Control, checked, load_control
 from jdm.data.sources import Pictures, load_pictures
 from jdm.errors import RunError, TeacherWarning, UsageError, plural
 from jdm.evaluation.steering import Steering
-from jdm.generator import Generator, Renoise, fresh_noise, starting_noise
-from jdm.library import SHIPPED, load_model
+from jdm.generator import Generator, Renoise, blended_noise, fresh_noise
+from jdm.library import SHIPPED, load_controlnet, load_model
 from jdm.models.family import Family
 from jdm.models.teacher_check import doubts
 from jdm.score import Estimate
 from jdm.size import Size, height_width, size_of
-from jdm.space import from_bytes, to_bytes
+from jdm.space import from_bytes, to_bytes, unit
 
 
 class Sampler:
@@ -141,27 +141,106 @@ def counted(steps: int) -> str:
     return "one step" if steps == 1 else f"{steps} steps"
 
 
+def default_guidance(model: Family) -> float:
+    """Guidance where none is asked for: what the model's card found best, or 2."""
+    return float((model.card or {}).get("guidance", 2.0))
+
+
+def control_named(model: Family, spec: str | None = None) -> Control:
+    """The control of that name, tried at the model's size; the one of the model's card where None.
+
+    Raises:
+        UsageError: neither names one.
+    """
+    found = spec or (model.card or {}).get("control")
+    if not found:
+        raise UsageError("this model does not say which control it draws to; name it with --control canny")
+    return checked(load_control(found), model.size)
+
+
+class Drawing:
+    """Draws as `jdm sample` does: a prompt and a picture, or a ready control map, become pictures.
+
+    Args:
+        control: measures the picture for the model's own ControlNet; None for a model that has none.
+        also: further ControlNets of the same backbone, each with the control that it was trained for.
+        strengths: factor on each control in turn, the model's own first; by default 1.
+
+    Attributes:
+        controls: those that a picture is measured with, the model's own first.
+        sampler: what draws, at the model's size.
+    """
+
+    def __init__(self, model: Family, control: Control | None = None, steps: int | None = None,
+                 guidance: float | None = None, also: Sequence[tuple[nn.Module, Control]] = (),
+                 strengths: Sequence[float] = ()):
+        if also and control is None:
+            raise UsageError("further controls stand beside a model's own; name a model that draws to a control, such "
+                             "as nano-canny")
+        self.controls = [] if control is None else [control, *(more for _, more in also)]
+        self.sampler = Sampler(model, steps, default_guidance(model) if guidance is None else guidance,
+                               [net for net, _ in also], strengths)
+
+    @property
+    def model(self) -> Family:
+        return self.sampler.model
+
+    @torch.no_grad()
+    def shown(self, image: Tensor) -> Tensor:
+        """The control images [1, 3 K, H, W] in [0, 1], one after the other, measured on uint8 [3, H, W]."""
+        images = unit(from_bytes(image))[None].to(next(self.sampler.net.parameters()).device)
+        return torch.cat([control.image(control.h(images)) for control in self.controls], dim=1)
+
+    def __call__(self, prompt: str, shown: Tensor | None = None, n: int = 1, seed: int = 0, to_seed: int = 0,
+                 blend: float = 0.0) -> Tensor:
+        """uint8 pictures [n, 3, H, W] on the CPU.
+
+        Args:
+            shown: control images, as `shown` makes them; None for a model without a ControlNet.
+            to_seed, blend: the starting noise is `blended_noise` of both seeds.
+        """
+        z = blended_noise(self.model.latent_shape(n, self.model.size), seed, to_seed, blend)
+        return self.sampler(z, [prompt] * n, None if shown is None else shown.expand(n, -1, -1, -1), seed=seed)
+
+
 def generator(model: str | Family, control: Control | None = None, steps: int | None = None,
-              guidance: float = 2.0) -> Callable[..., Tensor]:
-    """Returns a function (prompt, image, n, seed) -> uint8 pictures [n, 3, H, W].
+              guidance: float | None = None, also: Sequence[str] = (),
+              strengths: Sequence[float] = ()) -> Callable[..., Tensor]:
+    """Returns a function (prompt, image, n, seed, to_seed, blend, control_map) -> uint8 pictures [n, 3, H, W].
+
+    It draws what `jdm sample` draws. `image` and `control_map`, of which one is given where the model has a
+    ControlNet, are uint8 [3, H, W]; their size is that of the pictures.
 
     Args:
         model: a shipped name, a folder, a hub id, or a loaded model.
-        control: measures `image`; needed where the model has a ControlNet.
+        control: measures `image`; by default the one that the model's card names.
         steps: a student's own, 50 for other models unless given.
+        guidance: of a multi-step model; by default the one of its card, or 2.
+        also: further ControlNets of the same UNet, by the names that `jdm sample --also` takes.
+        strengths: factor on each control in turn, the model's own first; by default 1.
     """
     loaded = load_model(model) if isinstance(model, str) else model
+    further = [load_controlnet(name, loaded) for name in also]
 
     @cache
-    def sampler(size: Size) -> Sampler:
-        return Sampler(loaded.at(size), steps, guidance)
+    def drawing(size: Size) -> Drawing:
+        sized = loaded.at(size)
+        own = control
+        if own is None and loaded.controlnet is not None:
+            own = control_named(sized)
+        more = [(net, control_named(sized.with_parts(card={"control": spec}))) for net, spec in further]
+        return Drawing(sized, own, steps, guidance, more, strengths)
 
-    def pictures(prompt: str, image: Tensor | None = None, n: int = 1, seed: int = 0) -> Tensor:
-        if loaded.controlnet is not None and (control is None or image is None):
-            raise UsageError("this model has a ControlNet; give a control and a picture to measure")
-        size = loaded.size if image is None else size_of(image)
-        c = None if control is None or image is None else control.image(control.h(image[None].float() / 255))
-        shown = None if c is None else c.expand(n, -1, -1, -1)
-        return sampler(size)(starting_noise(loaded.latent_shape(n, size), seed), [prompt] * n, shown, seed=seed)
+    def pictures(prompt: str, image: Tensor | None = None, n: int = 1, seed: int = 0, to_seed: int = 0,
+                 blend: float = 0.0, control_map: Tensor | None = None) -> Tensor:
+        given = image if control_map is None else control_map
+        if loaded.controlnet is not None and (image is None) == (control_map is None):
+            raise UsageError("this model has a ControlNet; give a control and a picture to measure, or "
+                             "control_map= with a ready map, and not both")
+        draw = drawing(loaded.size if given is None else size_of(given))
+        if loaded.controlnet is None or given is None:
+            return draw(prompt, None, n, seed, to_seed, blend)
+        shown = draw.shown(given) if control_map is None else given[None].float() / 255
+        return draw(prompt, shown, n, seed, to_seed, blend)
 
     return pictures

@@ -33,6 +33,19 @@ NULL = ("joint_attention_dim",)  # of ControlNets that read no text, whatever th
 SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
+Colour = Annotated[str, Meta(pattern="^#[0-9a-fA-F]{6}$")]
+Prompt = Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class Page(TypedDict, total=False):
+    """What jdm.json may say of the page on which the model is drawn with; docs/app.md says what each entry does."""
+
+    paper: Colour
+    ink: Colour
+    styles: dict[Annotated[str, Meta(min_length=1, max_length=40)], Annotated[Prompt, Meta(pattern=r"\{prompt\}")]]
+    prompts: Annotated[list[Prompt], Meta(max_length=1000)]
+
+
 class Card(TypedDict, total=False):
     """jdm.json; one without `preprocessor` was written by version 0.1.0."""
 
@@ -45,6 +58,7 @@ class Card(TypedDict, total=False):
     guidance: Annotated[float, Meta(ge=0, le=1000)]
     size: Annotated[list[Side], Meta(min_length=2, max_length=2)]
     max_sequence_length: Annotated[int, Meta(ge=1, le=512)]
+    page: Page
 
 
 class Index(TypedDict, total=False):

@@ -1,0 +1,134 @@
+"""The models behind the API: they take settings and a picture, check both, and draw in the one thread."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jdm.app.limits import Limits
+from jdm.app.messages import Answer, Asked, Bounds, Compare, Control, Map, Model, Models, Settings, packed
+from jdm.app.students import Drawn, Student
+from jdm.app.worker import Worker
+from jdm.data.pictures import read_picture
+from jdm.errors import UsageError
+from jdm.size import height_width
+
+
+class Studio:
+    """The students of one server, by name."""
+
+    def __init__(self, students: Sequence[Student], worker: Worker, limits: Limits):
+        self.students = {student.name: student for student in students}
+        self.worker, self.limits = worker, limits
+
+    def described(self) -> Models:
+        """The models as the page sees them."""
+        limits = self.limits
+        device = str(next(next(iter(self.students.values())).model.backbone.parameters()).device)
+        return Models(device=device, models=[_described(student) for student in self.students.values()],
+                      limits=Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes,
+                                    pixels=limits.pixels))
+
+    def chosen(self, asked: Settings, compare: bool) -> Student:
+        """The model of a request, its slow yardstick where that is to be compared with.
+
+        Raises:
+            UsageError: there is none, or a setting is beyond the limits.
+        """
+        if len(asked.prompt) > self.limits.prompt:
+            raise UsageError(f"a prompt may have {self.limits.prompt:,} characters, got {len(asked.prompt):,}; "
+                             "shorten it")
+        if asked.n > self.limits.pictures:
+            raise UsageError(f"n must be at most {self.limits.pictures}, got {asked.n}; ask for fewer pictures")
+        student = self.students.get(asked.model or next(iter(self.students)))
+        if student is None:
+            raise UsageError(f"there is no model {asked.model!r:.80}; choose {' or '.join(self.students)}")
+        if not compare:
+            return student
+        if student.yardstick is None:
+            raise UsageError(f"no slow model stands beside {student.name}; name one with jdm app --compare")
+        return student.yardstick
+
+    async def answer(self, asked: Asked, compare: bool) -> Answer:
+        """The answer to a request over HTTP."""
+        student = self.chosen(asked, compare)
+        named = self.students[asked.model or next(iter(self.students))]
+
+        def work(deadline: float) -> Answer:
+            image = None if asked.image is None else _read(asked.image, student, self.limits)
+            drawn = student.draw(_for(named, student, asked), image, deadline, self.limits)
+            return Answer(images=[_png(image) for image in drawn.images],
+                          maps=[Map(control=name, image=_png(image)) for name, image in drawn.maps],
+                          milliseconds=1000 * drawn.seconds, steps=drawn.steps, notes=drawn.notes)
+
+        return await self.worker.run(work)
+
+    async def live(self, take: Any, compare: bool = False) -> bytes:
+        """The binary message that answers a live page's newest request, which `take()` gives when its turn comes."""
+
+        def work(deadline: float) -> bytes:
+            asked, pixels = take()
+            student = self.chosen(asked, compare)
+            named = self.students[asked.model or next(iter(self.students))]
+            image = _pixels(pixels, student)
+            return _message(asked.id, student.draw(_for(named, student, asked), image, deadline, self.limits))
+
+        return await self.worker.run(work, counted=False)
+
+
+def _described(student: Student) -> Model:
+    height, width = height_width(student.model.size)
+    slow = student.yardstick
+    controls = [Control(model=c.model, label=c.control.name, spec=c.spec) for c in student.controls]
+    return Model(name=student.name, width=width, height=height, steps=student.steps, controls=controls,
+                 compare=None if slow is None else Compare(name=slow.name, steps=slow.steps),
+                 page=(student.model.card or {}).get("page", {}))
+
+
+def _for(named: Student, student: Student, asked: Settings) -> Settings:
+    """The settings for the model that draws: a yardstick has one control, at the strength of the student's."""
+    if student is named or not named.controls:
+        return asked
+    own = asked.strengths.get(named.controls[0].model, 1.0)
+    return asked.model_copy(update={"strengths": {student.controls[0].model: own}})
+
+
+def _read(text: str, student: Student, limits: Limits) -> Tensor:
+    """The picture in a request, uint8 [3, H, W] of the model's size."""
+    try:
+        content = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError("image: it is not base64; send a picture file in base64, with or without data:...") from None
+    return read_picture(io.BytesIO(content), "image", len(content), student.model.size, limits.pixels)
+
+
+def _pixels(pixels: bytes, student: Student) -> Tensor | None:
+    """The pixels of a live message, RGB, as uint8 [3, H, W]; None where there are none."""
+    if not pixels:
+        return None
+    height, width = height_width(student.model.size)
+    if len(pixels) != height * width * 3:
+        raise UsageError(f"a drawing must have {height} x {width} pixels of 3 bytes, got {len(pixels)} bytes")
+    return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(height, width, 3).transpose(2, 0, 1).copy())
+
+
+def _message(id: int, drawn: Drawn) -> bytes:
+    head = {"id": id, "maps": [name for name, _ in drawn.maps], "n": len(drawn.images),
+            "height": drawn.images.shape[2], "width": drawn.images.shape[3], "milliseconds": 1000 * drawn.seconds,
+            "steps": drawn.steps, "notes": drawn.notes}
+    pictures = torch.stack([*(image for _, image in drawn.maps), *drawn.images])
+    return packed(head, pictures.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+
+def _png(image: Tensor) -> str:
+    content = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,59 @@
+"""The flags of `jdm app`. Only the standard library is imported, as for all help."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from jdm.cli.parser import _positive, _trust_flag
+
+
+def app_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `jdm app`."""
+    _trust_flag(parser)
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="models to draw with, the first shown at the "
+                        "start: shipped names, folders or Hugging Face ids; those of one UNet can be combined "
+                        "(default: the students that ship)")
+    parser.add_argument("--also", action="append", default=[], metavar="MODEL", help="another ControlNet for the UNet "
+                        "of every MODEL, with a strength of its own on the page; repeatable")
+    parser.add_argument("--control", help="control of every MODEL whose card names none, such as canny or "
+                        "my_controls.py:Posterize")
+    parser.add_argument("--compare", metavar="MODEL", help="slow model that the compare button draws with (default: "
+                        "the multi-step model among MODEL and the shipped ones with the same control and autoencoder)")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
+                        "%(default)s)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads to compute with, at least 1 (default: one fewer "
+                        "than there are cores, which leaves the browser one)")
+    where = parser.add_argument_group("where it is served")
+    where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
+                       "needs a token, and one is made if none is given (default: %(default)s)")
+    where.add_argument("--port", type=_port, default=7860, help="port to listen on, in [0, 65535]; 0 takes a free "
+                       "one (default: %(default)s)")
+    where.add_argument("--token", type=_token, help="secret that every request to the API must carry, of letters, "
+                       "digits, - and _, at least 8")
+    where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
+    bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
+    bounds.add_argument("--max-bytes", type=_positive, default=8_000_000, help="bytes of a request, and of a "
+                        "picture file on the page (default: %(default)s)")
+    bounds.add_argument("--max-pixels", type=_positive, default=16_000_000, help="pixels of a picture "
+                        "before it is made smaller (default: %(default)s)")
+    bounds.add_argument("--max-pictures", type=_positive, default=16, help="pictures of one request "
+                        "(default: %(default)s)")
+    bounds.add_argument("--max-waiting", type=_positive, default=8, help="requests that wait for their turn; more "
+                        "are told when to try again (default: %(default)s)")
+    bounds.add_argument("--max-pages", type=_positive, default=16, help="pages that draw at the same time "
+                        "(default: %(default)s)")
+    bounds.add_argument("--max-seconds", type=_positive, default=60, help="seconds of one request, waiting "
+                        "included (default: %(default)s)")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 65535], got {text[:40]!r}")
+    return int(text)
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{8,200}", text):
+        raise argparse.ArgumentTypeError("must be 8 to 200 letters, digits, - and _")
+    return text

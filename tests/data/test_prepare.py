@@ -136,7 +136,7 @@ def test_prepared_parts_equal_loading_and_encoding(ready, teacher, monkeypatch):
     loaded = load_pictures(run.data.source, "train", 32)
     read, rows = pictures_of(cached(run, folder), loaded), torch.tensor([25, 0, 3])
     wanted, whole = loaded.batch(rows), loaded.batch(torch.arange(26))
-    monkeypatch.setattr("jdm.data.sources.load_picture", None)
+    monkeypatch.setattr("jdm.data.folder.load_picture", None)
     assert torch.equal(read.batch(rows), wanted)
     assert (loaded.slow, read.slow) == (True, False)  # nothing is left to decode
     assert wanted.unique().numel() > 200
@@ -388,7 +388,7 @@ def test_the_command_prints_parts_and_the_next_command(teacher, tmp_path, capsys
     assert main(["prepare", "nano-posterior", *flags, "--out", folder]) == 0
     *parts, command = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in parts] == ["latents", "pictures", "text", "in"]
-    assert parts[1].split()[1:] == [f"{8 * 3 * 32 * 32 + 128:,}", "bytes"]
+    assert parts[1].split()[1:] == [f"{8 * 3 * 32 * 32 + 128 + len(json.dumps({})) + 1:,}", "bytes"]
     assert command.startswith("jdm train nano-posterior --model ")
     assert command.endswith(f" --data.prepared {folder}")
     assert main(["train", "nano-posterior", *flags, "--data.prepared", folder, "--out", str(tmp_path / "run")]) == 0

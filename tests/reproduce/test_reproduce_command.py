@@ -88,7 +88,7 @@ def test_a_failed_cell_exits_3_with_a_page(tiny_setup, tmp_path, monkeypatch, ca
     flags = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page"), "--quick", "--n", "8"]
     assert main(["reproduce", "table3", "--cells", "base", *flags]) == 3
     said = capsys.readouterr()
-    assert "jdm: 1 cells failed, the first with: n must be in 2..4" in said.err
+    assert "jdm: 1 cell failed, the first with: n must be in 2..4" in said.err
     assert "| base: the full teacher, 25 steps                       | failed " in said.out
     assert "n must be in 2..4" in next((tmp_path / "page").glob("*.md")).read_text()
 

@@ -247,8 +247,8 @@ def test_shares_have_the_wholes_rows_and_noise(turns):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"shard": 2}, "--shard 2 does not divide 1 processes"),
-    ({"accumulate": 3}, "a batch of 4 does not divide into 1 processes times 3 accumulated parts")])
+    ({"shard": 2}, "--shard 2 does not divide 1 process;"),
+    ({"accumulate": 3}, "a batch of 4 does not divide into 1 process times 3 accumulated parts")])
 def test_an_uneven_batch_or_sharding_is_refused(tmp_path, teacher, changes, message):
     with pytest.raises(UsageError, match=message):
         Trainer(tiny.run(nano_canny(), tmp_path, teacher, **changes))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.training.loop import Trainer, _step
 from jdm.training.optimiser import adamw
@@ -38,10 +39,11 @@ class Toy:
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr("jdm.training.loop.record", lambda run: None)
+    monkeypatch.setattr("jdm.training.loop.record", lambda *_: None)
 
     def made(steps=4, **phase) -> Trainer:
-        return Trainer(Run(Toy(**phase), Path(tmp_path), steps=steps, batch=3, ema=0.5, save_every=100, probe_every=2))
+        return Trainer(Run(Toy(**phase), Path(tmp_path), data=tiny.DATA, steps=steps, batch=3, ema=0.5, save_every=100,
+                           probe_every=2))
 
     return made
 

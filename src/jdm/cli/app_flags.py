@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 
-from jdm.cli.parser import _positive, _trust_flag
+from jdm.cli.parser import trust_flag
+from jdm.cli.values import positive
 
 
 def app_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `jdm app`."""
-    _trust_flag(parser)
+    trust_flag(parser)
     parser.add_argument("models", metavar="MODEL", nargs="*", help="models to draw with, the first shown at the "
                         "start: shipped names, folders or Hugging Face ids; those of one UNet can be combined "
                         "(default: the students that ship)")
@@ -22,7 +23,7 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "the multi-step model among MODEL and the shipped ones with the same control and autoencoder)")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
                         "%(default)s)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads to compute with, at least 1 (default: one fewer "
+    parser.add_argument("--threads", type=positive, help="CPU threads to compute with, at least 1 (default: one fewer "
                         "than there are cores, which leaves the browser one)")
     where = parser.add_argument_group("where it is served")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
@@ -33,17 +34,17 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                        "digits, - and _, at least 8")
     where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
     bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
-    bounds.add_argument("--max-bytes", type=_positive, default=8_000_000, help="bytes of a request, and of a "
+    bounds.add_argument("--max-bytes", type=positive, default=8_000_000, help="bytes of a request, and of a "
                         "picture file on the page (default: %(default)s)")
-    bounds.add_argument("--max-pixels", type=_positive, default=16_000_000, help="pixels of a picture "
+    bounds.add_argument("--max-pixels", type=positive, default=16_000_000, help="pixels of a picture "
                         "before it is made smaller (default: %(default)s)")
-    bounds.add_argument("--max-pictures", type=_positive, default=16, help="pictures of one request "
+    bounds.add_argument("--max-pictures", type=positive, default=16, help="pictures of one request "
                         "(default: %(default)s)")
-    bounds.add_argument("--max-waiting", type=_positive, default=8, help="requests that wait for their turn; more "
+    bounds.add_argument("--max-waiting", type=positive, default=8, help="requests that wait for their turn; more "
                         "are told when to try again (default: %(default)s)")
-    bounds.add_argument("--max-pages", type=_positive, default=16, help="pages that draw at the same time "
+    bounds.add_argument("--max-pages", type=positive, default=16, help="pages that draw at the same time "
                         "(default: %(default)s)")
-    bounds.add_argument("--max-seconds", type=_positive, default=60, help="seconds of one request, waiting "
+    bounds.add_argument("--max-seconds", type=positive, default=60, help="seconds of one request, waiting "
                         "included (default: %(default)s)")
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from jdm.cli.parser import RECIPE_COMMANDS, Among, Parser, parsers
+from jdm.cli.parser import RECIPE_COMMANDS, Parser, parsers
 from jdm.cli.run_flags import flags_of
+from jdm.cli.values import Among
 from jdm.library import SHIPPED
 from jdm.ranges import hints_of
 from jdm.recipes import all_recipes

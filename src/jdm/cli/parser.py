@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from jdm import __version__, trust
 from jdm.cli import streams
+from jdm.cli.values import Among, factor, hint, positive, seed, share, side, text
 from jdm.errors import TeacherWarning, UsageError
 
 # Read by third parties when they are imported, so set before any of them is.
@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         name = arguments[0]
         if name not in commands:
-            raise UsageError(f"there is no command {name!r}; {_hint(name, commands)}see: jdm --help")
+            raise UsageError(f"there is no command {name!r}; {hint(name, commands)}see: jdm --help")
         trust.start(arguments[1:])
         if trust.FLAG in commands[name].flags():  # wherever it stands: a recipe's flags are not read here
             arguments = [argument for argument in arguments if argument != trust.FLAG]
@@ -105,17 +105,7 @@ def refuse_unknown(arguments: Iterable[str], known: Sequence[str], prog: str) ->
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and len(flag) > 2 and flag not in known:
-            raise UsageError(f"there is no flag {flag}; {_hint(flag, known)}see: {prog} --help")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    tails: dict[str, str] = {}
-    for name in known:
-        tails.setdefault(name.split(".")[-1].lstrip("-"), name)
-        tails.setdefault(name, name)
-    near = difflib.get_close_matches(word, tails, n=1) or difflib.get_close_matches(
-        word.lstrip("-").split(".")[-1], tails, n=1)
-    return f"did you mean {tails[near[0]]}? " if near else ""
+            raise UsageError(f"there is no flag {flag}; {hint(flag, known)}see: {prog} --help")
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,13 +164,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, made
 
 
-def _trust_flag(parser: argparse.ArgumentParser) -> None:
+def trust_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(trust.FLAG, action="store_true", help="run code that a model's jdm.json or a run.json names, "
                         "after showing where it is; code that you name yourself needs no such flag")
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _trust_flag(parser)
+    trust_flag(parser)
     parser.add_argument("recipe", metavar="RECIPE|FILE.py|run.json", help="name of a recipe (see: jdm recipes), a file "
                         "of your own with a function recipe(), or the record that a run left")
     rest = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE",
@@ -216,14 +206,14 @@ def _model_flag(parser: argparse.ArgumentParser) -> None:
 
 def _sampler_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `jdm sample` and `jdm evaluate` share."""
-    _trust_flag(parser)
+    trust_flag(parser)
     parser.add_argument("--control", help="control to measure, such as canny or my_controls.py:Posterize (default: "
                         "the one the model was trained with)")
-    parser.add_argument("--seed", type=_seed, default=0,
+    parser.add_argument("--seed", type=seed, default=0,
                         help="seed of the starting noise, a whole number below 2^40 (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive,
+    parser.add_argument("--steps", type=positive,
                         help="sampling steps, at least 1 (default: a student's own, 50 for other models)")
-    parser.add_argument("--guidance", type=_factor, help="classifier-free guidance scale of a multi-step model, in "
+    parser.add_argument("--guidance", type=factor, help="classifier-free guidance scale of a multi-step model, in "
                         "[0, 100]; 1 turns guidance off (default: the model's own, or 2)")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
                         "%(default)s)")
@@ -231,20 +221,20 @@ def _sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 def _sample_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
-    parser.add_argument("--prompt", required=True, type=_text, help="text to draw pictures for")
+    parser.add_argument("--prompt", required=True, type=text, help="text to draw pictures for")
     parser.add_argument("--image", metavar="FILE", help="picture to measure the control on, of any format and size")
     parser.add_argument("--control-map", metavar="FILE", help="ready control map to use instead of --image; as large "
                         "as the pictures the model draws")
     parser.add_argument("--also", action="append", default=[], metavar="MODEL", help="another ControlNet for the same "
                         "UNet, with its control measured on the same picture; repeatable")
-    parser.add_argument("--strength", action="append", type=_factor, default=[], help="factor on each control in "
+    parser.add_argument("--strength", action="append", type=factor, default=[], help="factor on each control in "
                         "turn, the model's own first, in [0, 100]; 0 ignores a control; repeatable (default: 1)")
-    parser.add_argument("--n", type=_positive, default=4, help="number of pictures to draw (default: %(default)s)")
-    parser.add_argument("--to-seed", type=_seed, default=0, help="seed whose noise is blended into that of --seed, a "
+    parser.add_argument("--n", type=positive, default=4, help="number of pictures to draw (default: %(default)s)")
+    parser.add_argument("--to-seed", type=seed, default=0, help="seed whose noise is blended into that of --seed, a "
                         "whole number below 2^40 (default: %(default)s)")
-    parser.add_argument("--blend", type=_share, default=0.0, help="way from the noise of --seed to that of --to-seed, "
+    parser.add_argument("--blend", type=share, default=0.0, help="way from the noise of --seed to that of --to-seed, "
                         "in [0, 1] (default: %(default)s)")
-    parser.add_argument("--size", type=_side, nargs="+", metavar="PIXELS", help="side of a square, or height and "
+    parser.add_argument("--size", type=side, nargs="+", metavar="PIXELS", help="side of a square, or height and "
                         "width, in pixels, in [1, 4096] (default: the size the model was trained at)")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
                         "and grid.png to (default: %(default)s)")
@@ -259,7 +249,7 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
-    parser.add_argument("--n", type=_positive, default=1000, help="number of pictures to measure; with --prompts, "
+    parser.add_argument("--n", type=positive, default=1000, help="number of pictures to measure; with --prompts, "
                         "number of each style (default: %(default)s)")
     parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, emoji, a "
                         "folder of captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
@@ -289,14 +279,14 @@ def _completion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    _trust_flag(parser)
+    trust_flag(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run, finished or not, or of a model")
     parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
     parser.add_argument("--format", type=Among(FORMATS), default="diffusers",
                         help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
                              "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
                              "base, in both layouts (default: %(default)s)")
-    parser.add_argument("--rank", type=_positive, help="rank of the LoRA, at least 1 (default: 64)")
+    parser.add_argument("--rank", type=positive, help="rank of the LoRA, at least 1 (default: 64)")
     parser.add_argument("--base", metavar="MODEL", help="model the LoRA is applied to (default: the run's teacher)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
                         help="number format of the weights on disk (default: %(default)s)")
@@ -307,12 +297,12 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", type=Among(REPRODUCED),
                         help=f"table or figure to reproduce: {', '.join(REPRODUCED)}")
-    parser.add_argument("--seeds", type=_positive, default=1, help="number of training seeds: 0, 1, ... (default: "
+    parser.add_argument("--seeds", type=positive, default=1, help="number of training seeds: 0, 1, ... (default: "
                         "%(default)s)")
     parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
                         "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
-    parser.add_argument("--n", type=_positive, help="number of pictures per cell (default: 5000, 1000 for figures)")
-    parser.add_argument("--steps", type=_positive, help="steps of every training run (default: each recipe's own)")
+    parser.add_argument("--n", type=positive, help="number of pictures per cell (default: 5000, 1000 for figures)")
+    parser.add_argument("--steps", type=positive, help="steps of every training run (default: each recipe's own)")
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="folder for models and measured "
                         "cells, reused by later calls (default: %(default)s)")
     parser.add_argument("--page", default="docs/results", metavar="FOLDER",
@@ -340,71 +330,16 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=Among(DATA_SETS), help="data set to make: emoji")
     parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; data/emoji is "
                         "where the emoji recipes look. Packages are kept in its folder packages")
-    parser.add_argument("--size", type=_positive, default=64, help="side of the pictures in pixels (default: "
+    parser.add_argument("--size", type=positive, default=64, help="side of the pictures in pixels (default: "
                         "%(default)s)")
-    parser.add_argument("--drawings", type=_positive, default=4, help="drawings of each training picture: one as it "
+    parser.add_argument("--drawings", type=positive, default=4, help="drawings of each training picture: one as it "
                         "is, the others shifted, turned, smaller or mirrored (default: %(default)s)")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="folder to write report.html, "
                         "metrics.json, grid.png and the trained student to (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, default=300, help="training steps of the fresh student, at least 1 "
+    parser.add_argument("--steps", type=positive, default=300, help="training steps of the fresh student, at least 1 "
                         "(default: %(default)s)")
-    parser.add_argument("--n", type=_positive, default=500, help="number of pictures per measurement (default: "
+    parser.add_argument("--n", type=positive, default=500, help="number of pictures per measurement (default: "
                         "%(default)s)")
-
-
-class Among:
-    """An argparse type that accepts these names and suggests the nearest to any other."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = names
-
-    def __call__(self, text: str) -> str:
-        if text in self.names:
-            return text
-        raise argparse.ArgumentTypeError(f"there is no {text!r}; {_hint(text, self.names) or ', '.join(self.names)}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 15 or int(text) < 1:
-        most = " and below 10^15" * (len(text) > 15)
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1{most}, got {text[:40]!r}")
-    return int(text)
-
-
-def _side(text: str) -> int:
-    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [1, 4096], got {text[:40]!r}")
-    return int(text)
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 100:  # so that NaN is refused
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 100], got {text[:40]!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    if not (value := _factor(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text[:40]!r}")
-    return value
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"must be text in UTF-8, got {ascii(text)[:60]}") from None
-    return text
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
-        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
-    return int(text)

@@ -95,7 +95,7 @@ def _loaded(name: str, split: str) -> Any:
     """
     from datasets import load_dataset
 
-    wanted = split
+    wanted, why = split, hub.unfetched(name)  # asked first: what is not there is then not tried again and again
     while True:
         try:
             return load_dataset(name, split=wanted)
@@ -107,7 +107,6 @@ def _loaded(name: str, split: str) -> Any:
             if other and other[0] != wanted:
                 wanted = other[0]
                 continue
-            why = hub.unfetched(name)
             raise UsageError(f"{name!r} is neither fashion-mnist, a folder, nor a dataset that could be loaded "
                              f"({in_short(error)}); {why or 'check its name, or log in with: hf auth login'}") from None
 

@@ -61,13 +61,15 @@ def unicode_of(raw: bytes, where: str, encoding: str = "") -> str:
 def captions_of(value: Any, where: str) -> tuple[str, ...]:
     """The captions in a cell: one text, a list of texts, or a list that is written as text; none if it is missing.
 
+    A caption that a list holds twice is drawn twice as often.
+
     Raises:
         UsageError: it is neither text nor a list, or says nan, none or null.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ()
     if isinstance(value, list | tuple):
-        return tuple(dict.fromkeys(caption for one in value for caption in captions_of(one, where)))
+        return tuple(caption for one in value for caption in captions_of(one, where))
     if not isinstance(value, str):
         raise UsageError(f"{where}: a caption must be text or a list of texts, got {str(value)[:40]}; name the column "
                          "with the captions: --data.captions NAME")

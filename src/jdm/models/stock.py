@@ -132,7 +132,9 @@ class StockModel:
 
     def _settle(self) -> None:
         for part in self.modules().values():
-            part.float().eval().requires_grad_(False)
+            if any(p.is_floating_point() and p.dtype != torch.float32 for p in part.state_dict().values()):
+                part.float()
+            part.eval().requires_grad_(False)
 
     @staticmethod
     def _named(entry: Any) -> str | None:

@@ -19,6 +19,7 @@ from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation import html as report
+from jdm.evaluation.chart import chart
 from jdm.evaluation.evaluate import evaluate, noise_diversity
 from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import Reference, references
@@ -312,7 +313,7 @@ def test_a_generators_pictures_depend_on_the_seed(student):
 
 def test_a_report_is_self_contained_and_escaped():
     text = report.page("A <b>", report.picture(Image.new("RGB", (4, 4)), "p"), report.table(["x"], [["<1>"]]),
-                       report.curve("loss", [(0, 1.0), (5, 0.5)]))
+                       chart("loss", {"a": [(0, 1.0), (5, 0.5)]}, "nats"))
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "A &lt;b&gt;" in text
     assert "&lt;1&gt;" in text

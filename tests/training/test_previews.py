@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import tiny
 from jdm.controls import Canny
@@ -20,6 +21,7 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import find
 from jdm.run import Shown
 from jdm.space import to_bytes
+from jdm.training import checkpoint
 from jdm.training.loop import Trainer, train
 from jdm.training.previews import FRAMES, MARGIN, about, film, kept, sheet
 
@@ -54,6 +56,9 @@ def test_previews_leave_every_number_as_it_was(name, teacher, tmp_path):
     torch.rand(1)  # whatever the random state was before
     train(shown)
     assert log(plain) == log(shown)
+    ends = [load_file(checkpoint.last(run.out) / checkpoint.WHOLE) for run in (plain, shown)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     assert not (plain.out / "previews").exists()
     assert list(kept(shown.out)) == [0, 2, 4]
 

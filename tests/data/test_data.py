@@ -13,7 +13,6 @@ from jdm.errors import UsageError
 from jdm.run import Data
 from photos import captions_of, folder_of
 
-
 # Packaged
 
 
@@ -196,7 +195,7 @@ def test_splits_that_a_set_lacks_are_held_out(splits, sizes, monkeypatch):
     found = [load_pictures("someone/things", split, 16) for split in ("train", "validation", "test")]
     assert tuple(map(len, found)) == sizes
     if splits == ("train",):
-        assert sorted(sum((captions_of(part) for part in found), [])) == sorted(f"text {i}" for i in range(30))
+        assert sorted(caption for part in found for caption in captions_of(part)) == sorted(f"text {i}" for i in range(30))
         assert "no validation split: 3 of its 30" in " ".join(found[0].report.lines())
 
 

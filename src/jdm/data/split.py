@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jdm.space import Space
 
 Stamp = tuple[str, int, int | str]
+SPARED = 8  # of fewer pictures none is held out
 HELD_OUT_OF = 20  # one picture of so many is for validation, and one for the test, where the source has no such split
 
 
@@ -153,13 +154,13 @@ def fingerprint(pictures: Pictures, count: int = 1000) -> str:
 def share_of(n: int, absent: Sequence[str], report: Report) -> list[str]:
     """The split of each of n training pictures: those that are absent from the source are held out of them.
 
-    Of fewer than 20 pictures none is held out.
+    Of fewer than 8 pictures none is held out.
     """
     held = {0: "validation", 1: "test"}
     if not absent:
         return ["train"] * n
-    if n < HELD_OUT_OF:
-        report.note(f"of fewer than {HELD_OUT_OF} pictures none is held out: all {n} train, and there are no "
+    if n < SPARED:
+        report.note(f"of fewer than {SPARED} pictures none is held out: all {n} train, and there are no "
                     f"{' or '.join(absent)} pictures to measure on")
         return ["train"] * n
     shares = [part if (part := held.get(i % HELD_OUT_OF)) in absent else "train" for i in range(n)]

@@ -31,7 +31,7 @@ from jdm.training.memory import out_of_memory
 from jdm.training.monitors import Monitors
 from jdm.training.optimiser import adamw
 from jdm.training.previews import refuse_unseen
-from jdm.training.record import Log, record, record_unreadable, refuse_another
+from jdm.training.record import Log, Skipped, record, refuse_another
 from jdm.training.trackers import refuse_missing
 from jdm.training.watching import Watching
 
@@ -64,10 +64,8 @@ class Trainer:
         if self.start > run.steps:
             raise UsageError(f"{place} is past {plural(run.steps, 'step')} already; raise --steps or choose "
                              "another --out")
-        self.pictures, self.skipped = loaded.pictures, 0
-        distributed.by_first(lambda: record(run, self.pictures, self.start, loaded.preprocessor))
-        if distributed.first():
-            say(loaded.found())
+        distributed.by_first(lambda: record(run, loaded.pictures, self.start, loaded.preprocessor))
+        self.skipped = Skipped(run, loaded)
         self.log = Log(run.out / "metrics.jsonl", self.start)
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
@@ -92,23 +90,12 @@ class Trainer:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
             for warning in self.monitors.note(logs, done):
                 self.warn(warning)
-        self._report_unreadable(done)
+        self.skipped.note(done)
         last = done == run.steps or self.best.ended
         self.watching.show(done, last, self.averaged)
         if done % run.save_every == 0 or last:
             self.save(done)
         return logs
-
-    def _report_unreadable(self, done: int) -> None:
-        """Names the pictures that this step, and reading ahead of it, found to be unreadable."""
-        found = list(self.pictures.unread.found.values())
-        if len(found) == self.skipped:
-            return
-        say([f"step {done}: {why}; another picture takes its place ({n:,} of {len(self.pictures):,} so far)"
-             for n, why in enumerate(found[self.skipped :], self.skipped + 1)])
-        self.skipped = len(found)
-        if distributed.first():
-            record_unreadable(self.run, self.pictures)
 
     def save(self, done: int) -> Path:
         """Writes the checkpoint after `done` steps, unless it was before.
@@ -210,12 +197,6 @@ class Trainer:
             f"phase {phase.name} gave {what} not finite at step {step}; last good checkpoint: "
             f"{checkpoint.last(self.run.out) or 'none yet'}; lower its learning rate "
             f"({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
-
-
-def say(lines: Sequence[str]) -> None:
-    """Prints what a person should know of the pictures, on standard error."""
-    for line in lines:
-        print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 def train(run: Run, progress: Callable[[int, dict], None] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jdm.data.cache import facts, sha256
 from jdm.data.sources import Pictures, fingerprint
 from jdm.errors import UsageError
 from jdm.files import read_json, read_lines, write
+from jdm.loading import Loaded
 from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
 from jdm.training.trackers import Tracker
@@ -77,11 +79,30 @@ def record(run: Run, pictures: Pictures, step: int, preprocessor: dict | None) -
     write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
 
 
-def record_unreadable(run: Run, pictures: Pictures) -> None:
-    """Brings run.json's list of pictures that could not be read up to date."""
-    whole = read_json(run.out / "run.json", Record, GIVE_UP)
-    whole["unreadable"] = sorted(pictures.unread.found.values())
-    write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+class Skipped:
+    """Says what was found of a run's pictures, once, and which of them a step found to be unreadable."""
+
+    def __init__(self, run: Run, loaded: Loaded):
+        self.run, self.pictures, self.known = run, loaded.pictures, 0
+        if distributed.first():
+            _say(loaded.found())
+
+    def note(self, done: int) -> None:
+        """Names what this step, and reading ahead of it, could not read, and adds it to run.json."""
+        found = list(self.pictures.unread.found.values())
+        if len(found) == self.known:
+            return
+        _say([f"step {done}: {why}; another picture takes its place ({n:,} of {len(self.pictures):,} so far)"
+              for n, why in enumerate(found[self.known :], self.known + 1)])
+        self.known = len(found)
+        if distributed.first():
+            whole = read_json(self.run.out / "run.json", Record, GIVE_UP) | {"unreadable": found}
+            write(self.run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 class Log:

@@ -221,7 +221,8 @@ def test_of_few_pictures_none_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(("place", "how"), [
-    ("conditioning_images/{}.png", "conditioning_images"), ("{}_mask.png", "*_mask.png"), ("maps/{}.png", "maps/*.png")])
+    ("conditioning_images/{}.png", "conditioning_images"), ("{}_mask.png", "*_mask.png"),
+    ("maps/{}.png", "maps/*.png")])
 def test_maps_beside_pictures_are_read(place, how, tmp_path):
     for i in range(3):
         picture(tmp_path / f"{i}.jpg", 50)

@@ -112,11 +112,8 @@ class Student:
         notes = []
         if image is not None and bool((image == image[:, :1, :1]).all()):
             notes.append("The drawing is empty, so it says nothing: the picture follows the prompt alone.")
-        for _, tokenizer in self.model.text().networks:
-            found, most = len(tokenizer(asked.prompt, verbose=False).input_ids), tokenizer.model_max_length
-            if found > most:
-                notes.append(f"The prompt is long: of its {found} tokens the model reads the first {most}.")
-                break
+        if cut := self.model.text().overlong([asked.prompt]):
+            notes.append(f"The prompt is long: the model does not read {cut[asked.prompt][:100]!r}, its end.")
         return notes
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 
 from jdm.cli.parser import trust_flag
-from jdm.cli.values import positive
+from jdm.cli.values import port, positive, token
 
 
 def app_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +27,9 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where it is served")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
                        "needs a token, and one is made if none is given (default: %(default)s)")
-    where.add_argument("--port", type=_port, default=7860, help="port to listen on, in [0, 65535]; 0 takes a free "
+    where.add_argument("--port", type=port, default=7860, help="port to listen on, in [0, 65535]; 0 takes a free "
                        "one (default: %(default)s)")
-    where.add_argument("--token", type=_token, help="secret that every request to the API must carry, of letters, "
+    where.add_argument("--token", type=token, help="secret that every request to the API must carry, of letters, "
                        "digits, - and _, at least 8")
     where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
     bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
@@ -46,15 +45,3 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "(default: %(default)s)")
     bounds.add_argument("--max-seconds", type=positive, default=60, help="seconds of one request, waiting "
                         "included (default: %(default)s)")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 65535], got {text[:40]!r}")
-    return int(text)
-
-
-def _token(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{8,200}", text):
-        raise argparse.ArgumentTypeError("must be 8 to 200 letters, digits, - and _")
-    return text

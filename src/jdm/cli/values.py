@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -71,3 +72,15 @@ def seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
     return int(text)
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 65535], got {text[:40]!r}")
+    return int(text)
+
+
+def token(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{8,200}", text):
+        raise argparse.ArgumentTypeError("must be 8 to 200 letters, digits, - and _")
+    return text

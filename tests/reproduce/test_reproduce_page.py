@@ -13,10 +13,11 @@ from jdm.files import fitted
 from jdm.recipes import entries
 from jdm.reproduce import setups
 from jdm.reproduce.figures import LABEL, sheet
+from jdm.reproduce.form import specs
 from jdm.reproduce.models import Trained, differing, essence, replaced, settled
 from jdm.reproduce.page import ANCHORS, _course, _terms, aligned, markdown, number, pair
 from jdm.reproduce.results import Line, Page, Record, Result, Stage, Value, load_page, over, values_of
-from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, specs
+from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED
 from jdm.reproduce.verdicts import answers, headline
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

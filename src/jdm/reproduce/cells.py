@@ -25,6 +25,7 @@ from jdm.library import load_model
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
 from jdm.models.classifier import Classifier
+from jdm.reproduce.form import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 from jdm.reproduce.models import (
     Model,
     Spec,
@@ -40,7 +41,6 @@ from jdm.reproduce.models import (
 )
 from jdm.reproduce.results import AGAIN, Record, Tuning, load, load_page, save
 from jdm.reproduce.setups import Setup
-from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 
 ASKED = 0  # seed of the questions: the same prompts, controls and noise in every cell
 

@@ -65,11 +65,6 @@ class Trained:
     settings: tuple[tuple[str, Any], ...] = ()
     name: str = ""
 
-    @property
-    def full(self) -> str:
-        """The recipe's name and its own, under which its pace is known."""
-        return f"{self.recipe}-{self.name}" if self.name else self.recipe
-
 
 @dataclass(frozen=True)
 class Composed:
@@ -118,13 +113,14 @@ def settled(spec: Spec, setup: Setup, control: str, seed: int) -> Model:
     control = control if spec.control == COLUMN else spec.control
     specs: dict[str, Spec] = {"model": Given(), **dict(spec.needs)}
     needs = {path: settled(need, setup, control, seed) for path, need in specs.items()}
-    words = (setup.full_name(spec.recipe), spec.name, control, f"seed{seed}", f"{setup.steps}steps" if setup.steps else "")
+    words = (setup.full_name(spec.recipe), spec.name, control, f"seed{seed}",
+             f"{setup.steps}steps" if setup.steps else "")
     name = "-".join(filter(None, words))
     ships = setup.shipped.get((spec.recipe, control)) if seed == 0 and not spec.settings else None
     if ships and not (setup.out / name / "run.json").is_file():  # a run of one's own comes first
         return Model(ships, ships)
     return Model(name, str(setup.out / name / "model"), _run(spec, setup, control, seed, needs, name), needs,
-                 spec.full)
+                 spec.recipe)
 
 
 def _run(spec: Trained, setup: Setup, control: str, seed: int, needs: Mapping[str, Model], name: str) -> Run:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from jdm.reproduce.form import TEXT
 from jdm.reproduce.page import DIGITS, NAMES
 from jdm.reproduce.results import Answer, Page, Value
-from jdm.reproduce.tables import TEXT
 
 CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
 CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share

@@ -13,7 +13,7 @@ NAMES = {"fd": "distance", "fd_floor": "floor", "fd_efflite0": "FD-EffLite0", "f
          "prompt_agreement": "prompt agreement", "judge": "judge, nats", "judge_accuracy": "judge's accuracy",
          "hpsv2": "HPSv2.1 average", "hpsv2_anime": "animation", "hpsv2_concept_art": "concept art",
          "hpsv2_paintings": "painting", "hpsv2_photo": "photo", "aesthetic": "aesthetic", "clip": "CLIP",
-         "std": "std of pixels", "std_growth": "std(x), end / start", "std_x": "std(x)", "nfe": "NFE",
+         "std": "std of pixels", "std_growth": "std(x) end / start", "std_x": "std(x)", "nfe": "NFE",
          "seconds_per_image": "ms / picture"}
 DIGITS = {"fd_efflite0": 1, "fd_floor_efflite0": 1, "consistency": 4, "consistency_chance": 3,
           "consistency_same_prompt": 4, "consistency_blank": 3, "consistency_round_trip": 3, "prompt_agreement": 3,
@@ -190,7 +190,7 @@ def _terms(page: Page) -> str:
         "same prompt: against those of other pictures of that prompt, what reading the prompt and ignoring the control "
         "scores.": any("consistency" in m for m in measured),
         "Diversity: mean pairwise feature distance over z at fixed prompt and control.": "diversity" in first,
-        "std(x), end / start: of the student's training samples in model space, in the last part of the run over the "
+        "std(x) end / start: of the student's training samples in model space, in the last part of the run over the "
         "first; its error is over logged steps.": any("std_growth" in m for m in measured),
         "Judge: mean log-probability that a classifier which nothing was trained on gives the prompted class.":
             "judge" in page.measures,

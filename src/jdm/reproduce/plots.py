@@ -57,7 +57,7 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(s for s in (step / 5, step / 2, step, 2 * step) if span / s <= 6)
     first = floor(low / step)
     found = [step * first]
-    while found[-1] < high - 1e-9 * span:
+    while len(found) < 2 or found[-1] < high - 1e-9 * span:
         found.append(step * (first + len(found)))
     return found
 

@@ -32,6 +32,7 @@ from jdm.reproduce.cells import (
     stored,
 )
 from jdm.reproduce.figures import figure
+from jdm.reproduce.findings import findings
 from jdm.reproduce.form import Row, Table, specs
 from jdm.reproduce.models import Given, Model, Watch, finished, to_train
 from jdm.reproduce.page import aligned, markdown
@@ -119,7 +120,7 @@ def gathered(table: Table, setup: Setup, found: Sequence[Cell], seeds: int, comm
     page = Page(table.name, table.title, str(date.today()), __version__, commit(), platform.python_version(),
                 torch.__version__, platform.machine(), setup.name, setup.teacher, setup.source, setup.split, setup.n,
                 seeds, _file(table, setup), own, setup.measures.get(table.name, table.measures), command, rows)
-    return replace(page, headline=headline(page), answers=answers(page))
+    return replace(page, headline=headline(page), answers=(*answers(page), *findings(page)))
 
 
 def _file(table: Table, setup: Setup) -> str:

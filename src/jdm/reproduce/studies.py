@@ -31,8 +31,12 @@ PRINTED = (("schedule, Lumina-2.0 in 4 steps", "HPSv2.1", "HPSv3", "DPG"), ("cou
 def _student(steps: int, name: str, **settings: Any) -> Trained:
     """Decoupled DMD with settings changed; a double underscore stands for a dot."""
     changed = {"student__levels": LEVELS[steps], **settings}
-    return Trained("ddmd-4", control="", name=f"{name}-{steps}",
+    return Trained("ddmd-4", control="", name=name,
                    settings=tuple((k.replace("__", "."), v) for k, v in changed.items()))
+
+
+def _part(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def _variants(steps: int) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
@@ -60,8 +64,9 @@ def _variants(steps: int) -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
 
 def _rows(steps: int) -> Iterator[Row]:
     for key, title, default, settings in _variants(steps):
-        yield Row(f"{key}-{steps}", title, _student(steps, key, **settings), steps=steps,
-                  default=None if default else (), part=f"{steps} step{'s' * (steps > 1)}", said=SAID.get(f"{key}-{steps}", ""))
+        key = f"{key}-{steps}"
+        yield Row(key, title, _student(steps, key, **settings), steps=steps, default=None if default else (),
+                  part=_part(steps), said=SAID.get(key, ""))
 
 
 def _key(alpha: int) -> str:
@@ -88,8 +93,8 @@ DDMD = Table(
 
 def _controlled() -> Iterator[Row]:
     for steps, levels in LEVELS.items():
-        part, at = f"{steps} step{'s' * (steps > 1)}", ("student.levels", levels)
-        base = _student(steps, "decoupled-hybrid", matching__levels=RENOISING["decoupled-hybrid"][0],
+        part, at = _part(steps), ("student.levels", levels)
+        base = _student(steps, f"decoupled-hybrid-{steps}", matching__levels=RENOISING["decoupled-hybrid"][0],
                         augmentation__levels=RENOISING["decoupled-hybrid"][1])
         yield Row(f"coupled-{steps}", "JDM, coupled", Trained("canny", settings=(at,), name=f"coupled-{steps}"),
                   steps=steps, part=part)

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 
 from jdm.reproduce.form import TEXT
 from jdm.reproduce.page import DIGITS, NAMES
-from jdm.reproduce.results import Answer, Page, Value
+from jdm.reproduce.results import Answer, Line, Page, Value
 
 CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
 CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share
+FEW = 8  # steps of a student at most
 ERRORS = 2.0  # errors within which two numbers are not told apart
 # (name, key, which is best), of tables with controls and of text-to-image.
 OBEYING = (("consistency", "consistency", min), ("distance", "fd", min))
@@ -25,7 +26,9 @@ def headline(page: Page) -> str:
     if len(whole) < 2:
         columns = (max(columns, key=lambda column: len(_measured(page, (column,)))),)
         whole = _measured(page, columns)
-    rows = {line.row: line.title for line in page.rows if line.row in whole and (line.steps == 1 or not text)}
+    lines = [line for line in page.rows if line.row in whole and (not text or _student(line))]
+    few = text and any(line.steps > 1 for line in lines)
+    rows = {line.row: f"{line.title} in {line.part}" if few and line.part else line.title for line in lines}
     best = []
     for name, key, choose in TEXTUAL if text else OBEYING:
         if means := {row: value.mean for row in rows if (value := page.over(row, columns, key))}:
@@ -34,8 +37,16 @@ def headline(page: Page) -> str:
                         f"({means[row]:.{4 if key == 'consistency' else 3}f})")
     if not best:
         return "nothing measured yet"
+    if few:
+        return f"of {len(rows)} students: {', '.join(best)}"
     among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {', '.join(columns)}"
     return f"of {among}: {', '.join(best)}"
+
+
+def _student(line: Line) -> bool:
+    """It draws in a few steps, without guidance."""
+    records = [record for result in line.cells.values() for record in result.records]
+    return line.steps <= FEW and all(record.measured.get("guidance") is None for record in records)
 
 
 def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
@@ -66,7 +77,8 @@ class Difference:
     def said(self, key: str) -> str:
         ratio = "" if self.ratio is None else f"x {self.ratio:.2f}, "
         errors = "no error known" if self.errors is None else f"{self.errors:+.1f} errors"
-        return f"{NAMES[key].partition(',')[0]} {self.more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
+        more = self.more * (1e3 if key.startswith("seconds") else 1)
+        return f"{NAMES[key].partition(',')[0]} {more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,19 @@ def test_sd15_step_is_timed_against_the_chips_rate(tmp_path):
     assert ours["speed_ratio"] == pytest.approx(ours["samples_per_second"] / plain["samples_per_second"])
     assert ours["memory_ratio"] == pytest.approx(ours["memory"] / plain["memory"])
     assert f"{ours['mfu']:7.2%}" in done.stdout
+
+
+def test_choosing_page_is_of_the_results():
+    docs = BENCHMARKS.parent / "docs"
+    done = subprocess.run([sys.executable, BENCHMARKS / "choosing.py", "/dev/stdout"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (docs / "choosing.md").read_text()
+    assert done.stdout.removesuffix("/dev/stdout\n") == page
+    whole = json.loads((docs / "results" / "2026-11-20-table1.json").read_text())
+    for row in (row for row in whole["rows"] if row["row"] == "nct"):
+        for column, cell in row["cells"].items():
+            if cell["records"]:
+                value = cell["values"]["fd"]
+                (line,) = [line for line in page.splitlines() if line.startswith("| 1 ") and f"| {column} " in line
+                           and "| NCT " in line]
+                assert f"{value['mean']:.2f} ± {value['spread']:.2f}" in line

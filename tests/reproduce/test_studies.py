@@ -32,10 +32,10 @@ def runs(table, column, setup=NANO):
     return {key: run for key, run in found.items() if run is not None}
 
 
-def page(name="ddmd", columns=None, **rows):
+def page(of="ddmd", columns=None, **rows):
     lines = tuple(Line(key.replace("_", "-"), key, {next(iter(columns or {"text": "text"})): result})
                   for key, result in rows.items())
-    return Page(name, "", "", "", "", "", "", "", "nano", "nano-sd", "", "", 1, 1, "", columns or {"text": "text"}, (),
+    return Page(of, "", "", "", "", "", "", "", "nano", "nano-sd", "", "", 1, 1, "", columns or {"text": "text"}, (),
                 "", lines)
 
 
@@ -49,8 +49,8 @@ def result(course=(), **values):
 @pytest.mark.parametrize("table", [DDMD, CONTROL], ids=lambda t: t.name)
 def test_each_row_has_a_folder_of_its_own(table):
     for setup in (NANO, SD15):
-        found = [c.model for c in cells(table, setup) if c.model.run is not None]
-        assert len({model.name for model in found}) == len({str(model.run.method) for model in found}) == len(found)
+        found = {c.model.name: str(c.model.run.method) for c in cells(table, setup) if c.model.run is not None}
+        assert len(found) == len(set(found.values())) == sum(c.model.run is not None for c in cells(table, setup))
 
 
 def test_schedules_differ_in_levels_alone():

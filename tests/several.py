@@ -43,7 +43,8 @@ STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third st
 # A process's first optimiser step on a new mesh costs seconds (DTensor plans it), so actions of one mesh stay together.
 ALL = [
     (1, ["critic:1:gan", "gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
-    (2, ["critic:1:gan", "critic:2:gan", "gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
+    (2, ["critic:1:gan", "critic:2:gan",
+         "gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
          "trained:1:replicated", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
     (4, ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
@@ -53,7 +54,10 @@ RANKS = {"full": 0, "lora": 2, "gan": 0}
 
 
 def run_of(out: Path, teacher: Path, shard: int, ranks: str = "full", **changes) -> Run:
-    """JDM on the tiny teacher, or Decoupled DMD with a critic ("gan"), whose networks move from the first step on; it saves nothing by itself."""
+    """JDM on the tiny teacher, or Decoupled DMD with a critic ("gan"), whose networks move from the first step on.
+
+    It saves nothing by itself.
+    """
     recipe = nano_canny()
     if ranks == "gan":
         ddmd = find("nano-ddmd-4")()

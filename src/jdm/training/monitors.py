@@ -86,7 +86,8 @@ def _collapsed(m: Monitors) -> str:
     if now is None or now >= COLLAPSE * m.early("spread_x"):
         return ""
     return (f"the samples of a batch, of all its prompts, differ by {now:.3g}, early in the run by "
-            f"{m.early('spread_x'):.3g}: the student collapses and ignores z; lower its rate or the weight of terms that have one answer, or add an anchor")
+            f"{m.early('spread_x'):.3g}: the student collapses and ignores z; lower its rate or the weight of terms "
+            "that have one answer, or add an anchor")
 
 
 @dataclass(frozen=True)

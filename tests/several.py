@@ -5,7 +5,8 @@ python several.py OUT TEACHER forked:N ACTION...    the same in N processes, for
 python several.py OUT TEACHER all                   ALL; `scales` is GRADIENTS
 
 An action is KIND:SHARD[:NAME...]. `gradients` and `trained` compute in float64, where the order of a sum changes
-nothing that a bound of 1e-9 sees.
+nothing that a bound of 1e-9 sees; `critic`, gradients of a run whose term brings a module, computes in float32, as the
+teacher's features are.
 """
 
 import os
@@ -29,8 +30,9 @@ import tiny
 from jdm.cli.streams import failed
 from jdm.errors import RunError
 from jdm.loading import Loaded
-from jdm.methods.jdm import JDM
 from jdm.models.family import Denoiser
+from jdm.recipes import find
+from jdm.regularisers import Adversarial
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
 from jdm.training.loop import Trainer
@@ -40,8 +42,9 @@ STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third st
 # In turn, what one process, then two, then four, and then one again compute: one folder for each name.
 # A process's first optimiser step on a new mesh costs seconds (DTensor plans it), so actions of one mesh stay together.
 ALL = [
-    (1, ["gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
-    (2, ["gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
+    (1, ["critic:1:gan", "gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
+    (2, ["critic:1:gan", "critic:2:gan",
+         "gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
          "trained:1:replicated", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
     (4, ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
@@ -49,14 +52,21 @@ ALL = [
 GRADIENTS = [(1, ["gradients:1:full", "gradients:1:lora"]), (2, ["gradients:2:full", "gradients:2:lora"]),
              (4, ["gradients:4:full"])]
 IN_DOUBLE = ("gradients", "trained")
-RANKS = {"full": 0, "lora": 2}
+RANKS = {"full": 0, "lora": 2, "gan": 0}
 ZERO = (".lora_B.", "controlnet_", "pos_embed_input", "before_proj", "after_proj")  # zero at the start
 
 
 def run_of(out: Path, teacher: Path, shard: int, ranks: str = "full", **changes) -> Run:
-    """JDM on the tiny teacher, whose networks move from the first step on; it saves nothing by itself."""
-    run = tiny.run(nano_canny(), out, teacher, steps=100, shard=shard, **changes)
-    method: JDM = at_once(run.method)
+    """JDM on the tiny teacher, or Decoupled DMD with a critic ("gan"), whose networks move from the first step on.
+
+    It saves nothing by itself.
+    """
+    recipe = nano_canny()
+    if ranks == "gan":
+        ddmd = find("nano-ddmd-4")()
+        recipe = replace(ddmd, method=replace(ddmd.method, regulariser=Adversarial()))
+    run = tiny.run(recipe, out, teacher, steps=100, shard=shard, **changes)
+    method: Any = at_once(run.method)
     rank = RANKS[ranks]
     method = replace(method, student=replace(method.student, rank=rank), fake=replace(method.fake, rank=rank))
     return replace(run, method=method, save_every=100)
@@ -199,7 +209,7 @@ def main(out: Path, teacher: Path, actions: list[str]) -> None:
     kinds = {"trained": trained, "exported": exported, "judged": judged, "endless": endless}
     for action in actions:
         kind, shard, *more = action.split(":")
-        if kind == "gradients":
+        if kind in ("gradients", "critic"):
             gradients(out, teacher, int(shard), more[0], *map(int, more[1:]))
         else:
             kinds[kind](out, teacher, int(shard), *more)

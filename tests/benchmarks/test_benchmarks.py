@@ -38,3 +38,19 @@ def test_settings_of_openmp_are_timed_alone_and_busy(teacher, tmp_path):
         assert min(alone["seconds"], busy["seconds"]) > 0
         assert busy["others"] > 0, "the busy process takes a core"
         assert f"| {name} | {found['threads'][name]} | {alone['seconds']:.2f} [" in done.stdout
+
+
+def test_choosing_page_is_of_the_results():
+    docs = BENCHMARKS.parent / "docs"
+    done = subprocess.run([sys.executable, BENCHMARKS / "choosing.py", "/dev/stdout"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (docs / "choosing.md").read_text()
+    assert done.stdout.removesuffix("/dev/stdout\n") == page
+    whole = json.loads((docs / "results" / "2026-11-20-table1.json").read_text())
+    for row in (row for row in whole["rows"] if row["row"] == "nct"):
+        for column, cell in row["cells"].items():
+            if cell["records"]:
+                value = cell["values"]["fd"]
+                (line,) = [line for line in page.splitlines() if line.startswith("| 1 ") and f"| {column} " in line
+                           and "| NCT " in line]
+                assert f"{value['mean']:.2f} ± {value['spread']:.2f}" in line

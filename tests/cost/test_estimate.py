@@ -20,6 +20,7 @@ from jdm.models.folder import save_pipeline
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes
+from jdm.regularisers import Adversarial
 from jdm.training.loop import Trainer
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
@@ -96,6 +97,21 @@ def test_saved_activations_are_those_autograd_keeps(measured):
     found, _, _, saved = measured
     # 15%: the estimate counts what is alive, which has a step's inputs in it; autograd's hooks see what it saves.
     assert found.saved["generator"] == pytest.approx(saved, rel=0.15)
+
+
+def test_a_terms_module_is_counted(teacher, tmp_path):
+    ddmd = RECIPES["nano-ddmd-4"]()
+    with_critic = replace(ddmd, method=replace(ddmd.method, regulariser=Adversarial()))
+    run = tiny.run(with_critic, tmp_path, teacher)
+    found, plain = estimate(run), estimate(replace(run, method=ddmd.method))
+    trainer = Trainer(run)
+    heads = sum(p.nbytes for p in trainer.task.modules["regulariser"].parameters())
+    (phase,) = (p for p in trainer.task.phases if p.name == "regulariser")
+    assert found.gradients["regulariser"] == sum(p.nbytes for p in phase.parameters) == heads > 0
+    more = {key: sum(v for k, v in e.memory.items() if k.startswith("trained")) for key, e in
+            (("found", found), ("plain", plain))}
+    assert more["found"] - more["plain"] == heads
+    assert found.flops > plain.flops
 
 
 @pytest.mark.parametrize(("name", "unet", "text"), [

@@ -1,6 +1,7 @@
 """Compiled networks say what the others say, and are compiled once."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import tiny
 from jdm.models import execution
 from jdm.models.adapters import Adapter
 from jdm.models.stable_diffusion import UNetDenoiser
+from jdm.recipes import find
+from jdm.regularisers import Adversarial
 from jdm.run import Run
 from jdm.training import checkpoint
 from jdm.training.loop import Trainer
@@ -150,6 +153,23 @@ def test_compiled_phases_have_the_gradients_of_eager(tmp_path, teacher, ranks, c
     for name, module in trainer.task.modules.items():
         assert list(checkpoint.trained(module)) == list(checkpoint.trained(plain.task.modules[name]))
     assert names(trainer.export()) == names(plain.export())
+
+
+@pytest.mark.slow
+def test_a_compiled_critic_has_eager_gradients(tmp_path, teacher):
+    ddmd = find("nano-ddmd-4")()
+    run = tiny.run(replace(ddmd, method=replace(ddmd.method, regulariser=Adversarial())), tmp_path, teacher, steps=9)
+    found, expected = {}, {}
+    for compiled, kept in ((True, found), (False, expected)):
+        torch.manual_seed(1)
+        kept |= gradients(speaking(Trainer(replace(run, out=tmp_path / str(compiled), compile=compiled))))
+    assert list(expected) == ["fake", "regulariser", "generator"]
+    assert graphs() > 0
+    for name in expected:
+        assert sum(g.abs().sum() for g in expected[name] if g is not None) > 0, name
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

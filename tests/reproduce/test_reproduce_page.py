@@ -13,10 +13,11 @@ from jdm.files import fitted
 from jdm.recipes import entries
 from jdm.reproduce import setups
 from jdm.reproduce.figures import LABEL, sheet
+from jdm.reproduce.form import specs
 from jdm.reproduce.models import Trained, differing, essence, replaced, settled
 from jdm.reproduce.page import ANCHORS, against_yardstick, aligned, markdown, number, pair
 from jdm.reproduce.results import Page, Result, Value, load_page, over, values_of
-from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED, specs
+from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED
 from reproducing import cell, record, table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -76,6 +76,17 @@ def test_gradients_are_those_of_one_process(done, several):
         assert (a - b).norm() <= 1e-9 * b.norm(), phase
 
 
+@pytest.mark.parametrize("several", ["gan-2x1", "gan-2x2"])
+def test_a_terms_module_is_sharded_like_others(done, several):
+    """To 1e-4, in float32: the order of sums differs."""
+    ours, theirs = kept(done, f"gradients-{several}"), kept(done, "gradients-gan-1x1")
+    assert ours.keys() == theirs.keys()
+    for phase in ("fake", "regulariser", "generator"):
+        a, b = (torch.cat([v.flatten() for k, v in g.items() if k.startswith(phase)]) for g in (ours, theirs))
+        assert b.norm() > 0
+        assert (a - b).norm() <= 1e-4 * b.norm(), phase
+
+
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_several_processes_train_as_one(done, name):
     close(kept(done, name), kept(done, "whole"))

@@ -33,7 +33,8 @@ GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.g
 RECIPE_COMMANDS = ("train", "prepare", "estimate")  # whose flags are the recipe's fields
 SHELLS = ("bash", "zsh", "fish")  # of jdm.cli.completion
 DATA_SETS = ("emoji",)  # of jdm.data
-REPRODUCED, SCALES = ("table1", "table2", "table3", "fig1", "fig3", "fig6"), ("nano", "sd15")  # of jdm.reproduce
+REPRODUCED = ("table1", "table2", "table3", "fig1", "fig3", "fig6", "ddmd", "control")  # of jdm.reproduce
+SCALES = ("nano", "sd15")  # of jdm.reproduce
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,8 +302,10 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
                         "%(default)s)")
     parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
                         "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
-    parser.add_argument("--n", type=positive, help="number of pictures per cell (default: 5000, 1000 for figures)")
-    parser.add_argument("--steps", type=positive, help="steps of every training run (default: each recipe's own)")
+    parser.add_argument("--n", type=positive, help="number of pictures per cell (default: 5000, 1000 for figures, "
+                        "2000 for ddmd and control)")
+    parser.add_argument("--steps", type=positive, help="steps of every training run (default: each recipe's "
+                        "own; 500 for ddmd and control at scale nano)")
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="folder for models and measured "
                         "cells, reused by later calls (default: %(default)s)")
     parser.add_argument("--page", default="docs/results", metavar="FOLDER",

@@ -22,9 +22,10 @@ def command(asked: argparse.Namespace) -> int:
     table = TABLES[asked.table]
     own = SETUPS[asked.scale]
     setup = replace(own.on(asked.model, asked.source), guide=asked.guide or own.guide,
-                    scores=tuple(checks.names(asked.scores)) or own.scores, out=Path(asked.out), n=asked.n or table.n,
-                    steps=asked.steps, device=asked.device or own.device, quick=asked.quick,
-                    prompts=asked.prompts or "", known=tuple(asked.known))
+                    scores=tuple(checks.names(asked.scores)) or own.scores, out=Path(asked.out),
+                    device=asked.device or own.device, quick=asked.quick, prompts=asked.prompts or "",
+                    known=tuple(asked.known))
+    setup = setup.for_table(table.name, table.probes, asked.n or table.n, asked.steps)
     if asked.dry_run:
         print(sitting.listed(table, setup, asked.seeds, asked.cells))
         return 0

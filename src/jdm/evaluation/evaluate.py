@@ -188,11 +188,12 @@ def measured(
     if control is not None and questions.c is not None:
         row |= _consistency(pictures, questions, control, sampler)
     if questions.source == FASHION and questions.labels is not None:
-        row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+        agreed = prompt_agreement(judge(), pictures, questions.labels)
+        row |= {"prompt_agreement": agreed, "prompt_agreement_spread": (agreed * (1 - agreed) / len(pictures)) ** 0.5}
         row |= _judged(pictures, questions, questions.labels)
     differing = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
     row |= {"diversity": differing.mean, "diversity_spread": bootstrap(differing.per_group)[1]}
-    return row | {"nfe": sampler.nfe, "std": float(from_bytes(pictures).std())}
+    return row | {"nfe": sampler.nfe} | _std(pictures)
 
 
 def cost(sampler: Sampler, questions: Questions, control: Control | None, batches: tuple[int, ...] = (64, 1),
@@ -223,6 +224,17 @@ def noise_diversity(sampler: Sampler, questions: Questions, control: Control | N
         shown = control.image(part.c).repeat_interleave(draws, 0)
     features = extractor.features(sampler(z, y, shown, seed=part.seed + 1))
     return diversity(features.view(len(part), draws, -1))
+
+
+def _std(pictures: Tensor) -> dict[str, float]:
+    """std of the pixels in [-1, 1] over all pictures, with its bootstrap error."""
+    pixels = from_bytes(pictures).flatten(1).double()
+    means, squares = pixels.mean(1), pixels.square().mean(1)
+
+    def std(rows: Tensor) -> float:
+        return float((squares[rows].mean() - means[rows].mean() ** 2).clamp(min=0).sqrt())
+
+    return {"std": float(pixels.std()), "std_spread": bootstrap(std, len(pixels))[1]}
 
 
 @torch.no_grad()

@@ -25,10 +25,22 @@ from jdm.library import load_model
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
 from jdm.models.classifier import Classifier
-from jdm.reproduce.models import Model, Spec, Watch, course, finished, make, plan, settled, stages, weights
+from jdm.reproduce.form import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
+from jdm.reproduce.models import (
+    Model,
+    Spec,
+    Watch,
+    course,
+    finished,
+    growth,
+    make,
+    plan,
+    settled,
+    stages,
+    weights,
+)
 from jdm.reproduce.results import AGAIN, Record, Tuning, load, load_page, save
 from jdm.reproduce.setups import Setup
-from jdm.reproduce.tables import AMONG, TEXT, TUNED_ON, VALIDATION, Row, Table
 
 ASKED = 0  # seed of the questions: the same prompts, controls and noise in every cell
 
@@ -239,8 +251,8 @@ def fill(cell: Cell, setup: Setup, watch: Watch = lambda run: nullcontext()) -> 
     make(cell.model, watch)
     tuning = tuned(cell, setup) if cell.row.guidance == VALIDATION else None
     row = _measured(cell, setup, tuning.chosen if tuning else cell.row.guidance)  # type: ignore[arg-type]
-    file = place(cell, setup)
-    record = Record(cell.seed, weights(cell.model.path), row, tuning, tuple(stages(cell.model)), course(cell.model),
+    file, taken = place(cell, setup), course(cell.model)
+    record = Record(cell.seed, weights(cell.model.path), row | growth(taken), tuning, tuple(stages(cell.model)), taken,
                     file.name)
     save(file, record, **identity(cell, setup))
     _failure(cell, setup).unlink(missing_ok=True)
@@ -292,7 +304,7 @@ def tuned(cell: Cell, setup: Setup) -> Tuning:
 
 def measuring_seconds(cell: Cell, setup: Setup) -> float:
     """About how long the measurement takes on two CPU cores: of nano-sd, about 1 ms a picture and evaluation."""
-    nfe = 1 if cell.row.steps == 1 else cell.row.steps * (1 if cell.row.guidance == 1 else 2)
+    nfe = cell.row.steps * (1 if cell.row.guidance in (None, 1) else 2)
     made = setup.n + (128 if setup.quick else 512) + 4 * 64
     tuning = TUNED_ON * len(AMONG) * nfe if cell.row.guidance == VALIDATION else 0
     return 0.001 * (made * nfe + tuning) + (0 if setup.quick else 0.011 * setup.n) + 10

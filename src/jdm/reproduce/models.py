@@ -8,7 +8,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -27,6 +27,8 @@ from jdm.training import checkpoint
 from jdm.training.loop import train
 from jdm.training.record import measurements
 
+LOGGED = 5  # logged steps to a probe, where a table follows its runs' course
+WATCHED = ("reward", "std_x", "dm_over_ca", "cos_real_fake")  # logged values whose course is kept, beside the probes'
 COLUMN = "*"  # as Trained.control: the control of the table's column
 NEEDS = "needs.json"  # in a run's folder: the weights it was trained from
 # Fields that do not decide what is learnt.
@@ -53,12 +55,16 @@ class Trained:
         needs: (path, model): the model's folder becomes the field of that dotted path in the method, such as
             "student.start"; "model" is the run's.
         like: a recipe whose steps, batch and averages this one is given: a table's budget.
+        settings: (path, value): fields of the method that are changed, by dotted path.
+        name: added to the recipe's in the folder's name; needed where there are settings.
     """
 
     recipe: str
     control: str = COLUMN
     needs: tuple[tuple[str, Spec], ...] = ()
     like: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,10 @@ def settled(spec: Spec, setup: Setup, control: str, seed: int) -> Model:
     control = control if spec.control == COLUMN else spec.control
     specs: dict[str, Spec] = {"model": Given(), **dict(spec.needs)}
     needs = {path: settled(need, setup, control, seed) for path, need in specs.items()}
-    words = (setup.full_name(spec.recipe), control, f"seed{seed}", f"{setup.steps}steps" if setup.steps else "")
+    words = (setup.full_name(spec.recipe), spec.name, control, f"seed{seed}",
+             f"{setup.steps}steps" if setup.steps else "")
     name = "-".join(filter(None, words))
-    ships = setup.shipped.get((spec.recipe, control)) if seed == 0 else None
+    ships = setup.shipped.get((spec.recipe, control)) if seed == 0 and not spec.settings else None
     if ships and not (setup.out / name / "run.json").is_file():  # a run of one's own comes first
         return Model(ships, ships)
     return Model(name, str(setup.out / name / "model"), _run(spec, setup, control, seed, needs, name), needs,
@@ -121,11 +128,13 @@ def _run(spec: Trained, setup: Setup, control: str, seed: int, needs: Mapping[st
     run = setup.run(spec.recipe)
     budget = setup.run(spec.like) if spec.like else run
     method = replace(run.method, control=control) if control else run.method
-    for path, need in needs.items():
-        method = method if path == "model" else replaced(method, path, need.path)
-    return replace(run, method=method, model=needs["model"].path, seed=seed, out=setup.out / name,
-                   steps=setup.steps or budget.steps, batch=budget.batch, ema=budget.ema, device=setup.device,
-                   data=replace(run.data, source=setup.source))
+    for path, value in (*spec.settings, *((path, need.path) for path, need in needs.items() if path != "model")):
+        method = replaced(method, path, value)
+    steps = setup.steps or budget.steps
+    every = max(1, steps // setup.probes) if setup.probes else run.probe_every
+    return replace(run, method=method, model=needs["model"].path, seed=seed, out=setup.out / name, steps=steps,
+                   batch=budget.batch, ema=budget.ema, device=setup.device, data=replace(run.data, source=setup.source),
+                   probe_every=every, log_every=max(1, every // LOGGED) if setup.probes else run.log_every)
 
 
 def replaced(settings: Any, path: str, value: Any) -> Any:
@@ -296,15 +305,34 @@ def seconds_per_step(out: Path) -> float | None:
 
 
 def course(model: Model) -> tuple[dict[str, float], ...]:
-    """The run's measurements on validation pictures as it trained; its reward is the mean since the probe before."""
+    """The run's measurements on validation pictures as it trained.
+
+    Values of training batches, its reward and std(x), are means since the probe before; std(x) has its error.
+    """
     found: list[dict[str, float]] = []
-    rewards: list[float] = []
+    seen: dict[str, list[float]] = {}
     for row in measurements(model.run.out / "metrics.jsonl") if model.run else ():
-        rewards += [row["reward"]] if "reward" in row else []
+        for key in WATCHED:
+            seen.setdefault(key, []).extend([row[key]] if key in row else [])
         if probe := {k.removeprefix("probe/"): v for k, v in row.items() if k.startswith("probe/")}:
-            found.append({"step": row["step"], **({"reward": statistics.fmean(rewards)} if rewards else {}), **probe})
-            rewards = []
+            means = {key: statistics.fmean(values) for key, values in seen.items() if values}
+            if len(std := seen["std_x"]) > 1:
+                means["std_x_spread"] = statistics.stdev(std) / len(std) ** 0.5
+            found.append({"step": row["step"], **means, **probe})
+            seen = {}
     return tuple(found)
+
+
+def growth(course: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """std(x) at the end of a run over that at its start, as `std_growth` with its error; {} where it is not known."""
+    known = [at for at in course if at.get("std_x", 0) > 0]
+    if len(known) < 2:
+        return {}
+    first, last = known[0], known[-1]
+    ratio = last["std_x"] / first["std_x"]
+    errors = [at["std_x_spread"] / at["std_x"] for at in (first, last) if "std_x_spread" in at]
+    spread = {"std_growth_spread": ratio * (errors[0] ** 2 + errors[1] ** 2) ** 0.5} if len(errors) == 2 else {}
+    return {"std_growth": ratio, **spread}
 
 
 def to_train(model: Model, setup: Setup) -> dict[str, tuple[Run, int, float | None]]:

@@ -6,35 +6,38 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jdm.reproduce.form import YARDSTICK
 from jdm.reproduce.results import Line, Page, Record, Result, Value
-from jdm.reproduce.tables import TABLES, TEXT, TEXT_HEAD, TEXT_PUBLISHED, YARDSTICK
+from jdm.reproduce.tables import TABLES
 
 NAMES = {"fd": "distance", "fd_floor": "floor", "fd_efflite0": "FD-EffLite0", "fd_floor_efflite0": "its floor",
          "consistency": "consistency", "diversity": "diversity", "diversity_ratio": "x ControlNet's",
          "prompt_agreement": "prompt agreement", "judge": "judge, nats", "judge_accuracy": "judge's accuracy",
          "hpsv2": "HPSv2.1 average", "hpsv2_anime": "animation", "hpsv2_concept_art": "concept art",
          "hpsv2_paintings": "painting", "hpsv2_photo": "photo", "aesthetic": "aesthetic", "clip": "CLIP",
-         "std": "std of pixels", "nfe": "NFE", "seconds_per_image": "ms / picture"}
+         "std": "std of pixels", "std_growth": "std(x) end / start", "std_x": "std(x)", "nfe": "NFE",
+         "seconds_per_image": "ms / picture"}
 DIGITS = {"fd_efflite0": 1, "fd_floor_efflite0": 1, "consistency": 4, "consistency_chance": 3,
           "consistency_same_prompt": 4, "consistency_blank": 3, "consistency_round_trip": 3, "prompt_agreement": 3,
-          "judge": 3, "judge_accuracy": 3, "std": 3, "nfe": 0}
+          "judge": 3, "judge_accuracy": 3, "std": 3, "std_x": 3, "std_growth": 3, "nfe": 0}
 DETAILS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "diversity", "diversity_ratio",
-           "prompt_agreement", "nfe", "seconds_per_image")
+           "prompt_agreement", "std", "std_growth", "nfe", "seconds_per_image")
 ANCHORS = ("consistency_chance", "consistency_same_prompt", "consistency_blank", "consistency_round_trip")
-COURSE = ("reward", "judge", "prompt_agreement", "fd")
+COURSE = ("reward", "judge", "std_x", "consistency", "prompt_agreement", "fd")
 ERRORS_OF_RATIOS = "An error of a ratio is that of both numbers in it; a geometric mean counts every control alike."
 NONE = "–"
 
 
 def markdown(page: Page) -> str:
     """The whole page; its first line says who wins."""
-    kind = page.table.rstrip("0123456789")
-    label = f"{'Table' if kind == 'table' else 'Figure'} {page.table.removeprefix(kind)}"
-    parts = [f"# {label}: {page.headline}", _about(page), f"![{page.title}]({page.picture})" if page.picture else "",
+    kind, table = page.table.rstrip("0123456789"), TABLES[page.table]
+    name = {"table": "Table", "fig": "Figure"}.get(kind)
+    label = f"{name} {page.table.removeprefix(kind)}" if name else table.title
+    drawn = ((page.title, page.picture), ("plots", page.plots))
+    parts = [f"# {label}: {page.headline}", _about(page), *(f"![{title}]({file})" for title, file in drawn if file),
              paper_form(page), against_yardstick(page)]
-    if list(page.columns) == [TEXT] and not page.picture:
-        parts.append("Published, on SD1.5 with HPSv2.1 and its four styles, aesthetic and CLIP scores: other pictures, "
-                     "other measurements, for reference only.\n\n" + aligned([TEXT_HEAD, *TEXT_PUBLISHED]))
+    if table.theirs:
+        parts.append(f"{table.theirs_note}\n\n{aligned(table.theirs)}")
     if page.answers:
         parts.append("## What it was asked\n\n" + "\n".join(
             f"- {a.question} **{a.verdict}**, over {', '.join(a.columns)}: {a.text}." for a in page.answers))
@@ -45,11 +48,13 @@ def markdown(page: Page) -> str:
 
 def paper_form(page: Page) -> str:
     """The table in the paper's form, the published numbers in the line below each row, under the paper's own names."""
-    published = TABLES[page.table].published
-    if not published:
-        rows = [(line, next(iter(line.cells.values()), None)) for line in page.rows]
-        return aligned([["method", *(NAMES[key] for key in page.measures)],
-                        *([_title(line), *(_shown(result, [key]) for key in page.measures)] for line, result in rows)])
+    published, said = TABLES[page.table].published, {row.key: row.said for row in TABLES[page.table].rows if row.said}
+    if not published and len(page.columns) == 1:
+        rows = [(line, result) for line in page.rows
+                if (result := next(iter(line.cells.values()), None)) is None or result.state != "left out"]
+        return aligned([["method", *(NAMES[key] for key in page.measures), *(["the paper's finding"] if said else [])],
+                        *([_title(line), *(_shown(result, [key]) for key in page.measures),
+                           *([said.get(line.row, NONE)] if said else [])] for line, result in rows)])
     several = len(page.columns) > 1
     body: list[Sequence[Any]] = [["method", "NFE", *(
         own if own == theirs else f"{own} [theirs: {theirs}]" for own, theirs in page.columns.items()),
@@ -171,13 +176,20 @@ def _training(page: Page) -> str:
 
 
 def _course(page: Page) -> str:
-    """Measurements of runs that climb a reward, as they trained: where the judge turns and the reward does not."""
-    body = [[_title(line), int(at["step"]), *(f"{at[k]:.{DIGITS.get(k, 2)}f}" if k in at else NONE for k in COURSE)]
-            for line, _, record in page.records() if record.seed == 0 for at in record.course if "reward" in at]
-    return _section("The course of a reward", "On validation pictures, as it trained; the reward is of training "
-                    "batches, the distance to the run's own teacher. A run hacks its reward from where the judge falls "
-                    "and the reward does not.",
-                    ["method", "step", *(NAMES.get(k, k) for k in COURSE)], body)
+    """Measurements of runs as they trained: where the judge turns and the reward does not, where std(x) grows."""
+    whole = TABLES[page.table].probes > 0
+    taken = [(line, column, at) for line, column, record in page.records() if record.seed == 0 for at in record.course
+             if whole or "reward" in at]
+    keys = [key for key in COURSE if any(key in at for *_, at in taken)]
+    several = len(page.columns) > 1
+    body = [[_title(line), *([column] if several else []), int(at["step"]),
+             *(f"{at[k]:.{DIGITS.get(k, 2)}f}" if k in at else NONE for k in keys)] for line, column, at in taken]
+    note = "On validation pictures, as it trained; " + (
+        "std(x) is of training batches, the mean since the line before." if whole else
+        "the reward is of training batches, the distance to the run's own teacher. A run hacks its reward from where "
+        "the judge falls and the reward does not.")
+    return _section("The course of training" if whole else "The course of a reward", note,
+                    ["method", *(["control"] if several else []), "step", *(NAMES.get(k, k) for k in keys)], body)
 
 
 def _section(title: str, note: str, head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
@@ -215,6 +227,8 @@ def _terms(page: Page) -> str:
         "same prompt: against those of other pictures of that prompt, what reading the prompt and ignoring the control "
         "scores.": any("consistency" in m for m in measured),
         "Diversity: mean pairwise feature distance over z at fixed prompt and control.": "diversity" in first,
+        "std(x) end / start: of the student's training samples in model space, in the last part of the run over the "
+        "first; its error is over logged steps.": any("std_growth" in m for m in measured),
         "Judge: mean log-probability that a classifier which nothing was trained on gives the prompted class.":
             "judge" in page.measures,
         f"CLIP: 100 times the cosine of picture and prompt by {first.get('clip_network')}.": "clip" in first,

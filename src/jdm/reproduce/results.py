@@ -19,7 +19,7 @@ AGAIN = "delete it and run again"
 KEYS = ("fd", "fd_floor", "fd_efflite0", "fd_floor_efflite0", "consistency", "consistency_chance",
         "consistency_same_prompt", "consistency_blank", "consistency_round_trip", "diversity", "prompt_agreement",
         "judge", "judge_accuracy", "hpsv2_anime", "hpsv2_concept_art", "hpsv2_paintings", "hpsv2_photo", "hpsv2",
-        "aesthetic", "clip", "std", "nfe", "seconds_per_image", "seconds_per_image_batch1")
+        "aesthetic", "clip", "std", "std_growth", "nfe", "seconds_per_image", "seconds_per_image_batch1")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Page:
         columns: own name of a column -> the paper's.
         measures: keys of the measurements in the paper's form of the table.
         command: what fills it.
-        picture: name of the figure's file.
+        picture: name of the figure's file. plots: of the file with the plots.
     """
 
     table: str
@@ -151,6 +151,7 @@ class Page:
     headline: str = ""
     answers: tuple[Answer, ...] = ()
     picture: str = ""
+    plots: str = ""
 
     def result(self, row: str, column: str) -> Result:
         """A row on a column; one without records where there is none."""

@@ -19,6 +19,7 @@ from jdm.run import Run
 NANO_SECONDS = {
     "canny": 0.83, "canny-own-t": 0.9, "clean-likelihood": 0.5, "controlled-fake": 0.9, "controlled-teacher": 0.55,
     "controlnet": 0.24, "diff-instruct": 0.38, "draws": 1.5, "dsm": 0.14, "dsm-teacher": 0.14, "fake-x0": 0.56,
+    "ddmd-4": 0.48, "canny-4": 0.95, "nct-4": 0.8,
     "from-nct": 0.8, "frozen-posterior": 0.6, "implicit": 0.44, "jdm": 0.8, "joint": 0.85, "low-t": 0.8, "nct": 0.4,
     "nct-no-boundary": 0.4, "nct-no-consistency": 0.4, "nct-no-dual": 0.4, "no-warm-up": 0.8, "one-t": 0.75,
     "posterior": 0.3, "shared": 0.8,
@@ -46,6 +47,8 @@ class Setup:
         measures: of a table, by its name, where they are not its own.
         out: folder of models and cells.
         n: pictures per cell. steps: of every training; by default the recipes' own.
+        budgets: steps of every training of a table, by its name, where the recipes' own would take days.
+        probes: measurements on validation pictures in the course of each training; 0 for the recipes' own.
         quick: measurements as in `jdm evaluate --quick`.
         prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
             pictures where empty.
@@ -72,6 +75,8 @@ class Setup:
     out: Path = Path("runs/reproduce")
     n: int = 5000
     steps: int | None = None
+    budgets: Mapping[str, int] = field(default_factory=dict)
+    probes: int = 0
     quick: bool = False
     prompts: str = ""
     known: tuple[str, ...] = ()
@@ -83,6 +88,10 @@ class Setup:
     def run(self, recipe: str) -> Run:
         """A recipe's run, by its name without prefix."""
         return self.recipe(self.full_name(recipe))
+
+    def for_table(self, name: str, probes: int, n: int, steps: int | None = None) -> Setup:
+        """With a table's number of pictures and of probes, and its budget unless `steps` are given."""
+        return replace(self, n=n, steps=steps or self.budgets.get(name), probes=probes)
 
     def on(self, teacher: str | None = None, source: str | None = None) -> Setup:
         """The same tables with another teacher or other pictures: nothing that ships was made from those."""
@@ -99,7 +108,7 @@ def _setup(scale: scales.Scale, **more: Any) -> Setup:
 
 
 NANO = _setup(
-    scales.NANO, source="fashion-mnist", seconds=NANO_SECONDS,
+    scales.NANO, source="fashion-mnist", seconds=NANO_SECONDS, budgets={"ddmd": 500, "control": 500},
     controls={"canny": "canny", "HED": "soft-edge", "depth": "silhouette", "8x SR": "lowres"},
     shipped={("canny", "canny"): "nano-canny", ("controlnet", "canny"): "nano-controlnet",
              ("diff-instruct", ""): "nano-diff-instruct",
@@ -111,7 +120,8 @@ SD15 = _setup(
     scores=("clip", "hpsv2", "aesthetic"), extractors=("inception",), device="cuda",
     measures={"table3": (*(f"hpsv2_{style}" for style in ("anime", "concept_art", "paintings", "photo")), "hpsv2",
                          "aesthetic", "clip"),
-              "fig6": ("hpsv2", "aesthetic", "clip")})
+              "fig6": ("hpsv2", "aesthetic", "clip"),
+              "ddmd": ("hpsv2", "clip", "fd", "diversity", "std", "std_growth")})
 SETUPS = {setup.name: setup for setup in (NANO, SD15)}
 
 

@@ -32,11 +32,13 @@ from jdm.reproduce.cells import (
     stored,
 )
 from jdm.reproduce.figures import figure
+from jdm.reproduce.findings import findings
+from jdm.reproduce.form import YARDSTICK, Row, Table, specs
 from jdm.reproduce.models import Given, Model, Watch, finished, to_train
 from jdm.reproduce.page import aligned, markdown
+from jdm.reproduce.plots import plots
 from jdm.reproduce.results import KEYS, Line, Page, Result, Value, over, save, values_of
 from jdm.reproduce.setups import Setup
-from jdm.reproduce.tables import YARDSTICK, Row, Table, specs
 from jdm.reproduce.verdicts import answers, headline
 
 
@@ -74,7 +76,11 @@ def reproduce(table: Table, setup: Setup, seeds: int = 1, patterns: str | None =
     page = gathered(table, setup, found, seeds, command)
     if table.picture:
         page = replace(page, picture=f"{page.file}.png")
-        _draw(figure(found, setup, page), folder / page.picture)
+        shown = [cell for cell in found if cell.default or page.result(cell.row.key, cell.column).records]
+        _draw(figure(shown, setup, page), folder / page.picture)
+    if table.plots and (drawn := plots(table.plots, page)):
+        page = replace(page, plots=f"{page.file}-plots.png")
+        _draw(drawn, folder / page.plots)
     publish(page, folder)
     return page, reasons
 
@@ -113,13 +119,14 @@ def gathered(table: Table, setup: Setup, found: Sequence[Cell], seeds: int, comm
     page = Page(table.name, table.title, str(date.today()), __version__, commit(), platform.python_version(),
                 torch.__version__, platform.machine(), setup.name, setup.teacher, setup.source, setup.split, setup.n,
                 seeds, _file(table, setup), own, setup.measures.get(table.name, table.measures), command, rows)
-    return replace(page, headline=headline(page), answers=answers(page))
+    return replace(page, headline=headline(page), answers=(*answers(page), *findings(page)))
 
 
 def _file(table: Table, setup: Setup) -> str:
     """The page's name without suffix; a trial with other settings than the table's does not replace it."""
+    steps = setup.steps if setup.steps != setup.budgets.get(table.name) else None
     trial = [setup.name if setup.name != "nano" else "", f"n{setup.n}" if setup.n != table.n else "",
-             f"{setup.steps}steps" if setup.steps else "", "quick" if setup.quick else ""]
+             f"{steps}steps" if steps else "", "quick" if setup.quick else ""]
     return "-".join([str(date.today()), table.name, *filter(None, trial)])
 
 

@@ -5,77 +5,14 @@ Published numbers are of SD1.5 and stand under the paper's own names: nothing he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
+from jdm.reproduce.form import CONTROLNET, CONTROLS, MANY, Published, Row, Table
 from jdm.reproduce.models import Composed, Given, Spec, Trained
-
-TEXT = "text"  # the one column of a table without controls
-CONTROLS = ("canny", "HED", "depth", "8x SR")  # the paper's columns
-AMONG, TUNED_ON = (1.5, 2.0, 3.0, 4.0), 400  # guidance that is chosen on validation pictures, and on how many
-VALIDATION = "validation"
-YARDSTICK = "controlnet"  # the row whose measurements others are ratios to
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method in a table.
-
-    Attributes:
-        key: its name in `--cells`. title: its name on the page.
-        spec: how its model is had. on: a spec of its own for some of the paper's columns.
-        steps: 1, or of the multi-step sampler with `guidance`; VALIDATION chooses it.
-        default: the paper's columns it is measured on unless a cell is asked for by name; None for all.
-        part: heading it stands under. beside: key of the row that it changes one thing of.
-        published: key of its published numbers.
-    """
-
-    key: str
-    title: str
-    spec: Spec
-    on: Mapping[str, Spec] = field(default_factory=dict)
-    steps: int = 1
-    guidance: float | str | None = None
-    default: tuple[str, ...] | None = None
-    part: str = ""
-    beside: str = ""
-    published: str = ""
-
-
-@dataclass(frozen=True)
-class Published:
-    """Printed numbers: by the paper's column, (FID, consistency), None where not printed; nfe as printed."""
-
-    title: str
-    nfe: int
-    cells: Mapping[str, tuple[float, float | None]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, or a figure with the numbers of what it shows.
-
-    Attributes:
-        columns: the paper's, of CONTROLS; empty for text-to-image.
-        measures: keys of the measurements in the paper's form of it.
-        picture: it is a figure: a row of pictures for each row.
-        n: pictures per cell unless asked otherwise.
-    """
-
-    name: str
-    title: str
-    rows: tuple[Row, ...]
-    columns: tuple[str, ...] = CONTROLS
-    measures: tuple[str, ...] = ("fd", "consistency")
-    published: Mapping[str, Published] = field(default_factory=dict)
-    picture: bool = False
-    n: int = 5000
-
+from jdm.reproduce.studies import STUDIES
 
 # What several rows share.
 DIFF_INSTRUCT = Trained("diff-instruct", control="")
-CONTROLNET = Trained("controlnet")
 PHASE_1 = Trained("canny", control="canny")
 PHASE_2 = Trained("shared", needs=(("student.start", PHASE_1),))
 WEAK = Trained("weak-teacher", control="", needs=(("vae", Given(part="vae")),))
@@ -95,7 +32,6 @@ def _on_weak(recipe: str, *needs: tuple[str, Spec]) -> Trained:
 
 FROZEN = _from_diff_instruct("no-warm-up")
 _new = partial(Row, part="In no paper", beside="no-warm-up")
-MANY = Row("controlnet", "ControlNet, 50 steps", CONTROLNET, steps=50, guidance=VALIDATION, published="controlnet")
 BOLTED = Row("di-controlnet", "DI + ControlNet", Composed(DIFF_INSTRUCT, CONTROLNET), published="di-controlnet")
 SHARED = Row("jdm", "JDM", PHASE_2, on={"canny": PHASE_1}, published="jdm")
 JOINT = Row("jdm-joint", "JDM, its UNet trained on for each control",
@@ -192,7 +128,10 @@ TABLE_3 = Table("table3", "text-to-image", (
     Row("guided-blind", "JDM + better CFG, fidelity blind to the prompt (Eq. 5)",
         _on_weak("text-guided-blind", GUIDE)),
     Row("both", "JDM + better CFG + HFL", _on_weak("text-both", GUIDE)),
-), columns=(), measures=("prompt_agreement", "judge", "judge_accuracy", "fd", "fd_efflite0", "diversity"))
+), columns=(), measures=("prompt_agreement", "judge", "judge_accuracy", "fd", "fd_efflite0", "diversity"),
+    theirs=(TEXT_HEAD, *TEXT_PUBLISHED),
+    theirs_note="Published, on SD1.5 with HPSv2.1 and its four styles, aesthetic and CLIP scores: other pictures, "
+                "other measurements, for reference only.")
 
 FIG_1 = Table("fig1", "the ControlNet over guidance, beside JDM", (
     *(Row(f"guidance-{w:g}", f"ControlNet, 50 steps, guidance {w:g}", CONTROLNET, steps=50, guidance=w)
@@ -205,13 +144,4 @@ FIG_6 = Table("fig6", "reward on clean samples and on the noisy posterior", (
     Row("clean-strong", "HFL on the clean sample, weight 20, bound 4", _on_weak("text-reward-clean-strong")),
     Row("strong", "HFL on the noisy posterior, weight 20, bound 4", _on_weak("text-reward-strong")),
 ), columns=(), measures=("judge", "judge_accuracy", "prompt_agreement", "fd"), picture=True, n=1000)
-TABLES = {table.name: table for table in (TABLE_1, TABLE_2, TABLE_3, FIG_1, FIG_3, FIG_6)}
-
-
-def specs(table: Table) -> list[Spec]:
-    """Returns every model that the table's cells are measured on or made from."""
-    found = [spec for row in table.rows for spec in (row.spec, *row.on.values())]
-    for spec in found:  # grows as it goes
-        found += [need for _, need in spec.needs] if isinstance(spec, Trained) else \
-            [spec.backbone, spec.controlnet] if isinstance(spec, Composed) else []
-    return found
+TABLES = {table.name: table for table in (TABLE_1, TABLE_2, TABLE_3, FIG_1, FIG_3, FIG_6)} | STUDIES

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from jdm.reproduce.form import TEXT, YARDSTICK
 from jdm.reproduce.page import DIGITS, NAMES
-from jdm.reproduce.results import Answer, Page, Value
-from jdm.reproduce.tables import TEXT, YARDSTICK
+from jdm.reproduce.results import Answer, Line, Page, Value
 
 CLAIM = 0.24  # the paper's: consistency better than the 50-step ControlNet's
 CLOSE = 0.10  # a phase-2 control's consistency may be worse than a jointly trained one's by this share
+FEW = 8  # steps of a student at most
 ERRORS = 2.0  # errors within which two numbers are not told apart
 # (name, key, which is best), of tables with controls and of text-to-image.
 OBEYING = (("consistency", "consistency", min), ("distance", "fd", min))
@@ -29,7 +30,9 @@ def headline(page: Page) -> str:
     if len(whole) < 2:
         columns = (max(columns, key=lambda column: len(_measured(page, (column,)))),)
         whole = _measured(page, columns)
-    rows = {line.row: line.title for line in page.rows if line.row in whole and (line.steps == 1 or not text)}
+    lines = [line for line in page.rows if line.row in whole and (not text or _student(line))]
+    few = text and any(line.steps > 1 for line in lines)
+    rows = {line.row: f"{line.title} in {line.part}" if few and line.part else line.title for line in lines}
     best = []
     for name, key, choose in TEXTUAL if text else OBEYING:
         several = len(columns) > 1
@@ -40,6 +43,8 @@ def headline(page: Page) -> str:
             best.append(f"best {name} {rows[row]} ({shown})")
     if not best:
         return "nothing measured yet"
+    if few:
+        return f"of {len(rows)} students: {', '.join(best)}"
     among = "one-step students" if text else f"{len(rows)} row{'s' * (len(rows) > 1)} with {', '.join(columns)}"
     return f"of {among}: {', '.join(best)}"
 
@@ -52,6 +57,12 @@ def _beside(best: str, logs: Mapping[str, float], titles: Mapping[str, str], dig
         return f"x {math.exp(logs[best] - logs[YARDSTICK]):.3f} {titles[YARDSTICK]}"
     second = min((row for row in logs if row != best), key=logs.__getitem__)
     return f"next {titles[second]}, x {math.exp(logs[second] - logs[best]):.3f}"
+
+
+def _student(line: Line) -> bool:
+    """It draws in a few steps, without guidance."""
+    records = [record for result in line.cells.values() for record in result.records]
+    return line.steps <= FEW and all(record.measured.get("guidance") is None for record in records)
 
 
 def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
@@ -102,7 +113,8 @@ class Difference:
         if self.ratios:
             each = ", ".join(f"{column} {r:.2f}" for column, r in self.ratios.items())
             return f"{NAMES[key].partition(',')[0]} {ratio}the geometric mean of {each} ({errors})"
-        return f"{NAMES[key].partition(',')[0]} {self.more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
+        more = self.more * (1e3 if key.startswith("seconds") else 1)
+        return f"{NAMES[key].partition(',')[0]} {more:+.{DIGITS.get(key, 2)}f} ({ratio}{errors})"
 
 
 @dataclass(frozen=True)

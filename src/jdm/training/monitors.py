@@ -2,6 +2,9 @@
 
 The numbers are in metrics.jsonl at every logged step. Each is compared, as the median of a few logged values, with what
 it was early in the run; a resumed run is compared with its own beginning.
+
+Collapse is seen in the spread over a batch, whose samples differ in prompt and control too: a student that keeps those
+apart and ignores z passes. Diversity over z at fixed prompt and control is measured by `jdm evaluate`.
 """
 
 from __future__ import annotations
@@ -92,8 +95,9 @@ def _collapsed(m: Monitors) -> str:
     now = m.now("spread_x")
     if now is None or now >= COLLAPSE * m.early("spread_x"):
         return ""
-    return (f"the samples of a batch differ by {now:.3g}, early in the run by {m.early('spread_x'):.3g}: the student "
-            "collapses and ignores z; lower its rate or the weight of terms that have one answer, or add an anchor")
+    return (f"the samples of a batch, of all its prompts, differ by {now:.3g}, early in the run by "
+            f"{m.early('spread_x'):.3g}: the student collapses and ignores z; lower its rate or the weight of terms "
+            "that have one answer, or add an anchor")
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ HEAD = ("steps", "method", "control", "distance", "consistency", "diversity", "p
         "ms / picture", "samples trained on", "page")
 INTRO = """# Which method for which budget and aim
 
-Made by `python benchmarks/choosing.py` from [results](results); a number that is not there was not measured, and its line
-has the command. nano-sd on Fashion-MNIST: nothing here says how the methods stand at the size of SD1.5.
+Made by `python benchmarks/choosing.py` from [results](results); a number that is not there was not measured, and its
+line has the command. nano-sd on Fashion-MNIST: nothing here says how the methods stand at the size of SD1.5.
 
-Choose the number of steps by the time you have, then the aim: the lowest distance draws best, the lowest consistency obeys
-the control best, the highest diversity keeps most of z. Compare lines of one page alone: pages differ in training, and
-"samples trained on" says in what. One training seed unless the page says otherwise; ± is the bootstrap over pictures."""
+Choose the number of steps by the time you have, then the aim: the lowest distance draws best, the lowest consistency
+obeys the control best, the highest diversity keeps most of z. Compare lines of one page alone: pages differ in
+training, and "samples trained on" says in what. One training seed unless the page says otherwise; ± is the bootstrap
+over pictures. ms / picture was taken on two CPU cores that other work shared; compare it within a page."""
 
 
 def choosing(folder: Path) -> str:

@@ -82,6 +82,8 @@ class Adversarial(NoisyTerm):
         clip: bound on the norm of the heads' gradient.
     """
 
+    reads_features: ClassVar[bool] = True  # `module` asks for their widths
+
     levels: Levels = field(default_factory=lambda: Levels(stream="adversarial"))
     lambda_t: LambdaT = "constant"
     normaliser: Normaliser = "none"

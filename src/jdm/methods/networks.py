@@ -216,6 +216,8 @@ class Networks:
 
     def add_part(self, name: str, term: Any) -> None:
         """Make the module that a term brings."""
+        if getattr(term, "reads_features", False):
+            _ = self.references.widths  # a pass through the teacher, which an estimate cannot make inside `making`
         with self.loaded.making():
             self.parts[name] = placed(term.module(self), self.loaded.run.device)
 

@@ -25,7 +25,6 @@ class References:
 
     def __init__(self, loaded: Loaded, real: Denoiser):
         self.loaded, self.real = loaded, real
-        self.schedule = loaded.teacher.schedule  # it looks at values: read where they are there, as in an estimate
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -47,7 +46,7 @@ class References:
 
     def features(self, x_t: Tensor, t: Tensor, y: Prompts) -> list[Tensor]:
         """The teacher's features of x_t, float32, differentiable in x_t."""
-        timestep = self.schedule.timestep(t).to(x_t.device)
+        timestep = self.loaded.teacher.schedule.timestep(t).to(x_t.device)
         found = self.real.features(x_t, timestep, self.loaded.text()(y))
         # Contiguous: a group norm's backward on channels-last input without a gradient of its own ends the process.
         return [f.float().contiguous() for f in found]

@@ -28,11 +28,7 @@ line has the command. nano-sd on Fashion-MNIST: nothing here says how the method
 Choose the number of steps by the time you have, then the aim: the lowest distance draws best, the lowest consistency
 obeys the control best, the highest diversity keeps most of z. Compare lines of one page alone: pages differ in
 training, and "samples trained on" says in what. One training seed unless the page says otherwise; ± is the bootstrap
-<<<<<<< HEAD
-over pictures."""
-=======
 over pictures. ms / picture was taken on two CPU cores that other work shared; compare it within a page."""
->>>>>>> 44bf10dafbd201fec117a6bd42148a2020483c9c
 
 
 def choosing(folder: Path) -> str:

@@ -137,11 +137,11 @@ class Loaded:
             return None
         if found is None and spec in NAMED:
             found = load_control(spec)
-        source, _, name = spec.rpartition(":")
-        function = {"function": f"{Path(source).name}:{name}"} if spec not in NAMED else {}
         if found is None:
-            return read_json(self.run.out / "run.json", Record).get("preprocessor", function)
-        return {**found.preprocessor, **function}
+            source, _, name = spec.rpartition(":")
+            return read_json(self.run.out / "run.json", Record).get("preprocessor",
+                                                                    {"function": f"{Path(source).name}:{name}"})
+        return found.preprocessor
 
     @cached_property
     def reward(self) -> Reward | None:

@@ -16,6 +16,8 @@ from jdm.files import expanded
 from jdm.size import Size, height_width
 from jdm.trust import refuse_data, trust
 
+OWN = "_jdm_"  # what the names of modules begin with that are files of a user's
+
 
 def imported(source: str) -> ModuleType:
     """Import a module by its file, `my_controls.py`, or by its name, `package.module`.
@@ -40,7 +42,7 @@ def _module(source: str) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no file {source}; looked for {path.absolute()}")
     # The name contains a hash of the path, so that two files of the same name can both be loaded.
-    name = f"_jdm_{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{OWN}{path.stem}_{hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:  # never, for a .py file
         raise UsageError(f"{source} is not a Python file")

@@ -12,7 +12,7 @@ from typing import get_args, get_type_hints
 import docstring_parser
 import pytest
 
-from jdm.cli.parser import parsers
+from jdm.cli.parser import main, parsers
 from jdm.cli.run_flags import configured
 from jdm.errors import UsageError
 from jdm.recipes import all_recipes, entries
@@ -82,6 +82,15 @@ def test_the_page_of_a_recipe_shows_these_texts(capsys, monkeypatch):
         for name, text in field_texts(kind).items():
             if text and not optional_group(kind, name):
                 assert " ".join(text.split()[:4]) in page
+
+
+@pytest.mark.parametrize(("command", "own"), [("prepare", "--out FOLDER"), ("estimate", "--gpu GPU")])
+def test_help_of_a_recipe_shows_both_kinds_of_flags(command, own, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "nano-canny", "--help"])
+    page = capsys.readouterr().out
+    assert page.index(own) < page.index("--method.control")
+    assert f"usage: jdm {command} nano-canny" in page
 
 
 def optional_group(kind: type, name: str) -> bool:

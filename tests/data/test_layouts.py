@@ -261,7 +261,7 @@ def test_a_map_of_other_proportions_is_unreadable(tmp_path):
 # Shards
 
 
-def test_a_samples_second_picture_is_none(tmp_path):
+def test_a_further_picture_is_not_trained_on(tmp_path):
     source = shard(tmp_path / "a.tar", [part for i in range(3) for part in (
         (f"{i}.jpg", encoded(200)), (f"{i}.txt", b"boot"), (f"{i}.canny.jpg", encoded(0)), (f"._{i}.jpg", b"x"))])
     found = read(source)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -21,6 +22,12 @@ from jdm.recipes import all_recipes
 from jdm.space import unit
 from jdm.training.loop import train
 
+MINE = """from dataclasses import dataclass
+from jdm.controls import LowRes
+@dataclass(frozen=True)
+class Mine(LowRes):
+    factor: int = 8
+"""
 PROMPTS = ["an ankle boot", "one dress", ""]
 STOCK = """
 import json, sys
@@ -99,6 +106,20 @@ def test_an_unfinished_run_exports_without_being_touched(teacher, tmp_path, untr
     assert (made / "jdm.json").read_text() == (kept / "jdm.json").read_text()
     export(run.out, tmp_path / "one_file", format="single-file")
     assert {p.name for p in tmp_path.iterdir()} == {"run", "kept", "made", "one_file"}, "nothing is left behind"
+
+
+def test_a_users_control_is_named_with_its_settings(teacher, tmp_path, untrained_judge):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    run = tiny.run(all_recipes()["nano-canny"](), tmp_path / "run", teacher)
+    run = replace(run, method=replace(run.method, control=f"{file}:Mine"))
+    expected = {"function": "mine.py:Mine", "factor": 8, "temperature": 0.1}
+    assert json.loads((train(run) / "jdm.json").read_text())["preprocessor"] == expected
+    shutil.rmtree(run.out / "model")
+    file.write_text("raise ValueError")  # it is not run for this
+    again = export(run.out, tmp_path / "made")
+    assert json.loads((again / "jdm.json").read_text())["preprocessor"] == expected
+    assert "| control map | mine.py:Mine, factor 8, temperature 0.1 |" in (again / "README.md").read_text()
 
 
 def test_nothing_is_exported_over_something_or_from_nothing(student, tmp_path):

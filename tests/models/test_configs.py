@@ -76,6 +76,23 @@ def test_a_wrong_value_is_named(name, change, key):
         configs.check({**json.loads(place.read_text()), **change}, name, f"m/{name}")
 
 
+@pytest.mark.parametrize(("card", "control"), [
+    ({"control": "canny"}, "canny-grey"), ({"control": "canny", "preprocessor": {"function": "cv2.Canny"}}, "canny"),
+    ({"control": "lowres"}, "lowres"), ({"control": None}, None)], ids=str)
+def test_an_old_cards_canny_is_grey(card, control, tmp_path):
+    (tmp_path / "jdm.json").write_text(json.dumps(card))
+    assert (folder_json(str(tmp_path), "jdm.json") or {})["control"] == control
+
+
+def test_an_old_card_says_its_level(student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "m")
+    card = json.loads((folder / "jdm.json").read_text())
+    del card["levels"], card["preprocessor"]
+    (folder / "jdm.json").write_text(json.dumps({**card, "t_init": 300}))
+    model = load_model(str(folder))
+    assert (model.levels, (model.card or {})["control"]) == ((300,), "canny-grey")
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "{", "", '{"a": NaN}'])
 def test_a_file_that_is_no_object_is_named(text, tmp_path):
     (tmp_path / "model_index.json").write_text(text)

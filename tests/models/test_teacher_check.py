@@ -42,6 +42,8 @@ def test_shipped_models_raise_no_doubt(name, pictures):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"beta_schedule": "linear"}, "betas"), ({"beta_end": 0.02}, "betas"),
     ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, "betas"),
+    *(({"num_train_timesteps": n}, "number of levels") for n in (250, 500)),
+    ({"num_train_timesteps": 2000}, "predicts the noise"),
     ({"prediction_type": "v_prediction"}, "predicts the noise"), ({"prediction_type": "sample"}, "predicts the noise"),
     ({"clip_sample": True}, "clips x0"), ({"thresholding": True}, "clips x0")], ids=str)
 def test_another_scheduler_is_found(teacher, pictures, changes, sentence):
@@ -57,6 +59,30 @@ def test_another_autoencoder_is_found(teacher, pictures):
     for value in (turned.quant_conv.weight[:4], turned.quant_conv.bias[:4], turned.post_quant_conv.weight[:, :4]):
         value.mul_(-1)
     assert doubted(teacher.with_parts(vae=turned), pictures)
+
+
+@pytest.mark.parametrize("how", ["new", "shuffled"])
+def test_another_text_encoder_is_found(how, teacher, pictures):
+    other = copy.deepcopy(teacher.text_encoder)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        if how == "new":
+            other = type(other)(other.config).eval()
+        else:
+            for p in other.parameters():
+                p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
+    assert "the text encoder" in doubted(teacher.with_parts(text_encoder=other), pictures)
+
+
+def test_prompts_that_are_alike_say_nothing(teacher, pictures):
+    rows = torch.arange(4)
+    assert doubts(teacher, from_bytes(pictures.batch(rows)), [""] * 4) == ""
+
+
+def test_captions_of_other_pictures_are_found(teacher, pictures):
+    rows = torch.tensor([0, 1, 2, 8])
+    y = pictures.prompts(rows, torch.zeros(4))
+    assert "own prompt" in doubts(teacher, from_bytes(pictures.batch(rows)), [*y[1:], y[0]])
 
 
 def test_predictions_that_are_not_finite_are_refused(teacher, pictures):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
+from jdm.cost import known_configs
 from jdm.errors import UsageError
 from jdm.rewards import checked_reward
 from jdm.rewards.image_reward import MEAN, STD, ImageReward
@@ -131,6 +132,10 @@ def test_image_reward_has_the_published_sizes(tmp_path, monkeypatch):
     vision, text = made[0].vision.config, made[0].text.config
     assert (vision.num_attention_heads, vision.layer_norm_eps) == (16, 1e-6)
     assert (text.num_attention_heads, text.layer_norm_eps, text.encoder_hidden_size) == (12, 1e-12, 1024)
+    with torch.device("meta"):
+        estimated = known_configs.image_reward()
+    assert estimated.vision.config.to_dict() == vision.to_dict()
+    assert estimated.text.config.to_dict() == text.to_dict()
     assert len(made[0].state_dict()) == 24 * 12 + 6 + 12 * 26 + 4 + 10
 
 

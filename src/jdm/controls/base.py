@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jdm.errors import UsageError, in_short
 from jdm.size import Size, height_width
-from jdm.user_code import check_gradient, imported, probe
+from jdm.user_code import OWN, check_gradient, imported, probe
 
 NAMED = {
     "canny": "jdm.controls.canny:Canny",
@@ -45,7 +47,10 @@ class Control:
     def preprocessor(self) -> dict:
         """How another program makes c of a picture, with every setting that it has; for the model's card."""
         settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        return {"function": f"{type(self).__module__}.{type(self).__name__}", **settings}
+        file = vars(sys.modules[type(self).__module__]).get("__file__") or ""
+        own = type(self).__module__.startswith(OWN)  # in a file of a user's, whose module has a made-up name
+        module = f"{Path(file).name}:" if own else f"{type(self).__module__}."
+        return {"function": f"{module}{type(self).__name__}", **settings}
 
     def h(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> c [B, channels, H, W] in [0, 1]."""

@@ -14,10 +14,12 @@ from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.library import load_model
 from jdm.models import nano
+from jdm.space import from_bytes
 
 CODE = """
 from jdm.library import load_model
 from jdm.models import nano
+from jdm.space import from_bytes
 print(sorted(nano.tokenizer(["a photo of an ankle boot", "one t-shirt", "two to ten photos"], 16).get_vocab().items()))
 """
 
@@ -88,3 +90,12 @@ def test_bound_on_merges_keeps_the_most_frequent():
     tokens = nano.tokenizer(["fox fox fox", "owl"], 16, merges=2)
     assert tokens.tokenize("fox owl") == ["fox</w>", "o", "w", "l</w>"]
     assert len(tokens) == 2 * 256 + 2 + 2
+
+
+def test_the_packaged_autoencoder_keeps_held_out_pictures():
+    vae, pictures = nano.load_vae("emoji-vae"), load_pictures("emoji", "test[:64]", 64)
+    pixels = from_bytes(pictures.batch(torch.arange(64)))
+    with torch.no_grad():
+        found = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    assert (found - pixels).square().mean() < 0.01, "26 dB"
+    assert vae.encode(pixels[:1]).latent_dist.mean.shape == (1, 4, 16, 16)

@@ -108,7 +108,7 @@ def test_warnings_are_on_the_page(teacher, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report(tmp_path).read_text()
     assert text.count("the student collapses and ignores z") == 1
-    assert re.search(r"<li>step \d+: the samples of a batch differ by 0.1", text)
+    assert re.search(r"<li>step \d+: the samples of a batch, of all its prompts, differ by 0.1", text)
     assert "collapses" in compared([tmp_path])
 
 

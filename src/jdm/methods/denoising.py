@@ -43,7 +43,7 @@ class Denoising:
     A flow-matching transformer predicts the velocity eps - x in place of eps.
 
     Attributes:
-        vae: folder of the trained autoencoder.
+        vae: folder of the trained autoencoder, or "emoji-vae", which is in the package.
         network: what is trained, and its sizes: a UNet, or a transformer of SD3's format.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
         optimiser: how both networks move.

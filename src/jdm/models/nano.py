@@ -193,7 +193,9 @@ def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
 
 
 def load_vae(folder: str) -> AutoencoderKL:
-    """The trained autoencoder, frozen."""
+    """The trained autoencoder of a folder, or the packaged one of that name ("emoji-vae"), frozen."""
+    if not Path(folder).exists() and "/" not in folder and (ASSETS / folder / "config.json").is_file():
+        folder = str(ASSETS / folder)
     if not Path(folder, "config.json").is_file():
         raise UsageError(f"{folder}: no autoencoder there; train one with: jdm train nano-vae")
     try:

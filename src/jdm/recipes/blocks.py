@@ -48,9 +48,9 @@ def emoji_vae() -> Run:
 
 
 def emoji_teacher() -> Run:
-    """The UNet and text encoder of 64 px emoji, from nothing, on the latents of emoji-vae."""
+    """The UNet and text encoder of 64 px emoji, from nothing, on the latents of the packaged emoji-vae."""
     network = TeacherConfig(widths=(128, 192), text_width=192, text_layers=4, tokens=32, merges=2000)
-    method = Denoising("runs/emoji-vae/model", network, optimiser=Optimiser(lr=5e-4, warmup=500))
+    method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=5e-4, warmup=500))
     return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=100_000, batch=64, ema=0.9995)
 
 

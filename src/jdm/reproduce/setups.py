@@ -19,7 +19,7 @@ from jdm.run import Run
 NANO_SECONDS = {
     "canny": 0.83, "canny-own-t": 0.9, "clean-likelihood": 0.5, "controlled-fake": 0.9, "controlled-teacher": 0.55,
     "controlnet": 0.24, "diff-instruct": 0.38, "draws": 1.5, "dsm": 0.14, "dsm-teacher": 0.14, "fake-x0": 0.56,
-    "ddmd-4": 0.48, "canny-4": 0.95, "nct-4": 0.8,
+    "ddmd-4": 0.48, "canny-4": 0.95,
     "from-nct": 0.8, "frozen-posterior": 0.6, "implicit": 0.44, "jdm": 0.8, "joint": 0.85, "low-t": 0.8, "nct": 0.4,
     "nct-no-boundary": 0.4, "nct-no-consistency": 0.4, "nct-no-dual": 0.4, "no-warm-up": 0.8, "one-t": 0.75,
     "posterior": 0.3, "shared": 0.8,

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jdm.errors import UsageError, in_short, plural
+from jdm.files import ASSETS
 from jdm.models.folder import whole_network
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.ranges import Count, Whole

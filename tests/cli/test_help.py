@@ -85,7 +85,7 @@ def test_the_page_of_a_recipe_shows_these_texts(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "own"), [("prepare", "--out FOLDER"), ("estimate", "--gpu GPU")])
-def test_help_of_a_recipe_shows_both_kinds_of_flags(command, own, capsys):
+def test_recipe_help_shows_both_kinds_of_flags(command, own, capsys):
     with pytest.raises(SystemExit):
         main([command, "nano-canny", "--help"])
     page = capsys.readouterr().out

@@ -159,14 +159,14 @@ def test_changed_data_is_refused_or_recorded(change, said, tmp_path, monkeypatch
 
     place, out = folder_of(tmp_path / "d", 7), tmp_path / "run"
     run = replace(find("nano-vae")(), out=out, data=Data(source=str(place)))
-    record(run, load_pictures(str(place), "train", 32), 0)
+    record(run, load_pictures(str(place), "train", 32), 0, None)
     before = json.loads((out / "run.json").read_text())["data"]
     change(place)
     now = load_pictures(str(place), "train", 32)
     with pytest.raises(UsageError, match=rf"changed since .* began: .*{said}.*--data\.changed"):
-        record(run, now, 3)
+        record(run, now, 3, None)
     assert json.loads((out / "run.json").read_text())["data"] == before
-    record(replace(run, data=replace(run.data, changed=True)), now, 3)
+    record(replace(run, data=replace(run.data, changed=True)), now, 3, None)
     after = json.loads((out / "run.json").read_text())
     assert after["before"] == [before]
     assert after["data"]["from step"] == 3

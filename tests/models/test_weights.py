@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Shard
 
+from jdm.errors import in_short
 from jdm.models.weights import read_tensors
 
 
@@ -82,11 +83,12 @@ def test_a_damaged_file_is_refused(harm, tmp_path):
         archive.writestr("data.pkl", b"cos\nsystem\n.")
     bytes_of = {"empty": b"", "cut": whole.getvalue()[:-40], "zip of others": other.getvalue(), "text": b"weights\n"}
     (tmp_path / "w.pt").write_bytes(bytes_of[harm])
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises((ValueError, RuntimeError, EOFError, pickle.UnpicklingError)) as caught:
         read_tensors(tmp_path / "w.pt")
+    assert in_short(caught.value)
 
 
-def test_named_tensors_are_read_and_others_types_stay_known(tmp_path):
+def test_named_tensors_are_read_and_types_stay_known(tmp_path):
     known = torch.serialization.get_safe_globals()
     torch.save({"epoch": 3, "state_dict": {"w": torch.ones(2), "a.position_ids": torch.arange(3)}}, tmp_path / "w.pt")
     assert read_tensors(tmp_path / "w.pt")["w"].tolist() == [1, 1]

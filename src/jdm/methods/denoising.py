@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +17,14 @@ from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
 from jdm.methods.previews import GUIDANCE, asked_pictures, many_steps
 from jdm.models import nano
+from jdm.models.execution import DTYPES, computing
 from jdm.models.family import Family, placed
 from jdm.models.folder import save_pipeline
 from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.models.nano_flow import FlowConfig
 from jdm.ranges import Positive, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
-from jdm.score import ScoreModel
+from jdm.score import ScoreModel, Text
 from jdm.space import from_bytes
 
 
@@ -82,7 +84,13 @@ class Denoising:
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
             model: Family = self.network.model(networks, vae, tokenizer)
-            return ScoreModel(model.denoiser(), model.schedule, model.prediction, model.text().batch)
+            encode = model.text().batch
+
+            def text(prompts: Sequence[str]) -> Text:
+                with computing(torch.device(run.device), DTYPES[run.precision]):
+                    return encode(prompts)
+
+            return ScoreModel(model.denoiser(), model.schedule, model.prediction, text)
 
         score = score_of(product.modules)
 

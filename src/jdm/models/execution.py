@@ -34,9 +34,12 @@ def settle(run: Run, *networks: nn.Module) -> None:
 
     With bf16 a denoiser's frozen parameters are stored in bfloat16; those that train stay in float32 and are cast when
     used. Checkpointing recomputes a block in backward instead of keeping its activations; passes without gradients are
-    unaffected. A compiled network keeps its class and its parameters' names.
+    unaffected. A compiled network keeps its class and its parameters' names. On a CPU, bf16 attention is then
+    computed without PyTorch's fused kernel, whose backward takes a third of such a step of a small UNet.
     """
     dtype = DTYPES[run.precision]
+    if dtype is not None and run.device == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)  # in spite of its name, the CPU's too
     for network in networks:
         for part in network.modules():
             if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):

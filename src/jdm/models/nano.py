@@ -76,7 +76,7 @@ class TeacherConfig:
 
     Attributes:
         widths: Channels of each level of the UNet, multiples of 16; every level but the last halves the side. Text
-            enters at the last.
+            enters at every level but the first.
         layers: Residual blocks per level of the UNet's way down; the way up has one more.
         text_width: Channels of the text encoder, a multiple of 4.
         text_layers: Transformer layers of the text encoder.
@@ -113,11 +113,12 @@ def vae(config: VAEConfig, size: Size) -> AutoencoderKL:
 
 
 def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
-    """A UNet for latents of that shape [C, h, w]; text enters at its lowest level."""
-    above = len(config.widths) - 1
+    """A UNet for latents of that shape [C, h, w]; text enters at every level but the first, or at the only one."""
+    reads = [level > 0 or len(config.widths) == 1 for level in range(len(config.widths))]
     levels: dict[str, Any] = {
-        "down_block_types": ("DownBlock2D",) * above + ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * above, "sample_size": sized(latent[1:])}
+        "down_block_types": tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in reads),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if text else "UpBlock2D" for text in reversed(reads)),
+        "sample_size": sized(latent[1:])}
     return UNet2DConditionModel(
         in_channels=latent[0], out_channels=latent[0], block_out_channels=config.widths,
         layers_per_block=config.layers, norm_num_groups=16, cross_attention_dim=config.text_width,

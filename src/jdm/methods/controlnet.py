@@ -61,13 +61,13 @@ class ControlNet:
         score = teacher.score_of(loaded.text(), teacher.denoiser(teacher.backbone, net))
         batches = Batches(pictures, run.batch, run.seed)
 
-        def shown(images: Tensor, maps: Tensor | None) -> Tensor:
-            return control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps))
+        def shown(images: Tensor, maps: Tensor | None, luck: Tensor | None = None) -> Tensor:
+            return control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps, luck))
 
         def begin(step: int) -> tuple[Batch, Tensor]:
             (rows, images, maps), noise = batches(step), Noise(run.seed, step, run.device)
             batch = denoising_batch(latents[rows].to(run.device), pictures, rows, noise, score, self.dropout)
-            return batch, shown(images, maps)
+            return batch, shown(images, maps, noise.uniform("control", len(rows)).cpu())
 
         def loss(state: tuple[Batch, Tensor], _: int) -> tuple[Tensor, dict]:
             return denoising_loss(score, *state), {}

@@ -60,7 +60,8 @@ class DSMControlNet:
 
         def begin(step: int) -> Pair:
             (rows, images, maps), noise = batches(step), Noise(run.seed, step, run.device)
-            shown = control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps))
+            shown = control.image(control_of(
+                control, unit(from_bytes(images)).to(run.device), maps, noise.uniform("control", len(rows)).cpu()))
             y = pictures.prompts(rows, noise.uniform("caption", len(rows)).cpu())
             x = latents[rows].to(run.device)
             return Pair(x, y, shown, noise.normal("eps", x.shape))

@@ -46,7 +46,8 @@ class Step:
         rows, images, maps = batches(step)
         self.images = unit(from_bytes(images)).to(run.device)
         self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
-        self.c = None if control is None else control_of(control, self.images, maps)
+        luck = self.noise.uniform("control", len(rows)).cpu()
+        self.c = None if control is None else control_of(control, self.images, maps, luck)
         self.shown = None if control is None or self.c is None else control.image(self.c)
         self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
         self._networks = networks

@@ -44,7 +44,7 @@ class Entry:
 
 
 SCALES = ("nano", "sd15")  # the keys of scales.SCALES, which is not imported for its names
-FILES = ("students", "transformers", "yardsticks", "ablations", "blocks")  # in the order in which they are shown
+FILES = ("students", "emoji", "transformers", "yardsticks", "ablations", "blocks")  # in the order they are shown
 
 
 def groups() -> dict[str, list[Entry]]:

@@ -10,7 +10,6 @@ from jdm.methods.classification import Classification
 from jdm.methods.denoising import Denoising
 from jdm.methods.posterior_training import PosteriorTraining
 from jdm.models.classifier import ClassifierConfig
-from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.recipes.scales import NANO, Scale
 from jdm.run import Data, Optimiser, Run
 
@@ -35,23 +34,6 @@ def nano_teacher() -> Run:
 def nano_weak_teacher() -> Run:
     """A deliberately weaker nano-sd: a tenth of its training."""
     return replace(nano_teacher(), out=Path("runs/nano-weak-teacher"), steps=1000, ema=0.995)
-
-
-EMOJI = Data(source="emoji", size=64)
-
-
-def emoji_vae() -> Run:
-    """The autoencoder of 64 px emoji, from nothing, on the pictures of: jdm data emoji data/emoji."""
-    method = Autoencoder(VAEConfig(4, (16, 32, 64)), optimiser=Optimiser(lr=1e-3, weight_decay=1e-4))
-    return Run(method=method, out=Path("runs/emoji-vae"), data=EMOJI, steps=8000, batch=16, ema=0.999,
-               probe_every=1000)
-
-
-def emoji_teacher() -> Run:
-    """The UNet and text encoder of 64 px emoji, from nothing, on the latents of the packaged emoji-vae."""
-    network = TeacherConfig(widths=(64, 128, 128), text_width=192, text_layers=4, tokens=24, merges=2000)
-    method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=8e-4, warmup=300))
-    return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=5000, batch=64, ema=0.9985)
 
 
 def nano_classifier() -> Run:

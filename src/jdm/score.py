@@ -73,7 +73,7 @@ class Estimate:
         return self.output if self.prediction == "v_prediction" else self.alpha * self.eps - self.sigma * self.x0
 
     def read(self, prediction: Prediction) -> Tensor:
-        """What a network of that prediction type would have put out."""
+        """Converts the estimate to the output of a network of that prediction type."""
         if prediction == self.prediction:
             return self.output
         if prediction == "flow":

@@ -206,8 +206,8 @@ class NoisyTerm:
         weight: factor on the whole term.
         levels: the noise levels it is taken at; terms with equal levels share one x_t.
         lambda_t: x0 for sigma^2 / alpha^2, constant for 1.
-        normaliser: whose x0 the term is divided by, as mean|x0 - x| per sample: the real score's, which is DMD's; the
-            fake score's, a pass cheaper at levels of the term's own; or none.
+        normaliser: estimate x0 by which the term is divided, as mean|x0 - x| per sample: the real score's, as in DMD;
+            the fake score's, a pass cheaper at levels of the term's own; or none.
     """
 
     models: ClassVar[tuple[str, ...]] = ()  # the fields that name a model to load, or several with their shares
@@ -276,7 +276,7 @@ class Condition(NoisyTerm):
 
     Attributes:
         bound: how long the term may be beside the terms that have no bound.
-        posterior: where samples of p(x | x_t) come from, with what trains it.
+        posterior: source of samples of p(x | x_t), and how it is trained.
         draws: samples of p(x | x_t) in Eq. 7's integral; 0 is the plug-in f(x_t) alone, the paper's one sample.
         reference: compare with the picture that c came from, where the control can; False uses c alone.
     """
@@ -318,7 +318,7 @@ class Reward(NoisyTerm):
     Attributes:
         model: a reward by name, or an import path, "my_rewards.py:brightness".
         bound: how long the term may be beside the terms that have no bound.
-        posterior: where samples of p(x | x_t) come from, with what trains it.
+        posterior: source of samples of p(x | x_t), and how it is trained.
     """
 
     model: str = "nano-reward"

@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, from which page, and how much may be sent."""
+"""Checks before every request: who may ask, from which page, and how much may be sent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Guard:
 
     Args:
         host: the address the server listens on. On this machine's own, Host must be a name of this machine.
-        token: that requests to /api must carry; None for none.
+        token: token that requests to /api must carry; None for none.
     """
 
     def __init__(self, app: Any, host: str, token: str | None, limits: Limits):

@@ -1,4 +1,4 @@
-"""What one request to the app may take, and the errors that say so."""
+"""Limits of one request to the app, and the errors that report them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Limits:
     """The bounds of the page and its API.
 
     Attributes:
-        bytes: of a request's body or message.
-        pixels: of a picture, before it is made smaller.
+        bytes: most bytes of a request's body or message.
+        pixels: most pixels of a picture, before it is made smaller.
         prompt: characters of a prompt.
-        pictures: of one request.
+        pictures: most pictures of one request.
         waiting: requests that wait for their turn.
         pages: live connections at the same time.
-        seconds: of one request, waiting included.
+        seconds: longest time of one request, waiting included.
     """
 
     bytes: int = 8_000_000

@@ -1,4 +1,4 @@
-"""What goes over the wire: the types of the HTTP API, and the binary messages of a live page."""
+"""Messages on the wire: the types of the HTTP API, and the binary messages of a live page."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Model(BaseModel):
 
 
 class Bounds(BaseModel):
-    """What a request may have."""
+    """Bounds of a request, as the page reads them."""
 
     prompt: int = Field(description="Characters of a prompt.")
     pictures: int

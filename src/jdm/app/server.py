@@ -37,7 +37,7 @@ def application(studio: Studio, host: str = "127.0.0.1", token: str | None = Non
 
     Args:
         host: the address that it will be served on; see `Guard`.
-        token: that requests to /api must carry.
+        token: token that requests to /api must carry.
     """
     app = FastAPIOffline(redoc_url=None, title="JDM", version=__version__, openapi_url="/api/openapi.json"
                          if token is None else "/openapi.json", description=__doc__)
@@ -124,7 +124,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def server(app: FastAPI, limits: Limits) -> uvicorn.Server:
-    """What serves an application on sockets: `server(...).run([listening(...)])`."""
+    """Returns the server of an application; `server(...).run([listening(...)])` serves on sockets."""
     settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off",
                               ws="websockets-sansio", ws_max_size=limits.bytes, ws_per_message_deflate=False,
                               timeout_graceful_shutdown=2)

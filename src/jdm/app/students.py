@@ -38,12 +38,12 @@ class Named:
 
 @dataclass
 class Drawn:
-    """What a request gave.
+    """The answer to a request.
 
     Attributes:
         images: uint8 [n, 3, H, W].
         maps: (name of the control, uint8 [3, H, W]) of each that was used, the own first.
-        seconds: that the model computed, controls included.
+        seconds: time that the model computed, controls included.
     """
 
     images: Tensor
@@ -124,7 +124,7 @@ def load_students(names: Sequence[str], also: Sequence[str], control: str | None
     Args:
         names: models; the shipped students that draw to a control where there are none.
         also: further ControlNets for every model.
-        control: of the models whose card names none.
+        control: control of the models whose card names none.
         compare: the slow model; by default one that fits among the models and the shipped ones.
 
     Raises:

@@ -72,7 +72,7 @@ def free_of_others(outputs: Iterable[Path], inputs: Iterable[str | None], is_our
     """UsageError if a file to be written is one that is read, or is there and is not ours.
 
     Args:
-        flag: where another place is named.
+        flag: flag that names another place.
     """
     read = [expanded(name) for name in inputs if name]
     for file in outputs:

@@ -73,7 +73,7 @@ class TrainingProgress(_Shown):
     copied from the device only when they are shown.
 
     Args:
-        device: whose peak memory is shown: the process's on a CPU, the tensors' on a GPU.
+        device: device whose peak memory is shown: the process's on a CPU, the tensors' on a GPU.
     """
 
     def __init__(self, steps: int, device: str = "cpu", console: Console | None = None):

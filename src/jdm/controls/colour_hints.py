@@ -26,7 +26,7 @@ class ColourHints(Control):
     people do. log p(c | images) = -|blurred images - paint|^2 / (2 temperature^2) over the painted pixels.
 
     Attributes:
-        radius: of a disc, as a share of the shorter side; training draws half to twice as much.
+        radius: radius of a disc, as a share of the shorter side; training draws half to twice as much.
         smoothing: standard deviation of the blur, as a share of the shorter side.
         temperature: standard deviation of a painted pixel's colour around the paint.
     """

@@ -15,7 +15,7 @@ class LeftOut:
     """What one rule left out.
 
     Attributes:
-        count: of all.
+        count: number of all.
         names: the first of them.
         remedy: how to have them read, or "".
     """

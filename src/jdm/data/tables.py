@@ -44,7 +44,8 @@ class Table:
         """Reads a table; the captions of several rows for one picture are all kept.
 
         Args:
-            columns: of the pictures, captions and control maps; empty for the usual names, and for no maps.
+            columns: names of the columns of pictures, captions and control maps; empty for the usual names, and
+                for no maps.
 
         Raises:
             UsageError: a column is missing or ambiguous, or a row cannot be read as it was meant.

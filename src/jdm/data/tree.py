@@ -79,7 +79,7 @@ class Choice:
         value: "" for every file with one of the endings; "*_mask.png", a pattern whose one * stands for that common
             part; ".png", an ending; "masks", a folder, which is left out of the common part.
         flag: the flag, for messages.
-        endings: of the files in a folder that is named, or of all where nothing is said.
+        endings: endings of the files in a folder that is named, or of all where nothing is said.
     """
 
     value: str
@@ -141,7 +141,7 @@ def split_tops(names: Iterable[str], how: str, root: Path) -> dict[str, str]:
     """Folder at the root -> the split that its name says; none where the folder is not divided so.
 
     Args:
-        names: of the pictures.
+        names: names of the pictures.
         how: Data.splits.
 
     Raises:

@@ -27,7 +27,7 @@ def preview(pictures: Pictures, control: Control | None, trained: Mapping[str, R
     goes on as if nothing had been drawn. None where there are fewer than two pictures to ask about.
 
     Args:
-        pictures: whose first prompts and controls are asked.
+        pictures: the source of the prompts and controls; the first ones are asked.
         trained: the one row that training changes, by its name; called while the modules hold their averages.
         others: rows that training leaves alone, by name.
     """

@@ -92,7 +92,7 @@ class Sampler:
         """uint8 pictures [B, 3, H, W] on the CPU, in batches.
 
         Args:
-            seed: of the noise that a student of several steps adds between them: a function of seed, row and step.
+            seed: seed of the noise that a student of several steps adds between them: a function of seed, row and step.
 
         Raises:
             RunError: a picture is not finite.
@@ -117,7 +117,7 @@ def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -
     Shipped models are known, and students and posteriors predict no noise: of them nothing is computed.
 
     Args:
-        pictures: of the model's kind; packaged ones, enlarged to the model's size, where None.
+        pictures: pictures of the model's kind; by default packaged ones, enlarged to the model's size.
     """
     if name in SHIPPED or model.levels or (model.card or {}).get("kind", "many-step") != "many-step":
         return
@@ -168,7 +168,7 @@ class Drawing:
 
     Attributes:
         controls: those that a picture is measured with, the model's own first.
-        sampler: what draws, at the model's size.
+        sampler: the sampler, at the model's size.
     """
 
     def __init__(self, model: Family, control: Control | None = None, steps: int | None = None,
@@ -215,7 +215,7 @@ def generator(model: str | Family, control: Control | None = None, steps: int | 
         model: a shipped name, a folder, a hub id, or a loaded model.
         control: measures `image`; by default the one that the model's card names.
         steps: a student's own, 50 for other models unless given.
-        guidance: of a multi-step model; by default the one of its card, or 2.
+        guidance: guidance of a multi-step model; by default the one of its card, or 2.
         also: further ControlNets of the same UNet, by the names that `jdm sample --also` takes.
         strengths: factor on each control in turn, the model's own first; by default 1.
     """

@@ -27,9 +27,9 @@ class Subject:
     """The facts that a card reports of a model.
 
     Attributes:
-        name: of the folder. kind: the class of stock diffusers that loads it, None where there is none.
+        name: name of the folder. kind: the class of stock diffusers that loads it, None where there is none.
         card: jdm.json. record: run.json. metrics: what `jdm evaluate` wrote. Empty where there is none.
-        base: what it was trained from, by folder or hub id. pixels: size of its pictures.
+        base: model it was trained from, by folder or hub id. pixels: size of its pictures.
         sigma: sigma / alpha at a student's first level; same_levels: Stable Diffusion's table has it too.
         known_as: the size of UNet that ComfyUI and A1111 take it for.
         errors, left_out, rank: of a LoRA that stands for a full student.
@@ -62,7 +62,7 @@ class Subject:
 
     @property
     def family(self) -> type[StockModel] | None:
-        """Whose stock pipeline it runs in."""
+        """Name of the stock pipeline that runs the model."""
         return FAMILIES.get(self.kind or "")
 
     @property
@@ -272,7 +272,7 @@ def _lora(of: Subject) -> Iterator[str]:
 
 
 def _other_programs(of: Subject) -> Iterator[str]:
-    """Where the files belong, and the settings with which a stock sampler computes the student."""
+    """Says where the files belong, and with which settings a stock sampler computes the student."""
     if of.family and not issubclass(of.family, StableDiffusion):
         yield from _of_transformer(of)
         return
@@ -295,7 +295,7 @@ def _other_programs(of: Subject) -> Iterator[str]:
 
 
 def _of_transformer(of: Subject) -> Iterator[str]:
-    """Where ComfyUI's files belong, and with which settings its samplers compute the student."""
+    """Says where ComfyUI's files belong, and with which settings its samplers compute the student."""
     if not of.comfyui:
         yield (f"No layout of these programs is written for {of.family.NAME if of.family else 'it'}: nothing that is "
                "known of their names can be tested. Use diffusers.")

@@ -125,7 +125,7 @@ def _hub_tokenizer(file: SingleFile, **options: Any) -> CLIPTokenizer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module's tensor is in a file.
+    """The place of a module's tensor in a file.
 
     Attributes:
         name: the tensor's name in the file.
@@ -149,7 +149,7 @@ class Place:
 
 
 def file_places(file: SingleFile, part: str, net: nn.Module, reference: str) -> dict[str, Place]:
-    """Where each tensor of a network is in the file.
+    """Maps each tensor of a network to its place in the file.
 
     Args:
         reference: name of the model whose shapes are expected, for messages.

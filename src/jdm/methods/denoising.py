@@ -46,7 +46,7 @@ class Denoising:
 
     Attributes:
         vae: folder of the trained autoencoder, or "emoji-vae", which is in the package.
-        network: what is trained, and its sizes: a UNet, or a transformer of SD3's format.
+        network: the trained network and its sizes: a UNet, or a transformer of SD3's format.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
         optimiser: how both networks move.
         clip: bound on the norm of their gradient.

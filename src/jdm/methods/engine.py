@@ -31,7 +31,7 @@ class Distillation:
     """The declaration of a paper.
 
     Attributes:
-        name: of the method, for the model's card.
+        name: name of the method, for the model's card.
         fake: the score of the student's samples; None where no term reads it.
         terms: by name; the student moves along their sum.
         control: by name or import path; empty for a student without control.

@@ -100,8 +100,8 @@ class Fake:
         high: largest noise level it is trained at, in [0, 1].
         optimiser: how it moves.
         clip: bound on the norm of its whole gradient.
-        loss: what its error is measured in: eps (JDM Eq. 6), x0 as Decoupled DMD has it, or what the network itself
-            puts out (own), a flow's velocity, whose eps hardly depends on it where little signal is left.
+        loss: quantity in which its error is measured: eps (JDM Eq. 6), x0 as Decoupled DMD has it, or own, the
+            network's own output: a flow's velocity, whose eps hardly depends on it where little signal is left.
         warm_up: steps at the start of the run in which it alone moves; in no paper.
     """
 
@@ -134,7 +134,7 @@ class Networks:
         guides: scores of further teachers, by role.
         posteriors: by the settings they were made from.
         parts: modules that terms bring, by the term's name.
-        references: what regularisers compare the student's samples with.
+        references: what regularisers compare samples with (`methods.references`).
     """
 
     def __init__(self, loaded: Loaded, student: Student, branch: Branch | None = None, fake: Fake | None = None,

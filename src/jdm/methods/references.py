@@ -1,4 +1,4 @@
-"""What regularisers compare the student's samples with: real pictures, the teacher's samples, its features."""
+"""References of the regularisers: real pictures, the teacher's samples, its features."""
 
 from __future__ import annotations
 

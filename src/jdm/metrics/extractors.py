@@ -37,7 +37,7 @@ class EffLite0:
     distance on these features is FD-EffLite0, whose values cannot be compared with FID.
 
     Args:
-        device: where the network runs.
+        device: device on which the network runs.
         batch: pictures per pass; on a CPU more than 4 are slower, because of the cache; a GPU takes hundreds.
     """
 

@@ -21,7 +21,7 @@ class Inception:
 
     Args:
         weights: file of the published weights; by default torch-fidelity downloads and caches them.
-        device: where the network runs.
+        device: device on which the network runs.
         batch: pictures per pass.
     """
 

@@ -25,7 +25,7 @@ class Adapter(nn.Module):
 
     Args:
         backbone: changed in place: its target layers are wrapped, their own parameters stay the same objects.
-        rank: of every LoRA pair; alpha = rank, so the scale is 1.
+        rank: rank of every LoRA pair; alpha = rank, so the scale is 1.
         targets: which layers, by the end of their path; `Family.lora_targets`.
     """
 

@@ -38,7 +38,7 @@ Prompt = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
 class Page(TypedDict, total=False):
-    """What jdm.json may say of the page on which the model is drawn with; docs/app.md says what each entry does."""
+    """The entries of jdm.json for the drawing page; docs/app.md explains each."""
 
     paper: Colour
     ink: Colour
@@ -106,7 +106,7 @@ class Tokenizer(TypedDict, total=False):
 
 
 class VAE(TypedDict, total=False):
-    """What is read of an autoencoder's config; None stands for what stock pipelines of these families ignore."""
+    """The part of an autoencoder's config that is read; stock pipelines of these families ignore what is None."""
 
     scaling_factor: Annotated[float, Meta(gt=0, le=1e9)]
     latents_mean: None
@@ -114,7 +114,7 @@ class VAE(TypedDict, total=False):
 
 
 class UNet(TypedDict, total=False):
-    """What is read of a UNet's config beside what its class checks."""
+    """The part of a UNet's config that is read, beside what its class checks."""
 
     sample_size: Required[Side | Annotated[list[Side], Meta(min_length=2, max_length=2)]]
 

@@ -119,7 +119,7 @@ class Family(Protocol):
     """The backbone in a sentence: UNet, transformer."""
 
     PARTS: ClassVar[dict[str, Any]]
-    """What is in its folder, by name (`jdm.models.stock.Part`)."""
+    """The parts in the model's folder, by name (`jdm.models.stock.Part`)."""
 
     SHARED: ClassVar[tuple[str, ...]]
     """Keys of its config in which a ControlNet and its backbone must agree."""
@@ -154,7 +154,7 @@ class Family(Protocol):
 
     @property
     def noted(self) -> dict[str, Any]:
-        """What jdm.json must keep of the model because no other file of its folder can."""
+        """The settings that jdm.json keeps because no other file of the folder can."""
         ...
 
     @property
@@ -249,11 +249,11 @@ class Family(Protocol):
         """The arguments with which its stock pipeline draws, beside the prompt and the control.
 
         Args:
-            levels: of a student; None for a multi-step model.
+            levels: levels of a student; None for a multi-step model.
             guidance: w of uncond + w (cond - uncond); 1 for a student.
             n: the scheduler's number of levels.
             controlled: it draws to a control.
-            size: of the pictures, where the pipeline is to be told.
+            size: size of the pictures, for pipelines that must be told.
         """
         ...
 

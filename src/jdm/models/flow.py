@@ -1,4 +1,4 @@
-"""What the families of flow-matching transformers share: noise levels, schedulers and control pictures."""
+"""Parts that the families of flow-matching transformers share: noise levels, schedulers and control pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TransformerDenoiser(Denoiser):
     """A transformer and its ControlNets, which see the control's latents.
 
     Args:
-        model: whose autoencoder encodes control pictures, and whose latents have its scale and shift.
+        model: model whose autoencoder encodes control pictures, with its latents' scale and shift.
     """
 
     def __init__(self, model: FlowModel, backbone: nn.Module | None, controlnet: nn.Module | None = None,

@@ -29,7 +29,7 @@ def save_pipeline(model: Family, folder: Path, scheduler: dict | None = None, ca
 
     Args:
         scheduler: a scheduler config in place of the model's own, such as `Family.step_scheduler`'s.
-        card: what this project knows of the model; kept in jdm.json, which stock diffusers ignores.
+        card: this project's record of the model; kept in jdm.json, which stock diffusers ignores.
     """
     whole: Any = model.pipeline(scheduler_of(scheduler or model.scheduler))
     with replaced(folder) as draft:

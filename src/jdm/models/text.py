@@ -29,7 +29,7 @@ class TextEncoder:
 
     Attributes:
         stored: prompt -> states on disk (data/cache.py), which are read instead of encoding the prompt.
-        device: where states go; None for where the text model is.
+        device: device that states are moved to; None for the text model's.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, capacity: int = REMEMBERED, one_by_one: bool = False):

@@ -34,9 +34,9 @@ class Scale:
         fake: how a fake score or a posterior moves.
         control: how a ControlNet moves.
         adapter: how a ControlNet on a frozen generator moves, in methods without distribution matching.
-        guidance: of the real score.
+        guidance: guidance of the real score.
         fake_rank: rank of the fake score's LoRA; 0 for a full copy.
-        bound: of the condition term in phase 1.
+        bound: bound of the condition term in phase 1.
         student_folder: the phase-1 student whose backbone is shared.
         generator: the one-step generator without control.
         controlnet: the multi-step model with a ControlNet.
@@ -83,7 +83,7 @@ class Scale:
         of nine short runs on nano-sd's validation pictures (docs/log.md).
 
         Args:
-            changes: of the condition term.
+            changes: fields of the condition term to change.
         """
         condition = self.condition(**{"weight": 4.0, "levels": LOW, "normaliser": "fake", "bound": Bound(2.0, 0.8),
                                       **changes})

@@ -51,7 +51,7 @@ class Cell:
 
     Attributes:
         column: the control's name, or TEXT.
-        spec: of the model.
+        spec: name or folder of the model.
         default: measured without being asked for by name.
     """
 
@@ -97,7 +97,7 @@ def cells(table: Table, setup: Setup, seeds: int = 1) -> list[Cell]:
 
 
 def selected(all_cells: Sequence[Cell], patterns: str | None) -> list[Cell]:
-    """Those that `--cells` names: column/row, with * and ?, or a row or column alone, separated by commas.
+    """The cells that `--cells` names: column/row, with * and ?, or a row or column alone, separated by commas.
 
     Raises:
         UsageError: a pattern names none; the nearest is suggested.

@@ -1,4 +1,4 @@
-"""What papers find of few-step students, sentence by sentence, and whether a page's numbers confirm it."""
+"""Findings of papers on few-step students, one sentence each, and whether a page's numbers confirm them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a table is made of: rows, columns, published numbers and plots."""
+"""Parts of a table: rows, columns, published numbers and plots."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Plot:
     """A plot of one measurement of some rows.
 
     Attributes:
-        key: of the measurement, of probes where it is a course.
+        key: name of the measurement, or of the probe where it is a course.
         over: course for lines over training steps, bars for a bar a row, alpha for one line over the values `at`.
     """
 
@@ -77,7 +77,7 @@ class Table:
         n: pictures per cell unless asked otherwise.
         probes: measurements in the course of each training; 0 for the recipes' own.
         theirs: a published table of other columns, its head first, with its note.
-        plots: that are drawn of it.
+        plots: plots that are drawn of it.
     """
 
     name: str

@@ -83,7 +83,7 @@ class Model:
     """A spec, settled for one column and seed.
 
     Attributes:
-        name: of its folder in the setup's `out`; of a given model, its own. path: what `load_model` takes.
+        name: name of its folder in the setup's `out`, or of a given model. path: argument of `load_model`.
         run: None of a model that is not trained here.
         needs: by the path they are put at; `backbone` and `controlnet` of a composed one.
     """

@@ -30,7 +30,7 @@ def plots(wanted: Sequence[Plot], page: Page) -> Image.Image | None:
 
 
 def series(plot: Plot, page: Page) -> dict[str, Points]:
-    """What a plot shows: (x, value) of each line by its title; of bars, one point each at its place."""
+    """The data of a plot: (x, value) of each line by its title; of bars, one point each at its place."""
     titles = {line.row: line.title for line in page.rows}
     column = next(iter(page.columns))
     found: dict[str, Points] = {}

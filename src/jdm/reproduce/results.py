@@ -59,7 +59,7 @@ class Record:
 
     Attributes:
         measured: as `evaluate` returns it.
-        course: what the run measured on validation pictures as it trained, probe by probe.
+        course: measurements on validation pictures as the run trained, probe by probe.
         file: name of the cell's file, a digest of everything that decided these numbers.
         taken_from: the page it was read from, where it was not measured here.
     """
@@ -81,7 +81,7 @@ class Result:
     Attributes:
         state: "measured", "failed", "not measured", or "left out" unless asked for.
         reasons: why seeds failed. asked: number of seeds.
-        values: of the measurements, by their names in KEYS, and "diversity_ratio" to the multi-step ControlNet.
+        values: measurements by their names in KEYS, and "diversity_ratio" to the multi-step ControlNet.
     """
 
     cell: str = ""
@@ -125,7 +125,7 @@ class Page:
         file: the page's name without suffix.
         columns: own name of a column -> the paper's.
         measures: keys of the measurements in the paper's form of the table.
-        command: what fills it.
+        command: command that fills it.
         picture: name of the figure's file. plots: of the file with the plots.
     """
 
@@ -190,7 +190,7 @@ def over(results: Sequence[Result], key: str, logs: bool = False) -> Value | Non
     Its error is of the seeds' means where every column has the same several seeds; else columns count as independent.
 
     Args:
-        logs: of the logarithms, which is that of the geometric mean; None also where a value is not positive.
+        logs: spread of the logarithms, which is that of the geometric mean; None also where a value is not positive.
     """
     values = [result.values[key] for result in results if key in result.values]
     if not values or len(values) < len(results):

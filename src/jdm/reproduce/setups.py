@@ -44,14 +44,14 @@ class Setup:
         seconds: per training step of a recipe, for estimates; a recipe that is not there has none.
         recipe: full name -> its run.
         scores, extractors: as `evaluate`'s `scored` and `also`.
-        measures: of a table, by its name, where they are not its own.
+        measures: measurements of a table, by its name, where they are not its own.
         out: folder of models and cells.
         n: pictures per cell. steps: of every training; by default the recipes' own.
         budgets: steps of every training of a table, by its name, where the recipes' own would take days.
         probes: measurements on validation pictures in the course of each training; 0 for the recipes' own.
         quick: measurements as in `jdm evaluate --quick`.
-        prompts: that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; those of the
-            pictures where empty.
+        prompts: prompts that text-to-image models are scored on (`metrics.scores.read_prompts`), n of each style; empty
+            for those of the pictures.
         known: pages' .json files whose cells are taken where they would be measured again on equal terms.
     """
 

@@ -48,7 +48,7 @@ def reproduce(table: Table, setup: Setup, seeds: int = 1, patterns: str | None =
     """Fill a table's cells and write FOLDER/<date>-<name>.md and .json, after each cell and at the end.
 
     Args:
-        patterns: of the cells to fill, as `--cells`; by default the table's default ones.
+        patterns: patterns of the cells to fill, as `--cells`; by default the table's default ones.
         run: False writes the page from what is there.
         command: the call without `--cells`, for the page.
         say: told what is being done, a line at a time.
@@ -106,7 +106,7 @@ def gathered(table: Table, setup: Setup, found: Sequence[Cell], seeds: int, comm
 
     Args:
         found: every cell of the table.
-        command: what fills it.
+        command: command that fills it.
     """
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in found:
@@ -227,7 +227,7 @@ def _filled(cell: Cell, setup: Setup, broken: dict[str, str], watch: Watch) -> s
 
 
 def _models(model: Model) -> list[Model]:
-    """Those it needs, in the order in which they are made, and itself."""
+    """The cells that this one needs, in the order in which they are made, then itself."""
     return [*(own for need in model.needs.values() for own in _models(need)), model]
 
 

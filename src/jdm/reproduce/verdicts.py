@@ -1,4 +1,4 @@
-"""What a table says, computed from its numbers: who wins, and the questions it was made to answer."""
+"""Verdicts computed from a table's numbers: who wins, and answers to the questions it was made for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _beside(best: str, logs: Mapping[str, float], titles: Mapping[str, str], dig
 
 
 def _student(line: Line) -> bool:
-    """It draws in a few steps, without guidance."""
+    """Whether the row draws in a few steps, without guidance."""
     records = [record for result in line.cells.values() for record in result.records]
     return line.steps <= FEW and all(record.measured.get("guidance") is None for record in records)
 
@@ -144,7 +144,7 @@ class Question:
 
     Attributes:
         pairs: (a, b); every row that stands beside another where there are none.
-        keys: what is compared. by: those of them that the verdict rests on, one of which must be there.
+        keys: measurements to compare. by: those of them that the verdict rests on; one must be there.
         controls: each of phase 2's controls, which canny is not, is compared for itself.
     """
 
@@ -233,7 +233,7 @@ def _ignored(page: Page) -> Answer | None:
 
 
 def _turned(page: Page) -> Answer | None:
-    """Where hacking begins: what became of judge and reward from the judge's best probe to the run's end."""
+    """Says where reward hacking begins: how judge and reward moved from the judge's best probe to the run's end."""
     found = {}
     for line, _, record in page.records():
         course = [at for at in record.course if record.seed == 0 and at.keys() >= {"judge", "reward", "fd"}]

@@ -42,14 +42,14 @@ DELETE = "delete it and run again to resume from the checkpoint before it"
 
 
 class Slots(TypedDict):
-    """What state.json says of an optimiser: its parameter groups, and what it stores of each parameter."""
+    """An optimiser's entry in state.json: its parameter groups, and the names of each parameter's states."""
 
     groups: int
     slots: list[str]
 
 
 class Info(TypedDict):
-    """What is read of state.json, which has the state's counters too."""
+    """The part of state.json that is read; the file also holds the state's counters."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     optimizers: dict[str, Slots]
@@ -158,7 +158,7 @@ def newest_whole(out: Path, aside: bool = False) -> Path | None:
 
 
 def damage_of(place: Path) -> str:
-    """What is wrong with a checkpoint's files, in a few words; empty if they are as they were written."""
+    """Describes what is wrong with a checkpoint's files, in a few words; empty if they are as they were written."""
     try:
         info = json.loads((place / INFO).read_text(encoding="utf-8")) if (place / INFO).is_file() else None
         if not isinstance(info, dict) or not isinstance(info.get("step"), int):

@@ -1,4 +1,4 @@
-"""What the numbers of metrics.jsonl are called, in which unit, and in which order they are shown."""
+"""Names, units and order of the numbers in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, list[str]]:
 
 
 def keys(rows: Iterable[Mapping[str, float]]) -> list[str]:
-    """What the rows hold beside their step: by group, in the order of KNOWN, then as it first appears."""
+    """The numbers in the rows, by group: first those of KNOWN in its order, then the others as they first appear."""
     seen = dict.fromkeys(key for row in rows for key in row if key != "step")
     return sorted(seen, key=lambda key: (GROUPS.index(curve_of(key).group), list(KNOWN).index(_pattern(key))))
 

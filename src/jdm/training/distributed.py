@@ -56,7 +56,7 @@ def barrier() -> None:
 
 
 def by_first(action: Callable[[], T]) -> T:
-    """What an action returns in the first process, which alone runs it; its UsageError or RunError in all of them."""
+    """Runs an action in the first process alone; its result, UsageError or RunError reaches all."""
     if size() == 1:
         return action()
     told: list[Any] = [None]
@@ -212,7 +212,7 @@ def _of_process(number: int, usage: bool, message: str) -> Exception:
 
 
 def _told(store: dist.Store, ranks: Sequence[int]) -> list[tuple[int, bool, str]]:
-    """What the first of these processes to fail has told, waiting a little for it."""
+    """Returns the message of the first of these processes to fail, waiting a little for it."""
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
         for other in ranks:

@@ -75,7 +75,7 @@ class Previews:
 
 @dataclass(frozen=True)
 class About:
-    """What a preview's file says of itself: the names of its rows, its columns' prompts, and the row that changes."""
+    """A preview file's own description: the names of its rows, its columns' prompts, and the row that changes."""
 
     rows: list[str]
     prompts: list[str]
@@ -83,7 +83,7 @@ class About:
 
 
 def about(file: Path) -> About | None:
-    """What a preview says of itself; None where the file is damaged, or not one that a run wrote."""
+    """Reads a preview's description; None if the file is damaged or was not written by a run."""
     if not is_ours(file):
         return None
     try:

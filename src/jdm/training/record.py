@@ -38,7 +38,7 @@ def refuse_another(run: Run) -> None:
 
 
 def facts_of(run: Run, pictures: Pictures) -> dict[str, Any]:
-    """What identifies a run's pictures: their number, and hashes of pixels (the first 1,000), files and captions."""
+    """The identity of a run's pictures: their number, and hashes of pixels (the first 1,000), files and captions."""
     stamps = pictures.stamps(pictures.indices) if pictures.stamps else []
     return {"source": pictures.source, "n": len(pictures), "sha256": fingerprint(pictures),
             "captions": facts(run.data, pictures)["prompts"], "files": sha256([stamp[:2] for stamp in stamps]),

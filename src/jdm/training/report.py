@@ -30,7 +30,7 @@ RELOAD = 60  # seconds between a browser's readings of the page of a run in prog
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run's folder says of it.
+    """The contents of a run's folder, for its report.
 
     Attributes:
         folder: the run's.
@@ -103,7 +103,7 @@ def report(folder: Path, ended: bool = False, warnings: Sequence[str] | None = N
 
     Args:
         ended: no further step comes; a browser reads the page of another run again every minute.
-        warnings: what the run's monitors said; read from its log where None.
+        warnings: messages of the run's monitors; by default read from its log.
 
     Raises:
         RunError: the disk cannot be written.

@@ -1,4 +1,4 @@
-"""What shows a run while it trains: previews, report.html, and trackers."""
+"""Ways to see a run while it trains: previews, report.html, and trackers."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ class Package:
     """A package at one version, and whose work it holds.
 
     Attributes:
-        sha512: of its tarball, in base64, as the registry states it.
+        sha512: SHA-512 of its tarball, in base64, as the registry states it.
         style: word by which captions call its drawings; empty if it holds names instead.
-        work: what is used of it.
+        work: the part that is used.
         author: whom its licence asks to name.
-        home: where the work comes from.
+        home: address of the work's project.
         licence: SPDX name.
     """
 

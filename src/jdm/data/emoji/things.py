@@ -35,7 +35,7 @@ class Emoji:
         name: CLDR's name in words.
         group: Unicode's group, such as "animals & nature".
         kind: Unicode's subgroup in words, such as "animal mammal".
-        thing: what it shows, whatever its style, skin tone, gender, age, colour or direction.
+        thing: the thing it shows, whatever its style, skin tone, gender, age, colour or direction.
     """
 
     code: str

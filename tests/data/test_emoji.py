@@ -15,6 +15,9 @@ from PIL import Image, ImageDraw
 
 from jdm.data.emoji import making
 from jdm.data.emoji.captions import captions
+from jdm.data.emoji.classes import GROUPS as CLASS_GROUPS
+from jdm.data.emoji.classes import STYLES as CLASS_STYLES
+from jdm.data.emoji.classes import classes_of
 from jdm.data.emoji.drawings import drawings, may_be_mirrored, vectors
 from jdm.data.emoji.packages import LICENCES, NAMES, STYLES, fetched, members, notice
 from jdm.data.emoji.things import Emoji, all_emoji, joined, normalised, split_of
@@ -299,4 +302,30 @@ def test_shipped_test_split_is_small_and_licensed(tmp_path, monkeypatch):
     pictures = load_pictures("emoji", "test", 64)
     assert len(pictures) == len(pictures.captions) == 1383
     assert pictures.batch(torch.arange(4)).shape == (4, 3, 64, 64)
-    assert {texts[-1] for texts in pictures.captions} == {f"{package.style} style" for package in STYLES}
+    asked = {texts[0].rsplit(", ", 1)[1] for texts in pictures.captions}
+    assert asked == {f"{package.style} style" for package in STYLES}
+
+
+def test_classes_are_the_style_and_group_in_the_shard():
+    said = []
+    with tarfile.open(PACKAGED_EMOJI / "test-000.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                facts = json.load(tar.extractfile(member))
+                said.append(list(CLASS_STYLES).index(facts["style"]) * 9 + list(CLASS_GROUPS).index(facts["group"]))
+    pictures = load_pictures("emoji", "test", 64)
+    assert pictures.label(torch.arange(len(pictures))).tolist() == said
+    assert len(set(said)) > 40
+
+
+def test_held_out_pictures_are_asked_by_name_and_style():
+    pictures = load_pictures("emoji", "test", 64)
+    rows = torch.arange(len(pictures))
+    styles = [CLASS_STYLES[label // 9] for label in pictures.label(rows).tolist()]
+    for uniform in (torch.zeros(len(rows)), torch.full((len(rows),), 0.999)):
+        assert all(style in prompt for style, prompt in zip(styles, pictures.prompts(rows, uniform), strict=True))
+
+
+def test_emoji_of_an_unknown_subgroup_have_no_classes():
+    assert classes_of([("fox, 3d style", "animal alien, 3d style", "3d style")]) is None
+    assert classes_of([("a fox",)]) is None

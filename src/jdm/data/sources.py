@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jdm.data.emoji.classes import classes_of, fully_named
 from jdm.data.folder import folder_pictures
 from jdm.data.hub_set import HELD_OUT, TEMPLATES, hub_pictures, phrase
 from jdm.data.shards import shard_pictures
@@ -71,7 +72,7 @@ def _read(source: str, split: str, size: Size, how: Data) -> Pictures:
     if source == "fashion-mnist":
         return _fashion_mnist(split, size)
     if source == "emoji":
-        return _split_shards(_emoji_folder(split), split, size, how)
+        return _emoji(split, size, how)
     folder = Path(source)
     try:
         there = folder.is_dir()
@@ -141,6 +142,13 @@ def _idx(path: Path, header: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).copy()
     except (OSError, EOFError, ValueError) as error:
         raise UsageError(f"{path} is not a readable IDX file ({error}); fetch it again") from None
+
+
+def _emoji(split: str, size: Size, how: Data) -> Pictures:
+    """Emoji with their classes; training draws any caption, held-out pictures are asked for by name and style."""
+    found = _split_shards(_emoji_folder(split), split, size, how)
+    captions = found.captions if split == "train" else fully_named(found.captions)
+    return replace(found, captions=captions, classes=classes_of(found.captions))
 
 
 def _emoji_folder(split: str) -> Path:

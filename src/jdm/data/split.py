@@ -58,6 +58,7 @@ class Pictures:
         images: indices [B] -> uint8 [B, 3, H, W].
         captions: for each picture, or each label, the tuple of captions to draw from.
         labels: class of each picture, by index, or None if unknown. With labels, `captions` is indexed by label.
+        classes: class of each picture, by index, where each has captions of its own; None if unknown.
         indices: [N] indices of the pictures in this split.
         size: side, or (height, width), in pixels.
         source: name for reports.
@@ -83,6 +84,7 @@ class Pictures:
     report: Report = field(default_factory=lambda: Report(""))
     unread: Unread = field(default_factory=Unread)
     stamps: Callable[[Tensor], list[Stamp]] | None = None
+    classes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -124,7 +126,9 @@ class Pictures:
         return torch.tensor(kept)
 
     def label(self, rows: Tensor) -> Tensor | None:
-        return None if self.labels is None else self.labels[self.indices[rows]]
+        """Classes of rows [B], or None if unknown."""
+        known = self.classes if self.labels is None else self.labels
+        return None if known is None else known[self.indices[rows]]
 
     def prompts(self, rows: Tensor, uniform: Tensor) -> list[str]:
         """One caption per row, chosen by `uniform` [B] in [0, 1)."""

@@ -43,8 +43,20 @@ PROBE_SAMPLES = 1000  # samples of the reference that a probe makes for a teache
 
 @cache
 def judge() -> Classifier:
-    """The shipped classifier, trained on real training pictures only."""
+    """The shipped classifier of Fashion-MNIST, trained on real training pictures only."""
     return Classifier.load(ASSETS / "nano-classifier")
+
+
+@cache
+def emoji_judge() -> Classifier | None:
+    """The classifier of emoji by style and group, trained on real training pictures only; None if it is not shipped."""
+    folder = ASSETS / "emoji-classifier"
+    return Classifier.load(folder) if folder.is_dir() else None
+
+
+def judge_of(source: str) -> Classifier | None:
+    """The classifier of a source's pictures; None where there is none."""
+    return judge() if source == FASHION else emoji_judge() if source == "emoji" else None
 
 
 @cache
@@ -151,7 +163,8 @@ def extractors(source: str, quick: bool = False, also: Sequence[str] = (),
         also: "inception", or "inception:FILE" with its weights, for FID. It comes first if the classifier was not
             trained on the data.
     """
-    known: list[Extractor] = [ClassifierFeatures(judge())] if source == FASHION else []
+    own = judge_of(source)
+    known: list[Extractor] = [ClassifierFeatures(own)] if own else []
     more = [EXTRACTORS[name](weights, device) for name, _, weights in (spec.partition(":") for spec in _checked(also))]
     if quick and (known or more):
         return [*known, *more]
@@ -187,8 +200,9 @@ def measured(
             row["fd_spread"] = frechet_bootstrap(features, target.statistics)[1]
     if control is not None and questions.c is not None:
         row |= _consistency(pictures, questions, control, sampler)
-    if questions.source == FASHION and questions.labels is not None:
-        agreed = prompt_agreement(judge(), pictures, questions.labels)
+    own = judge_of(questions.source)
+    if own and questions.labels is not None:
+        agreed = prompt_agreement(own, pictures, questions.labels)
         row |= {"prompt_agreement": agreed, "prompt_agreement_spread": (agreed * (1 - agreed) / len(pictures)) ** 0.5}
         row |= _judged(pictures, questions, questions.labels)
     differing = noise_diversity(sampler, questions, control, chosen[0], 16 if quick else DIVERSITY_GROUPS)
@@ -240,7 +254,7 @@ def _std(pictures: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str, float]:
     """nano-judge's mean log-probability of the prompted class, in nats, and its prompt agreement; {} without it."""
-    other = second_judge()
+    other = second_judge() if questions.source == FASHION else None
     if other is None:
         return {}
     parts = torch.arange(len(pictures)).split(250)
@@ -298,8 +312,9 @@ def validation_probe(run: Run, control: Control | None, held_out: Pictures, whol
         if control is not None and questions.c is not None:
             seen = controls_of(control, unit(from_bytes(pictures)), run.device)
             row["consistency"] = (seen - questions.c).abs().mean().item()
-        if questions.source == FASHION and questions.labels is not None:
-            row["prompt_agreement"] = prompt_agreement(judge(), pictures, questions.labels)
+        own = judge_of(questions.source)
+        if own and questions.labels is not None:
+            row["prompt_agreement"] = prompt_agreement(own, pictures, questions.labels)
             row |= _judged(pictures, questions, questions.labels)
         return row
 

@@ -45,7 +45,7 @@ class Classification:
 
     def task(self, loaded: Loaded) -> Task:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
-        if pictures.labels is None:
+        if pictures.label(torch.arange(1)) is None:
             raise UsageError(f"{run.data.source} has no class labels; a classifier needs them")
         if run.accumulate * processes() > 1:
             raise UsageError("a classifier is normalised over its whole batch, which cannot be computed in parts; "

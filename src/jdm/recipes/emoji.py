@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jdm.data.emoji.classes import CLASSES
 from jdm.methods.autoencoder import Autoencoder
+from jdm.methods.classification import Classification
 from jdm.methods.controlnet import ControlNet
 from jdm.methods.denoising import Denoising
 from jdm.methods.nct import NCT
 from jdm.methods.networks import Branch
+from jdm.models.classifier import ClassifierConfig
 from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.recipes.scales import NANO
 from jdm.run import Data, Optimiser, Run
@@ -64,6 +67,14 @@ def emoji_teacher() -> Run:
     method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=8e-4, warmup=300))
     return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=5000, batch=64, ema=0.9985,
                precision="bf16")
+
+
+def emoji_classifier() -> Run:
+    """The classifier of style and group that prompt agreement on emoji and their Frechet distance read."""
+    config = ClassifierConfig("emoji-classifier", CLASSES, widths=(32, 48, 64, 96), grey=False)
+    # No shifts: the pictures were drawn shifted, and a shift here would let black in beside white paper.
+    method = Classification(config, shift=0)
+    return Run(method=method, out=Path("runs/emoji-classifier"), data=EMOJI, steps=4000, batch=128)
 
 
 def emoji_vae() -> Run:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from jdm.data.noise import Noise, rows_at
 from jdm.data.sources import Pictures
+from jdm.errors import UsageError
 from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
 from jdm.methods.previews import GUIDANCE, asked_pictures, many_steps
@@ -22,6 +23,7 @@ from jdm.models.family import Family, placed
 from jdm.models.folder import save_pipeline
 from jdm.models.nano import TeacherConfig, VAEConfig
 from jdm.models.nano_flow import FlowConfig
+from jdm.models.stable_diffusion import StableDiffusion
 from jdm.ranges import Positive, Share
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
 from jdm.score import ScoreModel, Text
@@ -45,8 +47,10 @@ class Denoising:
     A flow-matching transformer predicts the velocity eps - x in place of eps.
 
     Attributes:
-        vae: folder of the trained autoencoder, or "emoji-vae", which is in the package.
+        vae: folder of the trained autoencoder, or of a model with one; or a packaged one, such as emoji-vae.
         network: the trained network and its sizes: a UNet, or a transformer of SD3's format.
+        start: folder of a Stable-Diffusion-format model whose UNet, text encoder and tokenizer the training goes on
+            from, in place of new ones of `network`.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
         optimiser: how both networks move.
         clip: bound on the norm of their gradient.
@@ -54,36 +58,50 @@ class Denoising:
 
     vae: str = "runs/nano-vae/model"
     network: TeacherConfig | FlowConfig = field(default_factory=TeacherConfig)
+    start: str = ""
     dropout: Share = 0.1
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-3, warmup=300))
     clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
-        return Needs(latents=True, autoencoder=self.vae)
+        start = {"start": self.start} if self.start else {}
+        return Needs(start, latents=True, autoencoder=self.vae)
 
     def product(self, loaded: Loaded) -> Product:
-        run, pictures = loaded.run, loaded.pictures
-        vae: Any = loaded.space.vae
-        tokenizer = self._tokenizer(pictures)
-        latents = VAEConfig(vae.config.latent_channels, tuple(vae.config.block_out_channels))
-        made = self.network.networks(latents.latent_shape(run.data.size), tokenizer)
+        return self._product(loaded, *self._networks(loaded))
+
+    def _product(self, loaded: Loaded, made: dict[str, nn.Module], model: Callable[..., Family]) -> Product:
+        run, vae = loaded.run, loaded.space.vae
 
         def write(folder: Path, averages: dict[str, nn.Module]) -> None:
-            save_pipeline(self.network.model(averages, vae, tokenizer).at(run.data.size), folder)
+            save_pipeline(model(averages, vae).at(run.data.size), folder)
 
         return Product({name: placed(network, run.device) for name, network in made.items()}, write)
 
-    def _tokenizer(self, pictures: Pictures) -> CLIPTokenizer:
-        captions = (caption for row in pictures.captions for caption in row)
-        return nano.tokenizer(captions, self.network.tokens, self.network.merges)
+    def _networks(self, loaded: Loaded) -> tuple[dict[str, nn.Module], Callable[..., Family]]:
+        """The networks to train, and (networks, autoencoder) -> the model of such networks."""
+        if self.start:
+            start = loaded.model("start")
+            if type(start) is not StableDiffusion:
+                raise UsageError(f"{self.start} is not in Stable Diffusion's format, which --method.start takes; leave "
+                                 "it out to train from nothing")
+            made = {name: copy.deepcopy(getattr(start, name)).requires_grad_() for name in ("unet", "text_encoder")}
+            return made, lambda networks, vae: start.with_parts(**networks, vae=vae, controlnet=None)
+        vae: Any = loaded.space.vae
+        latents = VAEConfig(vae.config.latent_channels, tuple(vae.config.block_out_channels))
+        captions = (caption for row in loaded.pictures.captions for caption in row)
+        tokenizer = nano.tokenizer(captions, self.network.tokens, self.network.merges)
+        made = self.network.networks(latents.latent_shape(loaded.run.data.size), tokenizer)
+        return made, lambda networks, vae: self.network.model(networks, vae, tokenizer)
 
     def task(self, loaded: Loaded) -> Task:
         run, pictures, held_out = loaded.run, loaded.pictures, loaded.held_out
-        space, latents, product = loaded.space, loaded.latents(), self.product(loaded)
-        tokenizer, vae = self._tokenizer(pictures), cast(Any, space.vae)
+        space, latents, vae = loaded.space, loaded.latents(), loaded.space.vae
+        made, model_of = self._networks(loaded)
+        product = self._product(loaded, made, model_of)
 
         def score_of(networks: dict[str, nn.Module]) -> ScoreModel:
-            model: Family = self.network.model(networks, vae, tokenizer)
+            model = model_of(networks, vae)
             encode = model.text().batch
 
             def text(prompts: Sequence[str]) -> Text:

@@ -195,9 +195,11 @@ def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
 
 
 def load_vae(folder: str) -> AutoencoderKL:
-    """The trained autoencoder of a folder, or the packaged one of that name ("emoji-vae"), frozen."""
-    if not Path(folder).exists() and "/" not in folder and (ASSETS / folder / "config.json").is_file():
+    """The trained autoencoder of a folder, of a model's folder, or of the package ("emoji-vae", "nano-sd"), frozen."""
+    if not Path(folder).exists() and "/" not in folder and (ASSETS / folder).is_dir():
         folder = str(ASSETS / folder)
+    if Path(folder, "vae", "config.json").is_file():
+        folder = str(Path(folder, "vae"))
     if not Path(folder, "config.json").is_file():
         raise UsageError(f"{folder}: no autoencoder there; train one with: jdm train nano-vae")
     try:

@@ -59,5 +59,5 @@ def test_a_transformer_is_no_start_for_a_unet(tmp_path):
     teacher = tiny.family(tmp_path)
     run = tiny.run(find("nano-teacher")(), tmp_path / "run", teacher)
     run = replace(run, method=replace(run.method, vae=str(teacher), start=str(tmp_path / "flow")))
-    with pytest.raises(UsageError, match="is not in Stable Diffusion's format, which --method.start takes"):
+    with pytest.raises(UsageError, match=r"is not in Stable Diffusion's format, which --method.start takes"):
         Trainer(run)

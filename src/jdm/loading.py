@@ -39,6 +39,8 @@ class Loaded:
         needs: what may be asked for; anything else is an error of the method.
     """
 
+    strict = True  # raises what is refused of the pictures, rather than setting it aside (`load_pictures`)
+
     def __init__(self, run: Run, needs: Needs | None = None):
         self.run, self.needs = run, needs or run.method.needs(run)
         self._models: dict[str, Family] = {}
@@ -194,7 +196,7 @@ class Loaded:
         if data.controls and not self.needs.control:
             raise UsageError(f"--data.controls {data.controls} gives control maps, and this run has no control; leave "
                              "it out, or name a recipe with one, such as nano-canny")
-        return load_pictures(data.source, split, data.size, data, needed=split == data.split)
+        return load_pictures(data.source, split, data.size, data, self.strict and split == data.split, self.strict)
 
     def _model(self, role: str, name: str) -> Family:
         return load_model(name)

@@ -31,6 +31,7 @@ NARROWEST = 40  # columns that a help page is rendered for at least
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers
 GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
 RECIPE_COMMANDS = ("train", "prepare", "estimate")  # whose flags are the recipe's fields
+RUN_COMMANDS = (*RECIPE_COMMANDS, "doctor")  # whose flags are those of a run
 SHELLS = ("bash", "zsh", "fish")  # of jdm.cli.completion
 DATA_SETS = ("emoji",)  # of jdm.data
 REPRODUCED = ("table1", "table2", "table3", "fig1", "fig3", "fig6", "ddmd", "control")  # of jdm.reproduce
@@ -76,7 +77,7 @@ def _run(arguments: list[str]) -> int:
         trust.start(arguments[1:])
         if trust.FLAG in commands[name].flags():  # wherever it stands: a recipe's flags are not read here
             arguments = [argument for argument in arguments if argument != trust.FLAG]
-        if name not in RECIPE_COMMANDS:
+        if name not in RUN_COMMANDS:
             refuse_unknown(arguments[1:], commands[name].flags(), f"jdm {name}")
     asked = parser.parse_args(arguments)
     if asked.command is None:
@@ -151,6 +152,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
             prepare_flags)
     command("estimate", "estimate a run's memory, FLOPs and GPU-hours without loading a model", _run_flags,
             estimate_flags)
+    command("doctor", "read a source of pictures once, or a model, and say what training would find wrong with it",
+            _doctor_flags)
     command("sample", "draw pictures for a prompt, and for a control measured on your own picture", _sample_flags)
     command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
     command("compare", "put the curves, settings and previews of runs on one page, which needs no network",
@@ -179,9 +182,14 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     rest.required = False
 
 
-def own_parser(command: str, flags: Callable[[argparse.ArgumentParser], None]) -> Parser:
-    """A parser of the flags of a command that are not the run's, wherever they stand among those."""
-    parser = Parser(f"jdm {command}", usage=f"jdm {command} RECIPE|FILE.py|run.json [--FLAG VALUE ...]", add_help=False,
+def own_parser(command: str, flags: Callable[[argparse.ArgumentParser], None],
+               first: str = "RECIPE|FILE.py|run.json") -> Parser:
+    """A parser of the flags of a command that are not the run's, wherever they stand among those.
+
+    Args:
+        first: what stands before the flags, for help.
+    """
+    parser = Parser(f"jdm {command}", usage=f"jdm {command} {first} [--FLAG VALUE ...]", add_help=False,
                     description="Flags of the command itself, then the run's;\na flag that both have is the command's.",
                     formatter_class=_Help, allow_abbrev=False)
     flags(parser)
@@ -198,6 +206,23 @@ def estimate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", action="append", type=Among(GPUS), help=f"GPU to estimate times for: "
                         f"{', '.join(GPUS)}; repeatable (default: all of them)")
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    trust_flag(parser)
+    parser.add_argument("what", metavar="DATA|MODEL", help="pictures as --data.source of jdm train names them, or the "
+                        "folder, file or id of a model")
+    doctor_flags(parser)
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--FLAG VALUE", help="fields of the run, such as "
+                        "--data.pictures '*.jpg', --data.size 64 or --control canny; list: jdm doctor DATA --help")
+
+
+def doctor_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `jdm doctor` that are not the run's."""
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe whose size, control and teacher are those that the "
+                        "pictures are looked at with (default: none)")
+    parser.add_argument("--out", default="doctor.html", metavar="FILE", help="page to write, with the table and 24 "
+                        "pictures, their captions and control maps (default: %(default)s)")
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:

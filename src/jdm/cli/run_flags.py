@@ -33,7 +33,15 @@ def configured(recipe: str, arguments: Sequence[str], own: Parser | None = None)
     Raises:
         UsageError: an unknown recipe or flag, with the nearest; a value that does not fit.
     """
-    prog = f"{own.prog if own else 'jdm train'} {recipe}"
+    return changed(run_of(recipe), arguments, f"{own.prog if own else 'jdm train'} {recipe}", own)
+
+
+def run_of(recipe: str) -> Run:
+    """The run of a recipe as it is.
+
+    Raises:
+        UsageError: there is no such recipe, or it fails.
+    """
     try:
         run = find(recipe)()
     except UsageError:
@@ -42,6 +50,19 @@ def configured(recipe: str, arguments: Sequence[str], own: Parser | None = None)
         raise UsageError(f"{recipe} failed ({type(error).__name__}: {error})") from error
     if not isinstance(run, Run):
         raise UsageError(f"{recipe} must return a jdm.run.Run, got {type(run).__name__}")
+    return run
+
+
+def changed(run: Run, arguments: Sequence[str], prog: str, own: Parser | None = None) -> Run:
+    """A run with the fields that the flags name changed.
+
+    Args:
+        prog: the command, for messages and help.
+        own: the parser of the command's own flags, which help shows first.
+
+    Raises:
+        UsageError: an unknown flag, with the nearest; a value that does not fit.
+    """
     known = [*flags_of(run), "--help"]
     arguments = [_whole(argument, known) for argument in arguments]
     refuse_unknown(arguments, known, prog)

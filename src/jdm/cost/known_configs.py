@@ -27,9 +27,19 @@ def without_weights(name: str) -> StockModel:
     Raises:
         UsageError: the name is neither known nor shipped, nor a local folder with configurations, nor a checkpoint.
     """
+    family, configs = configured(name)
+    return family.made(configs)
+
+
+def configured(name: str) -> tuple[type[StockModel], dict[str, Any]]:
+    """A model's family and its parts' configurations, from which no network is made.
+
+    Raises:
+        UsageError: as `without_weights`.
+    """
     configs = PUBLISHED.get(name) or checkpoint_configs(name) or _of_folder(name)
     plain = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
-    return FAMILIES[str(configs.get("pipeline", plain))].made(configs)
+    return FAMILIES[str(configs.get("pipeline", plain))], configs
 
 
 def _of_folder(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from jdm.data.pictures import load_picture, read_all, refuse_other_aspect
+from jdm.data.pictures import load_picture, read_all, refuse_other_aspect, sides_of
 from jdm.data.report import Report
 from jdm.data.split import Pictures, Stamp, Unread, share_of
 from jdm.data.tables import ENDINGS, Row, Table, composed
@@ -22,6 +22,7 @@ from jdm.size import Size
 TEXTS = frozenset((".txt", ".caption"))
 OTHER_FORMATS = (".heic", ".heif", ".svg", ".psd", ".exr", ".hdr", ".jxl", ".cr2", ".nef", ".dng", ".ico", ".eps",
                  ".pdf")
+NO_CAPTION = "pictures without a caption"
 CONTROL_REMEDY = "--data.controls NAME reads control maps"
 
 
@@ -70,6 +71,8 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
         report=found.report,
         unread=Unread(how.unreadable),
         stamps=stamps_of,
+        name_of=lambda i: shown(os.path.join(root, entries[i].name)),
+        sides=lambda rows: sides_of([Path(path) for path in paths(rows)]),
     )
 
 
@@ -101,6 +104,7 @@ class Found:
         entries = self._captioned([name for name in names if name.startswith(top)])
         self._rest(name for name in free if name.startswith(top))
         if not entries:
+            self.report.settle()
             said = "; ".join(self.report.lines())
             raise UsageError(f"{self.report.source}/{top}: no pictures ({', '.join(sorted(PICTURE_ENDINGS))})"
                              f"{f'; {said}' if said else ''}; is this the right folder?")
@@ -139,6 +143,8 @@ class Found:
             captions = row.captions if row else self._beside(texts.get(stem_of(name)) or texts.get(key))
             control = (row and row.control) or self.controls.get(key, "")
             self.used |= {name, control}
+            if captions is None:
+                continue
             if self.how.controls and control not in self.files:
                 self.report.leave_out(name, "pictures without a control map")
             elif captions:
@@ -146,27 +152,29 @@ class Found:
             else:
                 mute.append(name)
         if mute:
-            raise self._no_caption(mute[0], len(mute), len(names))
+            self.report.refuse(NO_CAPTION, self._no_caption(mute[0], len(mute), len(names)), len(mute))
         return entries
 
-    def _beside(self, file: str | None) -> tuple[str, ...]:
-        """The caption in a text file, which is one however many lines it has."""
+    def _beside(self, file: str | None) -> tuple[str, ...] | None:
+        """The caption in a text file, which is one however many lines it has; None if its text is refused."""
         if file is None:
             return ()
         self.used.add(file)
-        text = file_text(self.folder / file, self.how.encoding).strip()
-        return (text,) if text else ()
+        with self.report.setting_aside("captions that cannot be read"):
+            text = file_text(self.folder / file, self.how.encoding).strip()
+            return (text,) if text else ()
+        return None
 
-    def _no_caption(self, name: str, count: int, n: int) -> UsageError:
+    def _no_caption(self, name: str, count: int, n: int) -> str:
         path, stem = shown(self.folder / name), stem_of(name)
         many = f" (nor have {count - 1:,} more of {n:,} pictures)" if count > 1 else ""
         if name in self.rows:
-            return UsageError(f"{path} has no caption in {self.rows[name].where}{many}; write one, or remove the row")
+            return f"{path} has no caption in {self.rows[name].where}{many}; write one, or remove the row"
         beside = shown(stem.rpartition("/")[2])
         there = f" ({beside}.caption is there: --data.captions .caption)" if f"{stem}.caption" in self.files else ""
-        return UsageError(f"{path} has no caption{many}; put it into {beside}.txt beside it{there}, or into a CSV or "
-                          "JSONL file with the columns file_name and text; where it is no picture to train on, say "
-                          f"which files are, such as --data.pictures '*.jpg'; {CONTROL_REMEDY}")
+        return (f"{path} has no caption{many}; put it into {beside}.txt beside it{there}, or into a CSV or JSONL file "
+                "with the columns file_name and text; where it is no picture to train on, say which files are, such as "
+                f"--data.pictures '*.jpg'; {CONTROL_REMEDY}")
 
     def _control_files(self) -> dict[str, str]:
         """Common part -> control map, where --data.controls means files and no column of a table."""
@@ -205,6 +213,7 @@ class Found:
             table = self.tables[at] = Table.read(self.folder / name, columns, self.how.encoding, self.report)
             there = {row: found for row in table.rows if (found := self._file(f"{at}{row}"))}
             if not there:
+                self.report.settle()
                 raise self._no_files(table)
             for row, found in table.rows.items():
                 if row not in there:

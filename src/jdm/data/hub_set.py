@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdm.data.pictures import UnreadableError, decoded, load_picture, read_all, read_picture, refuse_other_aspect
+from jdm.data.pictures import (
+    UnreadableError,
+    decoded,
+    load_picture,
+    read_all,
+    read_picture,
+    refuse_other_aspect,
+    sides_of,
+)
 from jdm.data.report import Report
 from jdm.data.split import Pictures, Unread
 from jdm.data.tables import CAPTIONS, column
@@ -65,6 +73,8 @@ def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
         report=report,
         unread=Unread(how.unreadable),
         stamps=lambda rows: [(str(whole._fingerprint), len(rows), 0)],
+        name_of=lambda i: f"{name}, row {i}",
+        sides=lambda rows: _sides(whole[rows.tolist()][picture]),
     )
 
 
@@ -160,6 +170,11 @@ def _maps(rows: Any, picture: str, drawn: str, name: str, size: Size) -> Tensor:
         return _held(pair[0], name, size)
 
     return read_all(one, list(zip(rows[drawn], rows[picture], strict=True)))
+
+
+def _sides(files: list[Any]) -> list[tuple[int, int]]:
+    """(width, height) of the pictures in a column."""
+    return [sides_of([opened])[0] if (opened := _opened(file)) else file.size for file in files]
 
 
 def _opened(file: Any) -> io.BytesIO | Path | None:

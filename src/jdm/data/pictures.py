@@ -114,7 +114,7 @@ def refuse_other_aspect(drawn: Path | BinaryIO, picture: Path | BinaryIO, name: 
     Only the headers of both are read.
     """
     try:
-        sides = [_upright(file) for file in (drawn, picture)]
+        sides = sides_of([drawn, picture])
     except Exception as error:  # as in `read_picture`
         raise UnreadableError(f"{name}: damaged or incomplete ({in_short(error)}); copy or save it again") from error
     (width, height), (across, down) = sides
@@ -123,10 +123,13 @@ def refuse_other_aspect(drawn: Path | BinaryIO, picture: Path | BinaryIO, name: 
                               "a map of the picture's own proportions")
 
 
-def _upright(file: Path | BinaryIO) -> tuple[int, int]:
-    """Width and height of a picture as it is seen, from its header."""
-    with Image.open(file, formats=FORMATS) as image:
-        return image.size if image.getexif().get(ORIENTATION, 1) < 5 else (image.height, image.width)
+def sides_of(files: Sequence[Path | BinaryIO]) -> list[tuple[int, int]]:
+    """(width, height) of pictures as they are seen, from their headers; whatever Pillow raises where it reads none."""
+    def upright(file: Path | BinaryIO) -> tuple[int, int]:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size if image.getexif().get(ORIENTATION, 1) < 5 else (image.height, image.width)
+
+    return [upright(file) for file in files]
 
 
 def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from jdm.data.texts import few, shown
+from jdm.errors import UsageError
 
 KEPT = 100  # names of each rule that are kept; all are counted
 
@@ -26,6 +30,19 @@ class LeftOut:
 
 
 @dataclass
+class Refused:
+    """What of one kind training refuses.
+
+    Attributes:
+        count: of all.
+        messages: the first of them, each with its remedy.
+    """
+
+    count: int = 0
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Report:
     """What was found and what was not taken, of one split of a source.
 
@@ -34,12 +51,14 @@ class Report:
         splits: number of pictures of each split, as far as it is known.
         left_out: rule, in words -> what it left out.
         notes: sentences on how the source was read.
+        refused: kind, in words -> what training refuses; it is set aside, so that all of it is found at once.
     """
 
     source: str
     splits: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refused: dict[str, Refused] = field(default_factory=dict)
 
     def leave_out(self, name: str, rule: str, remedy: str = "", count: int = 1) -> None:
         """Counts one thing, or several of one name, that a rule leaves out."""
@@ -52,6 +71,34 @@ class Report:
         """Adds a sentence, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def refuse(self, kind: str, message: str, count: int = 1) -> None:
+        """Sets aside what training refuses; `settle` raises it."""
+        entry = self.refused.setdefault(kind, Refused())
+        entry.count += count
+        if len(entry.messages) < KEPT:
+            entry.messages.append(message)
+
+    @contextmanager
+    def setting_aside(self, kind: str) -> Iterator[None]:
+        """Returns a context manager; a UsageError inside it is refused as that kind, and the block ends there."""
+        try:
+            yield
+        except UsageError as error:
+            self.refuse(kind, str(error))
+
+    def settle(self) -> None:
+        """Raises what was refused, if anything was.
+
+        Raises:
+            UsageError: the first message, and how many more there are.
+        """
+        if not self.refused:
+            return
+        first = next(iter(self.refused.values()))
+        more = sum(len(kind.messages) for kind in self.refused.values()) - 1
+        also = f" (and {more:,} more: jdm doctor {shlex.quote(self.source)} lists them)" if more else ""
+        raise UsageError(first.messages[0] + also)
 
     def lines(self) -> list[str]:
         """All of it for a terminal, a line for each rule and each note."""

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from jdm.data.pictures import read_all, read_picture, refuse_other_aspect
+from jdm.data.pictures import read_all, read_picture, refuse_other_aspect, sides_of
 from jdm.data.report import Report
 from jdm.data.samples import Left, SampleError, Wanted, is_hidden, leave, sample_key, samples
 from jdm.data.split import Pictures, Stamp, Unread, share_of
@@ -31,7 +31,8 @@ from jdm.size import Size
 
 RANGE, MOST_SHARDS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}"), 100_000
 READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
-LAYOUT = 1  # of the table; increase when its columns or the rules of samples change, so that shards are read again
+LAYOUT = 2  # of the table; increase when its columns or the rules of samples change, so that shards are read again
+REFUSED = "samples that cannot be read as they were meant"
 HEADER = 65_536  # bytes in which a picture says its size
 
 def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = False) -> Pictures:
@@ -61,6 +62,8 @@ def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = F
         report=shards.report,
         unread=Unread(how.unreadable),
         stamps=shards.stamps,
+        name_of=shards.name_of,
+        sides=shards.sides,
     )
 
 
@@ -97,7 +100,9 @@ class Shards:
         rules = table["rule"]
         kept = [i for i, rule in enumerate(rules) if not rule]
         for i, rule in enumerate(rules):
-            if rule:
+            if rule == REFUSED:
+                self.report.refuse(REFUSED, table[i]["name"])
+            elif rule:
                 row = table[i]
                 self.report.leave_out(row["name"], rule, count=row["bytes"])
         self.table = table.select(kept)
@@ -124,6 +129,15 @@ class Shards:
             return found
 
         return read_all(one, self._rows(rows), READERS)
+
+    def name_of(self, index: int) -> str:
+        """The shard and the picture's name in it."""
+        (row,) = self._rows(torch.tensor([index]))
+        return f"{self.shards[row['shard']]}:{row['name']}"
+
+    def sides(self, rows: Tensor) -> list[tuple[int, int]]:
+        """(width, height) of pictures, from their headers."""
+        return sides_of([io.BytesIO(self._bytes(row, "start", min(row["bytes"], HEADER))) for row in self._rows(rows)])
 
     def stamps(self, rows: Tensor) -> list[Stamp]:
         """Name and size of pictures; the version of a shard stands for its time."""
@@ -193,10 +207,11 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 members = (m for m in _files(tar, file) if not _hidden(m.name, left))
                 for key, files in groupby(members, key=lambda m: sample_key(m.name)):
-                    for sample in samples(tar, key, list(files), asked, left):
-                        yield {"shard": index, "rule": "", **sample}
-        except SampleError as error:
-            raise UsageError(f"{shard}: {error}") from None
+                    try:
+                        for sample in list(samples(tar, key, list(files), asked, left)):
+                            yield {"shard": index, "rule": "", **sample}
+                    except SampleError as error:
+                        yield {"shard": index, "rule": REFUSED, "name": f"{shard}: {error}", "bytes": 0, **empty}
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
         for rule, (name, count) in left.items():

@@ -46,18 +46,25 @@ FASHION_CLASSES: tuple[tuple[str, ...], ...] = (
 AS_USUAL = Data()  # of which load_pictures reads how a source is read
 
 
-def load_pictures(source: str, split: str, size: Size, how: Data = AS_USUAL, needed: bool = True) -> Pictures:
+def load_pictures(source: str, split: str, size: Size, how: Data = AS_USUAL, needed: bool = True,
+                  strict: bool = True) -> Pictures:
     """Loads a split of a source: "fashion-mnist", "emoji", a folder of captioned pictures, .tar shards or a folder of
     them, or a hub dataset id.
 
     Args:
         how: its fields say what are pictures, captions and control maps, where that is not plain (docs/data.md).
         needed: a split without pictures is an error.
+        strict: raises what training refuses; where False it is set aside and left in the report (`Report.refused`).
+
+    Raises:
+        UsageError: there is no such source or split, or something in it is ambiguous or cannot be read as it was meant.
     """
     match = re.fullmatch(r"(\w+)(\[[-\d]*:[-\d]*\])?", split)
     if match is None or match[1] not in ("train", "validation", "test"):
         raise UsageError(f"split must be train, validation or test, with or without [a:b]; got {split!r}")
     pictures = _read(source, match[1], size, how)
+    if strict:
+        pictures.report.settle()
     pictures = pictures.part(match[2]) if match[2] else pictures
     if needed and len(pictures) == 0:
         said = "; ".join(pictures.report.lines())
@@ -120,6 +127,7 @@ def _fashion_mnist(split: str, size: Size) -> Pictures:
         size=size,
         source=f"fashion-mnist/{split}",
         files=lambda rows: files,
+        sides=lambda rows: [(28, 28)] * len(rows),
     )
 
 

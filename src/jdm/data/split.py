@@ -69,6 +69,8 @@ class Pictures:
         report: what was found, and what each rule left out.
         unread: pictures that could not be read so far.
         stamps: indices [B] -> name, bytes and time or version of each picture and map; None if unknown.
+        name_of: index -> the picture's name, for messages.
+        sides: indices [B] -> (width, height) of each picture as it lies in the source, from its header alone.
     """
 
     images: Callable[[Tensor], Tensor]
@@ -85,6 +87,8 @@ class Pictures:
     unread: Unread = field(default_factory=Unread)
     stamps: Callable[[Tensor], list[Stamp]] | None = None
     classes: Tensor | None = None
+    name_of: Callable[[int], str] = "picture {}".format
+    sides: Callable[[Tensor], list[tuple[int, int]]] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -20,16 +20,22 @@ from jdm.files import parsed
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 PICTURES = ("file_name", "image_file_name", "image", "img", "picture", "path", "file_path", "filepath", "filename")
 CAPTIONS = ("text", "caption", "captions", "prompt")
+ROWS = "rows that cannot be read as they were meant"
 SEPARATORS = (",", ";", "\t")  # a table that Excel writes in many countries has semicolons
 
 
 @dataclass
 class Row:
-    """What a table says of one picture: its captions, and the file of its control map or ""."""
+    """What a table says of one picture: its captions, None if they are refused, and its control map's file or ""."""
 
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = ()
     control: str = ""
     where: str = ""
+
+    def _add_control(self, drawn: str, where: str) -> None:
+        if self.control and drawn and self.control != drawn:
+            raise UsageError(f"{where}: this picture has two control maps, {self.control} and {drawn}; keep one")
+        self.control = self.control or drawn
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Table:
         Raises:
             UsageError: a column is missing or ambiguous, or a row cannot be read as it was meant.
         """
-        names, rows = _records(file, encoding)
+        names, rows = _records(file, encoding, report)
         picture = column(names, columns[0], PICTURES, "--data.pictures", shown(file), first=2)
         caption = column(names, columns[1], CAPTIONS, "--data.captions", shown(file))
         control = columns[2] if columns[2] in names else ""
@@ -60,14 +66,14 @@ class Table:
                                  "--data.controls NAME reads one as control maps")
         table = cls(file)
         for where, row in rows:
-            named = inside(row.get(picture), where)
-            found = table.rows.setdefault(named, Row(where=where))
-            found.captions = tuple(dict.fromkeys((*found.captions, *captions_of(row.get(caption), where))))
-            drawn = inside(row[control], where) if control and row.get(control) else ""
-            if found.control and drawn and found.control != drawn:
-                raise UsageError(f"{where}: {named} has two control maps, {found.control} and {drawn}; keep one")
-            found.control = found.control or drawn
+            with report.setting_aside(ROWS):
+                found = table.rows.setdefault(inside(row.get(picture), where), Row(where=where))
+                before, found.captions = found.captions, None
+                more = captions_of(row.get(caption), where)
+                found.captions = None if before is None else tuple(dict.fromkeys((*before, *more)))
+                found._add_control(inside(row[control], where) if control and row.get(control) else "", where)
         if not table.rows:
+            report.settle()
             raise UsageError(f"{shown(file)} has no rows; fill it, or remove it")
         return table
 
@@ -123,22 +129,28 @@ def composed(name: str) -> str:
 Records = tuple[list[str], list[tuple[str, dict[str, Any]]]]
 
 
-def _records(file: Path, encoding: str) -> Records:
+def _records(file: Path, encoding: str, report: Report) -> Records:
     kind = file.suffix.lower()
     if kind == ".parquet":
         return _parquet(file)
     text, where = file_text(file, encoding), shown(file)
-    return _json_lines(text, where) if kind == ".jsonl" else _cells(text, where)
+    return _json_lines(text, where, report) if kind == ".jsonl" else _cells(text, where, report)
 
 
-def _json_lines(text: str, where: str) -> Records:
+def _json_lines(text: str, where: str, report: Report) -> Records:
     """One object a line; only a line feed ends a line, so that U+2028 in a caption does not."""
-    rows = [(f"{where}, line {n}", parsed(line, f"{where}, line {n}", dict, "give one object a line", nan=True))
-            for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with report.setting_aside(ROWS):
+                rows.append((f"{where}, line {n}",
+                             parsed(line, f"{where}, line {n}", dict, "give one object a line", nan=True)))
+    if not rows:
+        report.settle()
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
 
-def _cells(text: str, where: str) -> Records:
+def _cells(text: str, where: str, report: Report) -> Records:
     """Separated cells; a quoted cell may hold separators and line breaks."""
     separator = _separator(text, where)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -151,9 +163,10 @@ def _cells(text: str, where: str) -> Records:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(names):
-                raise UsageError(f"{where}, line {reader.line_num}: {len(cells)} cells, the header has {len(names)}; "
-                                 f'put a cell that holds {separator!r} into "quotes"')
-            rows.append((f"{where}, line {reader.line_num}", dict(zip(names, cells, strict=True))))
+                report.refuse(ROWS, f"{where}, line {reader.line_num}: {len(cells)} cells, the header has "
+                                    f'{len(names)}; put a cell that holds {separator!r} into "quotes"')
+            else:
+                rows.append((f"{where}, line {reader.line_num}", dict(zip(names, cells, strict=True))))
     except csv.Error as error:
         raise UsageError(f"{where}, line {reader.line_num}: {error}; close each quote, and write a quote inside a "
                          'quoted cell twice ("")') from None

@@ -16,6 +16,7 @@ td:first-child,th:first-child{text-align:left}td{overflow-wrap:anywhere}.scroll{
 img{image-rendering:pixelated;max-width:100%}figure{margin:1rem 0}.note{color:#555}
 code,pre{background:#f4f4f4;padding:.15rem .3rem}pre{padding:.7rem;overflow-x:auto}
 .columns{display:flex;flex-wrap:wrap;gap:0 1.5rem}.columns figure{margin:.5rem 0}
+.sheet figure{width:12rem}.sheet figcaption{overflow-wrap:anywhere;font-size:.85rem;line-height:1.3}
 .chart{max-width:100%;height:auto;font:11px system-ui,sans-serif}.chart .title{font-weight:600;font-size:13px}
 summary{cursor:pointer;font-weight:600;margin:1rem 0}"""
 SIGNED = "<meta name=generator content=jdm>"  # by which this program knows its own pages
@@ -84,6 +85,10 @@ def folded(title: str, *parts: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 
-def columns(*parts: str) -> str:
-    """Parts side by side, as many as the window has room for."""
-    return f"<div class=columns>{''.join(parts)}</div>"
+def columns(*parts: str, narrow: bool = False) -> str:
+    """Parts side by side, as many as the window has room for.
+
+    Args:
+        narrow: pictures of one width, with their captions broken to it.
+    """
+    return f"<div class=\"columns{' sheet' * narrow}\">{''.join(parts)}</div>"

@@ -81,7 +81,7 @@ class Distillation:
         return self._product(Networks(loaded, self.student, self.branch, controlled=bool(self.teacher)))
 
     def task(self, loaded: Loaded) -> Task:
-        self._check(loaded.teacher.schedule, loaded.run.steps)
+        self.refuse_impossible(loaded.teacher.schedule, loaded.run.steps)
         refuse_distilled(loaded, self.terms)
         control, _ = loaded.control, loaded.reward  # a control or reward that cannot be used is found out first
         networks = Networks(loaded, self.student, self.branch, self.fake, controlled=bool(self.teacher))
@@ -146,7 +146,7 @@ class Distillation:
         extra = {"reward": next(iter(self.rewards), None), "guide": next(iter(self.guides), None)}
         return networks.product(self.name, self.control, **({} if self.control else extra))
 
-    def _check(self, schedule: NoiseSchedule, steps_of_run: int) -> None:
+    def refuse_impossible(self, schedule: NoiseSchedule, steps_of_run: int) -> None:
         """UsageError where the declaration asks for what cannot be computed."""
         steps = checked_levels(self.student.levels, schedule.n)
         if self.fake and not 0 <= self.fake.warm_up < steps_of_run:

@@ -126,6 +126,12 @@ def _files(folder: Path | None) -> list[Path]:
     return [file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name) or file.name in sharded]
 
 
+def types_of(folder: Path) -> list[str]:
+    """The types of numbers that a network's files keep its weights in, by safetensors' names."""
+    return sorted({kept for file in _files(folder) for name, kept in _header(file).items()
+                   if not name.endswith(BUFFERS)})
+
+
 def _header(file: Path) -> dict[str, str]:
     """Tensor -> dtype, from the first bytes of a safetensors file that was read before."""
     with file.open("rb") as opened:

@@ -306,7 +306,7 @@ def test_shipped_test_split_is_small_and_licensed(tmp_path, monkeypatch):
     assert asked == {f"{package.style} style" for package in STYLES}
 
 
-def test_classes_are_the_style_and_group_in_the_shard():
+def test_classes_are_the_shards_style_and_group():
     said = []
     with tarfile.open(PACKAGED_EMOJI / "test-000.tar") as tar:
         for member in tar:
@@ -318,7 +318,7 @@ def test_classes_are_the_style_and_group_in_the_shard():
     assert len(set(said)) > 40
 
 
-def test_held_out_pictures_are_asked_by_name_and_style():
+def test_held_out_emoji_are_asked_by_both():
     pictures = load_pictures("emoji", "test", 64)
     rows = torch.arange(len(pictures))
     styles = [CLASS_STYLES[label // 9] for label in pictures.label(rows).tolist()]

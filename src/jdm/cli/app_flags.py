@@ -33,12 +33,12 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                        "digits, - and _, at least 8")
     where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
     bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
-    bounds.add_argument("--max-bytes", type=positive, default=8_000_000, help="bytes of a request, and of a "
+    bounds.add_argument("--max-bytes", type=positive, default=8_000_000, help="most bytes of a request, and of a "
                         "picture file on the page (default: %(default)s)")
-    bounds.add_argument("--max-pixels", type=positive, default=16_000_000, help="pixels of a picture "
-                        "before it is made smaller (default: %(default)s)")
-    bounds.add_argument("--max-pictures", type=positive, default=16, help="pictures of one request "
-                        "(default: %(default)s)")
+    bounds.add_argument("--max-pixels", type=positive, default=16_000_000, help="most pixels of a picture that is "
+                        "sent, before it is resized (default: %(default)s)")
+    bounds.add_argument("--max-pictures", type=positive, default=16, help="most pictures of one request (default: "
+                        "%(default)s)")
     bounds.add_argument("--max-waiting", type=positive, default=8, help="requests that wait for their turn; more "
                         "are told when to try again (default: %(default)s)")
     bounds.add_argument("--max-pages", type=positive, default=16, help="pages that draw at the same time "

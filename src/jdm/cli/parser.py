@@ -22,7 +22,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "HF_D
          "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 EXAMPLES = """examples:
   jdm recipes
-  jdm train nano-canny --method.condition-weight 0.5 --steps 100
+  jdm train nano-canny --method.condition.weight 0.5 --steps 100
   jdm sample nano-canny --prompt "ankle boot" --image photo.jpg --n 8
   jdm evaluate nano-canny --n 1000 --json out.json
   jdm reproduce table1 --dry-run"""
@@ -148,7 +148,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     command("recipes", "list the recipes that can be trained")
     command("train", "train a recipe, or resume its run where it stopped", _run_flags)
-    command("prepare", "store what training would compute again: text states, pictures, latents", _run_flags,
+    command("prepare", "compute text states, pictures and latents once, and store them for training", _run_flags,
             prepare_flags)
     command("estimate", "estimate a run's memory, FLOPs and GPU-hours without loading a model", _run_flags,
             estimate_flags)
@@ -163,7 +163,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     command("data", "make a data set to train on, from public packages: emoji pictures with captions", _data_flags)
     command("app", "draw in the browser, and the picture follows the hand: a page on this machine", app_flags)
     command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
-    command("completion", "print a script with which a shell completes commands, recipes and flags at TAB",
+    command("completion", "print a script by which a shell completes commands, recipes and flags",
             _completion_flags)
     return parser, made
 
@@ -281,8 +281,8 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
                         "folder of captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
     parser.add_argument("--split", default="test", help="split of the data, or a slice of one, such as test[:1000] "
                         "(default: %(default)s)")
-    parser.add_argument("--teacher", default="nano-sd", metavar="MODEL", help="model whose samples without control the "
-                        "Frechet distance is taken to (default: %(default)s)")
+    parser.add_argument("--teacher", default="nano-sd", metavar="MODEL", help="model to whose samples without control "
+                        "the Frechet distance is measured (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="measure faster and less precisely: one feature "
                         "extractor, fewer draws and timings")
     parser.add_argument("--scores", help="networks that score pictures, separated by commas: clip, hpsv2, aesthetic, "
@@ -350,14 +350,14 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="measure faster and less precisely: one feature "
                         "extractor, fewer draws and timings")
     parser.add_argument("--dry-run", "--list", action="store_true", dest="dry_run",
-                        help="only list the cells, which are filled, and the cost of the others")
+                        help="only list the cells: which are filled, and what the others would cost")
     parser.add_argument("--no-run", action="store_true", help="write the page from the cells that are already filled")
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=Among(DATA_SETS), help="data set to make: emoji")
-    parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; data/emoji is "
-                        "where the emoji recipes look. Packages are kept in its folder packages")
+    parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; the emoji "
+                        "recipes look in data/emoji. Downloaded packages are kept in its sub-folder packages")
     parser.add_argument("--size", type=positive, default=64, help="side of the pictures in pixels (default: "
                         "%(default)s)")
     parser.add_argument("--drawings", type=positive, default=4, help="drawings of each training picture: one as it "

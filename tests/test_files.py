@@ -42,7 +42,7 @@ def test_a_missing_file_is_empty_or_named(tmp_path):
     ('{"size": 1, "names": ["x", 2]}', r"a.json: names\[1\]: expected `str`, got `int`"),
     ("{}", "a.json: there is no `size`; mend it"), ("[]", "a.json: expected `object`, got `array`"),
     ("{", "a.json is not JSON .*; mend it"), ("[" * 100_000, "a.json is nested too deeply; mend it"),
-    ('{"size": NaN}', "NaN is no number in JSON"), ('{"size": "\\ud800"}', "surrogates not allowed"),
+    ('{"size": NaN}', "NaN is not a number in JSON"), ('{"size": "\\ud800"}', "surrogates not allowed"),
     ('{"size": 1' + "1" * 5000 + "}", "a.json is not JSON .*digits"),
 ])
 def test_what_does_not_fit_is_named(text, said, tmp_path):

@@ -21,7 +21,7 @@ LOCK = ".jdm.lock"  # names its holder; it stays, so that it also says which fol
 
 
 def expanded(name: str | Path) -> Path:
-    """The path that a person's name for it stands for: ~ is the home folder, where there is one."""
+    """The path with a leading ~ replaced by the home folder, where there is one."""
     return Path(os.path.expanduser(name))
 
 
@@ -193,4 +193,4 @@ def _text(file: Path, remedy: str) -> str:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")

@@ -1,4 +1,4 @@
-"""Noise levels at which a term looks at the student's sample, and how tightly a term is bound."""
+"""The noise levels of a term, and the bound on its size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class Levels:
         low: smallest noise level, in [0, 1]; 0 is clean and is itself never drawn.
         high: largest noise level, in [0, 1]; 1 is the teacher's last level.
         stream: name of the random numbers; a term with another stream draws a level and noise of its own.
-        within: all for the whole range; input for levels at most as noisy as the content of the generator's input at
-            the drawn step. The first step's input is pure noise, so that it bounds nothing. A flow's t is bounded
-            before the shift.
+        within: all uses the whole range; input uses only levels no noisier than the input of the drawn step. The first
+            step's input is pure noise and sets no limit. For a flow, t before the shift is compared.
     """
 
     low: Share = 0.02
@@ -33,7 +32,7 @@ class Levels:
         refuse_empty(self.low, self.high)
 
     def highest(self, content: float) -> float:
-        """The largest t that is drawn where the generator's input has content at level t = `content`; 1 is noise."""
+        """The largest t that is drawn, given the noise level `content` of the drawn step's input; 1 is pure noise."""
         return min(self.high, content) if self.within == "input" else self.high
 
 
@@ -55,7 +54,7 @@ RENOISING = {"coupled-shared": (Levels(), Levels()), "decoupled-full": _pair("al
 
 @dataclass(frozen=True)
 class Bound:
-    """How long a term may be, in units of the mean norm over the batch of the terms that have no bound.
+    """The largest norm of a term, in units of the batch's mean norm of the sum of the terms without a bound.
 
     Paper: none is printed; here: a bound, because likelihoods and scores differ by orders of magnitude.
 

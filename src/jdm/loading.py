@@ -33,7 +33,7 @@ MOST_PROMPTS = 20_000  # captions whose length is looked at
 class Loaded:
     """The needs of a run, on its device and at its picture size.
 
-    Subclasses replace how a thing is read, such as `jdm.cost.estimate`'s, whose tensors have shapes and no contents.
+    Subclasses change how things are read: those of `jdm.cost.shapes.Shapes` have tensors with shapes but no contents.
 
     Args:
         needs: what may be asked for; anything else is an error of the method.
@@ -162,7 +162,7 @@ class Loaded:
                 warn_of_misfit(self.needs.models[role], self.model(role), self.pictures)
 
     def found(self) -> list[str]:
-        """What was found in the source of the pictures, what each rule left out, and prompts that are cut; in lines."""
+        """Lines on the source of the pictures: what was found, what each rule left out, and which prompts are cut."""
         report = self.pictures.report
         for role in self.needs.prompts:
             if self.has(role) and (cut := self.text(role).overlong(distinct(self.pictures)[:MOST_PROMPTS])):
@@ -178,7 +178,7 @@ class Loaded:
         return model.latent_shape(1, size) == self.teacher.latent_shape(1, size)
 
     def apart(self, role: str) -> float:
-        """How far a role's autoencoder encodes a probe picture from the teacher's, as a share of the latents' size."""
+        """Mean distance between a role's and the teacher's latents of a probe picture, relative to their mean size."""
         size = height_width(self.run.data.size)
         probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.run.device) * 2 - 1
         a, b = self.teacher.space.encode(probe), self.model(role).space.encode(probe)

@@ -68,7 +68,7 @@ class ConsistencyPosterior:
         levels: K, the number of noise levels of consistency training.
         low: smallest of those levels, in [0, 1].
         high: largest of those levels, in [0, 1].
-        optimiser: how the LoRA moves.
+        optimiser: trains the LoRA.
         clip: bound on the norm of its whole gradient.
     """
 
@@ -85,7 +85,7 @@ class ConsistencyPosterior:
 
 @dataclass(frozen=True)
 class FakePosterior:
-    """The fake score's own x0, the paper's easy way (JDM Sec. 3): nothing more to train."""
+    """The fake score's own x0, which needs no further training: the paper's simple choice (JDM Sec. 3)."""
 
 
 @dataclass(frozen=True)

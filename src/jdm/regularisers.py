@@ -1,7 +1,7 @@
 """Regularisers in place of distribution matching, or beside it; some bring a module that trains in a phase of its own.
 
-A term with `module` is given one, made by that function; `loss` is what its phase descends, with the term's `optimiser`
-and `clip`. Every `direction` ascends, as in `jdm.terms`.
+`module` makes the network of a term; a phase of its own trains that network by descending `loss`, with the term's
+`optimiser` and `clip`. Every `direction` ascends, as in `jdm.terms`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Adversarial(NoisyTerm):
 
     Attributes:
         r1: weight of the gradient penalty; 0 for none.
-        optimiser: how the heads move.
+        optimiser: trains the heads.
         clip: bound on the norm of the heads' gradient.
     """
 

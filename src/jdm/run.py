@@ -46,19 +46,19 @@ class Optimiser:
 
 @dataclass
 class Phase:
-    """Parameters, how they move, and the one loss that moves them.
+    """Parameters, their optimisers, and the one loss that trains them.
 
     Attributes:
         groups: (parameters, optimiser) pairs; one backward serves all.
         loss: (state of the step, repeat number) -> scalar loss and what to log; of an accumulated batch, called for
             each of its parts.
-        asks_batch: the loss asks for means over the whole batch (`sharing.batch_mean`); the parts of an accumulated
-            batch are then gone through twice.
-        after: what an update does besides, once: (mean of what the parts logged) -> what more to log.
+        asks_batch: whether the loss needs means over the whole batch (`sharing.batch_mean`); the parts of an
+            accumulated batch are then computed twice.
+        after: called once after each update: (mean of the parts' logs) -> further values to log.
         repeats: updates per step.
         every: steps between updates.
         clip: bound on the norm of the whole gradient, over all groups.
-        start: the step of the run at which it begins to move.
+        start: the first step of the run in which it trains.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures of a run in progress: a row for each of a few things, a column for each question.
+    """Pictures of a run in progress: one row for each source of pictures, one column for each question.
 
     Attributes:
         prompts: the columns' prompts; empty where there are none.
@@ -131,7 +131,7 @@ class Needs:
     """The inputs of a run, apart from how it is wired: `estimate`, `prepare` and `export` ask for this alone.
 
     Attributes:
-        models: role -> model's name, the teacher's first; a role is what the method asks for it by.
+        models: role -> model's name, the teacher first; the method asks for a model by its role.
         control: the control's name or import path; empty for none.
         reward: the reward's name or import path; empty for none.
         prompts: roles of the models whose text encoders read the prompts.
@@ -308,6 +308,6 @@ def described(value: Any) -> Any:
 
 
 def without_cache(description: dict) -> dict:
-    """A run's description without the fields of its data that decide nothing; what its data lacks has its default."""
+    """A run's description without the data fields that do not affect the result; missing ones get their default."""
     data = described(Data()) | description.get("data", {})
     return description | {"data": {k: v for k, v in data.items() if k not in ("prepared", "changed", "unreadable")}}

@@ -81,7 +81,7 @@ class Estimate:
         return {"epsilon": self.eps, "v_prediction": self.v, "sample": self.x0}[prediction]
 
     def error(self, x0: Tensor, eps: Tensor, of: Literal["eps", "x0", "own"]) -> Tensor:
-        """The estimate minus the truth: of eps, of x0, or of what the network itself puts out."""
+        """The estimate minus the truth: of eps, of x0, or of the network's own output."""
         if of == "eps":
             return self.eps - eps
         if of == "x0":

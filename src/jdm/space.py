@@ -39,9 +39,9 @@ class Space:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x [B, C, H, W] as a CPU's convolutions take it soonest, a network's other tensors following; elsewhere as it is.
+    """x [B, C, H, W] in the memory layout in which a CPU's convolutions are fastest; unchanged on other devices.
 
-    Only the layout in memory changes: weights stay as they are, and what a network returns is made contiguous again.
+    A network's other tensors follow. Weights keep their layout, and a network's output is made contiguous again.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 

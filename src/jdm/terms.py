@@ -25,7 +25,7 @@ from jdm.score import Estimate, Prompts
 LambdaT = Literal["x0", "constant"]
 Normaliser = Literal["real", "fake", "none"]
 AnyPosterior = ConsistencyPosterior | FakePosterior | FrozenPosterior
-FLOOR = 0.1  # of the normaliser's mean, which tends to 0 at clean levels
+FLOOR = 0.1  # lower bound on the normaliser, which tends to 0 at clean levels
 
 
 def distribution_matching(real: Estimate, fake: Estimate) -> Tensor:
@@ -351,7 +351,12 @@ class CleanReward:
 
 
 class Term(Protocol):
-    """A direction on x with everything that is its own. Further fields are found by name: bound, posterior, models."""
+    """A direction on x, with its settings.
+
+    The engine looks for further attributes by name: `guidance`, `bound`, `posterior`; `teacher`, `also` and `models` of
+    a term that reads further teachers; `model` of a reward's; `module`, `loss`, `optimiser`, `clip` and
+    `reads_features` of one with a network of its own.
+    """
 
     @property
     def levels(self) -> Levels | None:
@@ -365,7 +370,7 @@ class Term(Protocol):
 
 def together(parts: Mapping[str, Tensor], bounds: Mapping[str, float],
              batch_mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The parts with those that have a bound clipped to it, in units of the mean norm of the others' sum.
+    """The parts, those with a bound clipped to it, in units of the mean norm of the sum of the others.
 
     The batch's mean and not the sample's own norm: at clean levels the score difference vanishes, and that is where a
     plug-in likelihood is right.

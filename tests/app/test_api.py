@@ -285,7 +285,7 @@ def test_students_of_one_unet_share_their_controls():
 
 
 def test_a_yardstick_of_another_control_is_refused(student):
-    with pytest.raises(UsageError, match=r"nano-controlnet-lowres can be compared with none of .*student"):
+    with pytest.raises(UsageError, match=r"nano-controlnet-lowres cannot be compared with any of .*student"):
         load_students([str(student)], [], None, "nano-controlnet-lowres", "cpu")
 
 

@@ -67,9 +67,9 @@ def test_a_bad_table_is_refused(name, tmp_path):
 
 
 FLAGS = {  # name -> (fields, what is said)
-    "unknown encoding": ({"encoding": "klingon"}, r"--data\.encoding klingon is no text encoding"),
+    "unknown encoding": ({"encoding": "klingon"}, r"--data\.encoding klingon is not a text encoding"),
     "no such table": ({"table": "b.csv"}, r"there is no b\.csv; give --data\.table a file's path"),
-    "no such maps": ({"controls": "maps"}, r"--data\.controls maps means no file and no column; give a column"),
+    "no such maps": ({"controls": "maps"}, r"--data\.controls maps matches neither a file nor a column; give a column"),
     "two stars": ({"pictures": "*/*.png"}, r"--data\.pictures \*/\*\.png: give a pattern with one \*"),
     "a path": ({"captions": "a/b"}, r"--data\.captions a/b: give a pattern with one \*"),
     "nothing meant": ({"pictures": "*.jpg"}, r"no pictures .*1 left out, pictures that --data\.pictures \*\.jpg"),
@@ -83,18 +83,18 @@ def test_a_bad_flag_is_refused(name, tmp_path):
 
 
 def test_a_flag_of_layout_needs_own_data():
-    with pytest.raises(UsageError, match=r"--data\.captions says how a source of your own is read"):
+    with pytest.raises(UsageError, match=r"--data\.captions is for a source of your own"):
         load_pictures("fashion-mnist", "test", 32, Data(captions="text"))
 
 
 JPEG = encoded()
 SHARDS = {  # name -> (members, what is said)
     "no caption": ([("0.jpg", JPEG)], r"0\.jpg has no caption; put 0\.txt beside it"),
-    "twice": ([("0.jpg", JPEG), ("0.jpg", JPEG), ("0.txt", b"a")], r"0\.jpg is there twice; write the shard again"),
+    "twice": ([("0.jpg", JPEG), ("0.jpg", JPEG), ("0.txt", b"a")], r"0\.jpg appears twice; write the shard again"),
     "captions apart": ([("0.jpg", JPEG), ("1.jpg", JPEG), ("0.txt", b"a"), ("1.txt", b"b")], r"next to it in"),
     "one or several": ([("0.jpg", JPEG), ("0.txt", b"a"), ("0.b.jpg", JPEG), ("0.b.txt", b"b")], r"or several"),
     "no JSON": ([("0.jpg", JPEG), ("0.json", b"{")], r"0\.json is not JSON"),
-    "a list": ([("0.jpg", JPEG), ("0.json", b"[]")], r"0\.json holds no object; write one"),
+    "a list": ([("0.jpg", JPEG), ("0.json", b"[]")], r"0\.json is not a JSON object; write one"),
     "two keys": ([("0.jpg", JPEG), ("0.json", b'{"text": "a", "caption": "b"}')], r"text and caption could"),
     "gbk": ([("0.jpg", JPEG), ("0.txt", "红色靴子".encode("gbk"))], r"0\.txt is not UTF-8 text .*--data\.encoding"),
     "surrogate": ([("0.jpg", JPEG), ("0.json", rb'{"text": "\ud83d"}')], r"0\.json is not JSON .*surrogates"),

@@ -281,7 +281,7 @@ def test_a_start_that_does_not_fit_is_refused(start, levels, message, teacher, t
     ({"student": Settings(optimiser=None)}, "must be a one-step generator's; name it with --student.start"),
     ({"student": Settings(optimiser=None, rank=2)}, "a frozen backbone has no LoRA to train"),
     ({"condition": Condition(posterior=FakePosterior()), "fake": Fake(controlnet=Settings().optimiser)},
-     "no x0 blind to it")])
+     "because its x0 depends on the control")])
 
 def test_settings_that_contradict_each_other_are_refused(changes, message, teacher, tmp_path):
     run = tiny.run(RECIPES["nano-canny"](), tmp_path, teacher)

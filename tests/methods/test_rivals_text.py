@@ -279,7 +279,7 @@ def test_a_teacher_of_another_latent_space_cannot_guide(teacher, tmp_path):
     for parameter in other.vae.encoder.parameters():
         parameter.mul_(1.5)
     save_pipeline(other, tmp_path / "weights")
-    with pytest.raises(UsageError, match=r"encodes a probe picture \d+% apart .*one latent space"):
+    with pytest.raises(UsageError, match=r"latents of a probe picture differ by \d+% .*one latent space"):
         guide(loaded_with(teacher, tmp_path / "weights"), "guide")
     other.vae.register_to_config(scaling_factor=0.5)
     save_pipeline(other, tmp_path / "config")

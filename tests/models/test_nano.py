@@ -40,7 +40,7 @@ def test_a_missing_autoencoder_weight_is_refused(tmp_path):
     assert nano.load_vae(str(tmp_path / "vae")).training is False
     del tensors["decoder.conv_out.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UsageError, match=r"not a whole autoencoder .*lacks 1 weight of the \w+, decoder\.conv"):
+    with pytest.raises(UsageError, match=r"not a complete autoencoder .*lacks 1 weight of the \w+, decoder\.conv"):
         nano.load_vae(str(tmp_path / "vae"))
 
 

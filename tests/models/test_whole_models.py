@@ -106,7 +106,7 @@ def test_weights_of_one_variant_alone_are_read(folder):
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_an_adapter_over_other_weights(part, folder):
     (folder / part / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
-    with pytest.raises(UsageError, match=rf"{part}/adapter_config.json lays an adapter over another model's weights"):
+    with pytest.raises(UsageError, match=rf"{part}/adapter_config.json applies an adapter to another model's weights"):
         load_model(str(folder))
 
 

@@ -141,7 +141,7 @@ def _with_headers(scope: Scope, send: Send) -> Send:
 
 
 def status_of(error: UsageError) -> int:
-    """The HTTP status that says an error: 503 for one that a later try may not meet."""
+    """The HTTP status of an error: 503 where a later try may succeed."""
     return 503 if isinstance(error, BusyError) else 422
 
 

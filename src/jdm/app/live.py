@@ -1,4 +1,4 @@
-"""The WebSocket of a page: of its drawings the newest is drawn, and older ones that wait are dropped."""
+"""The WebSocket of a page: the newest drawing is answered, and older ones that still wait are dropped."""
 
 from __future__ import annotations
 

@@ -203,8 +203,8 @@ def _set_yardsticks(students: Sequence[Student], compare: str | None, device: st
         fitting = [other for other in asked or [*given, *map(loaded.__getitem__, names)] if _fits(other, student)]
         student.yardstick = fitting[0] if fitting else None
     if compare and not any(student.yardstick for student in students):
-        raise UsageError(f"{compare} can be compared with none of {', '.join(s.name for s in students)}: it needs the "
-                         "same control, autoencoder and picture size as a student")
+        raise UsageError(f"{compare} cannot be compared with any of {', '.join(s.name for s in students)}: it needs "
+                         "the same control, autoencoder and picture size as a student")
 
 
 def _fits(slow: Student, student: Student) -> bool:

@@ -54,7 +54,7 @@ class Studio:
         if not compare:
             return student
         if student.yardstick is None:
-            raise UsageError(f"no slow model stands beside {student.name}; name one with jdm app --compare")
+            raise UsageError(f"there is no slow model to compare {student.name} with; name one with jdm app --compare")
         return student.yardstick
 
     async def answer(self, asked: Asked, compare: bool) -> Answer:

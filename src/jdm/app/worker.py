@@ -59,7 +59,7 @@ class Worker:
     def _timed(self, work: Callable[[float], T], deadline: float) -> T:
         start = time.monotonic()
         if start > deadline:
-            raise BusyError(f"its turn did not come within {self.limits.seconds} seconds", self.retry_after())
+            raise BusyError(f"the request waited {self.limits.seconds} seconds for its turn", self.retry_after())
         try:
             return work(deadline)
         finally:
@@ -72,11 +72,11 @@ class Worker:
 
 @contextmanager
 def stopped_at(deadline: float, net: nn.Module, limits: Limits) -> Iterator[None]:
-    """Within it, a network raises BusyError instead of running a further step after the deadline."""
+    """A context in which a network raises BusyError when it starts a step after the deadline."""
 
     def check(*_: Any) -> None:
         if time.monotonic() > deadline:
-            raise BusyError(f"it took longer than {limits.seconds} seconds, the limit of a request; ask for fewer "
+            raise BusyError(f"the request took longer than its limit, {limits.seconds} seconds; ask for fewer "
                             "pictures or steps", 1)
 
     hook = net.register_forward_pre_hook(check)

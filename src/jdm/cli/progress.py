@@ -17,7 +17,7 @@ TERMS = ("fidelity", "condition")
 
 
 class _Pace:
-    """How quickly something that is counted goes on, from where it was first seen."""
+    """The speed of a counted task since its first update, and the time left."""
 
     def __init__(self, of: int, unit: str, device: str):
         self.of, self.unit, self.device = of, unit, device
@@ -35,7 +35,7 @@ class _Pace:
 
 
 class _Shown:
-    """A bar for each thing that is counted on a terminal, and lines where there is none. A context."""
+    """A context that shows counted tasks: as bars on a terminal, as lines elsewhere."""
 
     def __init__(self, console: Console | None):
         self.console = console or Console(stderr=True)

@@ -35,9 +35,9 @@ def refuse_large(batch: int, size: Size) -> None:
     needed = float(batch) * math.prod(height_width(size)) * BYTES_PER_PIXEL
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free / 2:
-        raise UsageError(f"a batch of {batch:,} cannot be estimated here: its pictures have contents, and would take "
-                         f"{needed / 2**30:,.1f} of the {free / 2**30:,.1f} GiB of memory that are free; estimate a "
-                         "smaller --batch, as time and activations grow in proportion")
+        raise UsageError(f"a batch of {batch:,} cannot be estimated here: its pictures are real tensors, and would "
+                         f"take {needed / 2**30:,.1f} of the {free / 2**30:,.1f} GiB of memory that are free; "
+                         "estimate a smaller --batch, as time and activations grow in proportion")
 
 
 class Ledger:

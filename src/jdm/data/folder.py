@@ -123,7 +123,7 @@ class Found:
             return own[split], absent
         if tops and "train" not in own:
             raise UsageError(f"{self.report.source} has the folders {few(map(shown, tops))} and none for training; add "
-                             "train, or say --data.splits held-out to read all as one set")
+                             "train, or give --data.splits held-out to read all as one set")
         return own.get("train", ""), absent
 
     def _is_picture(self, name: str) -> bool:
@@ -183,8 +183,8 @@ class Found:
         maps = Choice(self.how.controls, "--data.controls", PICTURE_ENDINGS)
         found = maps.chosen(name for name in self.files if name not in self.rows)
         if not found:
-            raise UsageError(f"{self.report.source}: --data.controls {self.how.controls} means no file and no column; "
-                             "give a column of the table, a folder of maps, or a pattern such as '*_canny.png'")
+            raise UsageError(f"{self.report.source}: --data.controls {self.how.controls} matches neither a file nor a "
+                             "column; give a column of the table, a folder of maps, or a pattern such as '*_canny.png'")
         return found
 
     def _rest(self, names: Iterable[str]) -> None:

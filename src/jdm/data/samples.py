@@ -63,7 +63,7 @@ def samples(tar: tarfile.TarFile, key: str, files: Sequence[tarfile.TarInfo], as
     for file in files:
         ending = PurePosixPath(file.name).name[len(stem) + 1 :].lower()
         if ending in by_ending:
-            raise SampleError(f"{file.name} is there twice; write the shard again with each file once")
+            raise SampleError(f"{file.name} appears twice; write the shard again with each file once")
         by_ending[ending] = file
     for middle, parts in _apart(by_ending, asked).items():
         if (found := _sample(tar, f"{key}{middle and '.'}{middle}", parts, asked, left)) is not None:
@@ -86,7 +86,7 @@ def _apart(by_ending: Mapping[str, tarfile.TarInfo], asked: Wanted) -> dict[str,
     if "" in parted:
         names = [file.name for file in by_ending.values()]
         ending = next(e for e in parted[""] if f".{e}" in SUFFIXES)
-        raise SampleError(f"{few(names, 6)} are one sample or several; say which ending the picture has: "
+        raise SampleError(f"{few(names, 6)} could be one sample or several; say which ending the picture has: "
                           f"--data.pictures {ending}, or put no dot into their names")
     return parted
 
@@ -180,7 +180,7 @@ def _in_json(text: str, where: str, named: str) -> tuple[str, ...]:
     except (ValueError, RecursionError) as error:
         raise SampleError(f"{where} is not JSON ({str(error)[:80]}); write it again, or leave it out") from None
     if not isinstance(found, dict):
-        raise SampleError(f"{where} holds no object; write one, with a caption or captions in it")
+        raise SampleError(f"{where} is not a JSON object; write one, with a caption or captions in it")
     keys = [named] if named else [k for k in found if k in CAPTIONS]
     filled = {k: captions for k in keys if (captions := captions_of(found.get(k), f"{where}, {k}"))}
     if len(set(filled.values())) > 1 and "captions" not in filled:

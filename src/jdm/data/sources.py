@@ -43,7 +43,7 @@ FASHION_CLASSES: tuple[tuple[str, ...], ...] = (
     ("bag", "handbag", "purse"),
     ("ankle boot", "boot"),
 )
-AS_USUAL = Data()  # of which load_pictures reads how a source is read
+AS_USUAL = Data()  # reads a source without any flag that says how
 
 
 def load_pictures(source: str, split: str, size: Size, how: Data = AS_USUAL, needed: bool = True,
@@ -52,7 +52,7 @@ def load_pictures(source: str, split: str, size: Size, how: Data = AS_USUAL, nee
     them, or a hub dataset id.
 
     Args:
-        how: its fields say what are pictures, captions and control maps, where that is not plain (docs/data.md).
+        how: its fields say what are pictures, captions and control maps, where that is ambiguous (docs/data.md).
         needed: a split without pictures is an error.
         strict: raises what training refuses; where False it is set aside and left in the report (`Report.refused`).
 
@@ -99,8 +99,8 @@ def _refuse_layout(source: str, how: Data) -> None:
     """UsageError where a flag says how to read a packaged source, which is read in one way alone."""
     for name in ("pictures", "captions", "controls", "table", "encoding", "splits"):
         if getattr(how, name):
-            raise UsageError(f"--data.{name} says how a source of your own is read, and {source} is packaged; leave it "
-                             "out, or name your source with --data.source")
+            raise UsageError(f"--data.{name} is for a source of your own, and {source} is packaged; leave it out, or "
+                             "name your source with --data.source")
 
 
 # Sources
@@ -137,9 +137,10 @@ def _training_folder() -> Path:
         if (place / "train-images-idx3-ubyte.gz").is_file():
             return place
     raise UsageError(
-        "the Fashion-MNIST training set (60,000 pictures) was not found; install Debian's package "
-        "dataset-fashion-mnist, set FASHION_MNIST to a folder with train-images-idx3-ubyte.gz and "
-        "train-labels-idx1-ubyte.gz, or give --data.source zalando-datasets/fashion_mnist"
+        "the Fashion-MNIST training set (60,000 pictures: splits train and validation) was not found; install "
+        "Debian's package dataset-fashion-mnist, set FASHION_MNIST to a folder with train-images-idx3-ubyte.gz and "
+        "train-labels-idx1-ubyte.gz, give --data.source zalando-datasets/fashion_mnist, or train on the packaged test "
+        "pictures: --data.split 'test[:5000]' --data.validation 'test[5000:]'"
     )
 
 

@@ -47,8 +47,8 @@ def unicode_of(raw: bytes, where: str, encoding: str = "") -> str:
         text = raw.decode(kind)
         text.encode()  # some encodings spell half a surrogate pair, which can be neither printed nor stored
     except LookupError:
-        raise UsageError(f"--data.encoding {encoding} is no text encoding that Python knows; give one such as cp1252, "
-                         "gbk, shift_jis or utf-16-le") from None
+        raise UsageError(f"--data.encoding {encoding} is not a text encoding that Python knows; give one, such as "
+                         "cp1252, gbk, shift_jis or utf-16-le") from None
     except UnicodeError as error:
         remedy = "correct --data.encoding" if kind == encoding else _guessed(raw)
         raise UsageError(f"{where} is not {kind.removesuffix('-sig').upper()} text ({_place(error)}); {remedy}, or "
@@ -75,8 +75,8 @@ def captions_of(value: Any, where: str) -> tuple[str, ...]:
                          "with the captions: --data.captions NAME")
     text = value.strip()
     if text.lower() in MISSING:
-        raise UsageError(f"{where}: the caption is {text!r}, as programs write a missing one; write the caption, or "
-                         "remove the row")
+        raise UsageError(f"{where}: the caption is {text!r}, which usually stands for a missing one; write the "
+                         "caption, or remove the row")
     if text.startswith("[") and text.endswith("]") and (several := _listed(text)) is not None:
         return captions_of(several, where)
     return (text,) if text else ()

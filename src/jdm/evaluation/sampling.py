@@ -106,7 +106,7 @@ class Sampler:
             pixels = self.model.space.decode(x)
             if not bool(pixels.isfinite().all()):
                 raise RunError("a picture is not finite (NaN or infinity); lower --guidance or --strength, or name a "
-                               "model whose weights are whole")
+                               "model with intact weights")
             pictures.append(to_bytes(pixels).cpu())
         return torch.cat(pictures)
 
@@ -114,7 +114,7 @@ class Sampler:
 def warn_of_misfit(name: str, model: Family, pictures: Pictures | None = None) -> None:
     """Warns where a multi-step model's parts do not seem to belong together, by four small pictures or a large one.
 
-    Shipped models are known, and students and posteriors predict no noise: of them nothing is computed.
+    Shipped models are not checked, nor are students and posteriors, which predict no noise.
 
     Args:
         pictures: pictures of the model's kind; by default packaged ones, enlarged to the model's size.
@@ -175,8 +175,8 @@ class Drawing:
                  guidance: float | None = None, also: Sequence[tuple[nn.Module, Control]] = (),
                  strengths: Sequence[float] = ()):
         if also and control is None:
-            raise UsageError("further controls stand beside a model's own; name a model that draws to a control, such "
-                             "as nano-canny")
+            raise UsageError("further controls can only be added to a model's own; name a model that draws to a "
+                             "control, such as nano-canny")
         self.controls = [] if control is None else [control, *(more for _, more in also)]
         self.sampler = Sampler(model, steps, default_guidance(model) if guidance is None else guidance,
                                [net for net, _ in also], strengths)

@@ -277,7 +277,7 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
     try:
         base = load_model(subject.base)
     except UsageError as error:
-        raise UsageError(f"{error}; name what the LoRA is to be laid over with --base") from None
+        raise UsageError(f"{error}; name the model that the LoRA is applied to with --base") from None
     found = lora_file.difference_lora(base.backbone, model.backbone, subject.rank)
     draft.mkdir()
     lora_file.write_diffusers(found.lora, draft / LORA_FILE, model.BACKBONE)

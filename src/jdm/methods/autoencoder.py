@@ -32,7 +32,7 @@ class Autoencoder:
         network: the autoencoder's sizes.
         absolute: weight of the absolute error, which keeps edges.
         kl: weight of the KL per pixel value, in nats.
-        optimiser: how the autoencoder moves.
+        optimiser: trains the autoencoder.
         clip: bound on the norm of its gradient.
     """
 

@@ -26,7 +26,7 @@ class Classification:
         config: the classifier's shape.
         shift: how far a picture is moved at most, in pixels.
         smoothing: label smoothing, in [0, 1).
-        optimiser: how the classifier moves.
+        optimiser: trains the classifier.
         clip: bound on the norm of its gradient.
     """
 

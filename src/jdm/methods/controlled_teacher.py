@@ -1,4 +1,4 @@
-"""The way JDM argues against (its Eq. 2): train a controlled teacher first, then distil it with a controlled fake."""
+"""What JDM argues against (Eq. 2): train a controlled teacher first, then distil it with a controlled fake score."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class ControlNet:
     Attributes:
         control: a control by name, or an import path, "my_controls.py:Posterize".
         dropout: share of prompts replaced by "", in [0, 1].
-        optimiser: how the ControlNet moves.
+        optimiser: trains the ControlNet.
         clip: bound on the norm of its gradient.
     """
 

@@ -52,7 +52,7 @@ class Denoising:
         start: folder of a Stable-Diffusion-format model whose UNet, text encoder and tokenizer the training goes on
             from, in place of new ones of `network`.
         dropout: share of prompts replaced by "", which classifier-free guidance needs; in [0, 1].
-        optimiser: how both networks move.
+        optimiser: trains both networks.
         clip: bound on the norm of their gradient.
     """
 

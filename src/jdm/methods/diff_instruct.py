@@ -29,7 +29,7 @@ class DiffInstruct(Declared):
 
 @dataclass(frozen=True)
 class ImplicitVSD(Declared):
-    """The same with a ControlNet that sees c and that nothing asks to obey (JDM Eq. 12).
+    """Diff-Instruct with a ControlNet that sees c, without any term for the control (JDM Eq. 12).
 
     Attributes:
         control: a control by name, or an import path, "my_controls.py:Posterize".

@@ -1,4 +1,4 @@
-"""A ControlNet on a one-step generator by denoising (JDM Eq. 11): obeys, and blurs."""
+"""A ControlNet on a one-step generator by denoising (JDM Eq. 11); its pictures obey the control and are blurred."""
 
 from __future__ import annotations
 

@@ -54,12 +54,12 @@ class Distillation:
 
     @property
     def posteriors(self) -> list[AnyPosterior]:
-        """The different posteriors of the terms."""
+        """The posteriors of the terms, each once."""
         return list(dict.fromkeys(t.posterior for t in self.terms.values() if hasattr(t, "posterior")))  # type: ignore[attr-defined]
 
     @property
     def guides(self) -> list[str]:
-        """Names of further teachers."""
+        """Names of the further teachers that terms read, each once."""
         return list(dict.fromkeys(name for t in self.terms.values() for name in _models(t)))
 
     @property
@@ -68,8 +68,8 @@ class Distillation:
 
     def needs(self, run: Run) -> Needs:
         if len(self.rewards) > 1:
-            raise UsageError(f"a run climbs one reward, got {' and '.join(self.rewards)}; add them in a function of "
-                             "your own")
+            raise UsageError(f"a run can climb one reward only, got {' and '.join(self.rewards)}; combine them in a "
+                             "function of your own")
         models = {"teacher": self.teacher or run.model, "start": self.student.start,
                   "controlnet": self.branch.start if self.branch else "",
                   **{f"guide {name}": name for name in self.guides},
@@ -135,7 +135,7 @@ class Distillation:
         return Phase("generator", networks.student_groups(self.branch), loss, clip=self.student.clip, asks_batch=True)
 
     def _term_phase(self, networks: Networks, name: str, term: Any) -> Phase:
-        """The module that a term brings descends the term's own loss, on the student's samples as they are."""
+        """Trains the module of a term by the term's own loss."""
         def loss(step: Step, _: int) -> tuple[Tensor, dict[str, Any]]:
             at = View(step, networks, self, term.levels)
             return term.loss(at), at.logs
@@ -154,7 +154,8 @@ class Distillation:
                              f"steps, got {self.fake.warm_up}; lower --fake.warm-up or raise --steps")
         bounded = [name for name, t in self.terms.items() if hasattr(t, "bound")]
         if not self.terms or len(bounded) == len(self.terms):
-            raise UsageError("the terms need one without a bound, such as fidelity: bounds are in units of its length")
+            raise UsageError("a method needs at least one term without a bound, such as fidelity: bounds are in units "
+                             "of its length")
         for name, term in self.terms.items():
             shares = [share for _, share in getattr(term, "also", ())]
             if not all(share > 0 for share in shares) or sum(shares) > 1:
@@ -191,7 +192,7 @@ class Declared:
 
 
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
-    """The fake score follows the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or by its loss."""
+    """Trains the fake score on the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or its `loss`."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
         x_t, t, eps = step.noised(f"fake/{repeat}", networks.schedule, fake.low, fake.high)
         found = fake_estimate(networks, fake, step, x_t, t)

@@ -57,10 +57,10 @@ class Student:
     Attributes:
         levels: level indices at which it denoises, falling; one level is a one-step generator. sigma / alpha is 2.5 at
             SD's 625.
-        start: a generator at the same levels whose backbone it begins as; empty for the teacher's.
-        rank: rank of a LoRA on the frozen backbone it starts as; 0 trains a full copy.
-        optimiser: how its backbone moves; None freezes the backbone, which must then be a generator's: phase 2 of the
-            shared generator (JDM Sec. 3.2.1).
+        start: a generator at the same levels, whose backbone is the initial one; empty for the teacher's.
+        rank: rank of a LoRA on the frozen initial backbone; 0 trains a full copy.
+        optimiser: trains the backbone; None freezes it, and it must then be a generator's: phase 2 of the shared
+            generator (JDM Sec. 3.2.1).
         clip: bound on the norm of the whole student's gradient, its ControlNet's included.
     """
 
@@ -76,9 +76,9 @@ class Branch:
     """The student's ControlNet, which shows it the control (JDM Eq. 10).
 
     Attributes:
-        start: a model or folder whose ControlNet it begins as; empty for the teacher's own where it has one, else for
-            a new one whose zero convolutions change nothing at first.
-        optimiser: how the ControlNet moves.
+        start: a model or folder whose ControlNet is the initial one. If empty, the teacher's own where it has one, else
+            a new one, whose zero convolutions change nothing at first.
+        optimiser: trains the ControlNet.
     """
 
     start: str = ""
@@ -92,17 +92,17 @@ class Fake:
     Attributes:
         prompt: whether it, and with it the real score of the fidelity term, sees the prompt; False is Eq. 5 to the
             letter where the prompt itself is the condition.
-        controlnet: how a ControlNet of its own moves, through which it sees the control; None for a fake score that is
-            blind to the control, as JDM's is.
+        controlnet: trains a ControlNet of its own, through which it sees the control; None for a fake score that does
+            not see the control, as in JDM.
         rank: rank of a LoRA on the teacher's frozen backbone; 0 trains a full copy.
         updates: updates per step of the student.
         low: smallest noise level it is trained at, in [0, 1].
         high: largest noise level it is trained at, in [0, 1].
-        optimiser: how it moves.
+        optimiser: trains the fake score.
         clip: bound on the norm of its whole gradient.
-        loss: quantity in which its error is measured: eps (JDM Eq. 6), x0 as Decoupled DMD has it, or own, the
-            network's own output: a flow's velocity, whose eps hardly depends on it where little signal is left.
-        warm_up: steps at the start of the run in which it alone moves; in no paper.
+        loss: quantity whose error is measured: eps (JDM Eq. 6), x0 (Decoupled DMD), or own, the network's own output,
+            for a flow: where little signal is left, its eps hardly depends on the velocity.
+        warm_up: number of steps at the start of the run in which only the fake score is trained; from no paper.
     """
 
     prompt: bool = True
@@ -197,7 +197,7 @@ class Networks:
             self.posteriors[settings] = Posterior(score, self.schedule)
         elif isinstance(settings, ConsistencyPosterior):
             if "posterior" in self.adapters:
-                raise UsageError("two terms have posteriors of different settings; give them the same")
+                raise UsageError("two terms have posteriors with different settings; give both the same settings")
             base = self.fake.net
             self._add_adapter("posterior", base.backbone, settings.rank)
             net = self.teacher.denoiser(base.backbone, adapters=(*base.adapters, self.adapters["posterior"]))
@@ -206,8 +206,8 @@ class Networks:
         else:
             assert isinstance(settings, FakePosterior)
             if self.fake.net.controlnet is not None:
-                raise UsageError("a fake score that sees the control has no x0 blind to it; use a consistency "
-                                 "posterior")
+                raise UsageError("a fake score that sees the control cannot be the posterior, because its x0 "
+                                 "depends on the control; use a consistency posterior")
             self.posteriors[settings] = None
 
     def add_guide(self, role: str) -> None:
@@ -269,7 +269,7 @@ class Networks:
         return Space(self.decoder, self.student.autocast)
 
     def of_pictures(self, value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
-        """A function of (x of some rows, the rows) as one of x [B, ...] -> [B], picture by picture to save memory."""
+        """Turns value(x of some rows, the rows) into x [B, ...] -> [B]; picture by picture with checkpointing."""
         return picture_by_picture(value) if self.loaded.run.checkpointing else lambda x: value(x, slice(None))
 
     @property
@@ -331,7 +331,7 @@ class Networks:
                                           controlnet=averages.get("controlnet", self.student.controlnet))
 
     def probe(self) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
-        """Measurements of the averaged student on validation pictures; None where the data spares none."""
+        """Measurements of the averaged student on validation pictures; None where there are too few of them."""
         loaded = self.loaded
         return validation_probe(loaded.run, loaded.control, loaded.held_out, loaded.split("test"), self.teacher,
                                 lambda: self.generator)
@@ -376,8 +376,8 @@ def guide(loaded: Loaded, role: str) -> ScoreModel:
                              f"{ours}; both must share one latent space")
     apart = loaded.apart(role)
     if apart > 0.05:  # half precision on disk moves an encoding by less than 1%
-        raise UsageError(f"{name} cannot guide this teacher: its autoencoder encodes a probe picture "
-                         f"{100 * apart:.0f}% apart (at most 5%); both must share one latent space")
+        raise UsageError(f"{name} cannot guide this teacher: its autoencoder's latents of a probe picture differ by "
+                         f"{100 * apart:.0f}% (at most 5%); both must share one latent space")
     return model.score_of(loaded.text(role), model.denoiser(model.backbone))
 
 
@@ -389,10 +389,10 @@ def refuse_distilled(loaded: Loaded, terms: Mapping[str, Any]) -> None:
         for role in asked:
             if why := loaded.model(role).distilled:
                 raise UsageError(f"term {name} asks {loaded.needs.models[role]} for guidance, which it no longer has: "
-                                 f"{why}, so that its answers with and without the prompt differ by no guidance; take "
-                                 f"its base model as the teacher, or set --{name}.guidance 1 or --{name}.weight 0")
+                                 f"{why}, and its outputs with and without the prompt give no direction; take its "
+                                 f"base model as the teacher, or set --{name}.guidance 1 or --{name}.weight 0")
 
 
 def controlnet_need(branch: Branch) -> dict[str, str]:
-    """The model whose ControlNet a branch begins as, by its role; nothing for a new one."""
+    """Role and name of the model whose ControlNet a branch starts from; empty for a new ControlNet."""
     return {"controlnet": branch.start} if branch.start else {}

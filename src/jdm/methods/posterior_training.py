@@ -30,7 +30,7 @@ class PosteriorTraining:
         levels: K of Eq. 8, the number of noise levels.
         low: smallest of those levels, in [0, 1].
         high: largest of those levels, in [0, 1].
-        optimiser: how the posterior moves.
+        optimiser: trains the posterior.
         clip: bound on the norm of its gradient.
     """
 

@@ -1,4 +1,4 @@
-"""One step of a distillation as its terms see it: the batch, the student's sample, and every estimate of that.
+"""One step of a distillation, as its terms read it: the batch, the student's sample, and estimates of that sample.
 
 (y, c) come from one picture; x = G(z, y, c) is drawn once; a `View` is x at one term's noise levels.
 """
@@ -56,20 +56,20 @@ class Step:
 
     @cached_property
     def last(self) -> int:
-        """The denoising step that is drawn: the one whose output is x."""
+        """Index of the denoising step whose output is x, drawn at random."""
         return self.noise.choice("level", len(self._networks.settings.levels))
 
     @property
     def content(self) -> float:
-        """t of what the drawn denoising step is given; 1 for the first, whose input is pure noise."""
+        """Noise level t of the drawn step's input; 1 for the first step, whose input is pure noise."""
         return float(self._networks.schedule.t(self._networks.settings.levels[self.last])) if self.last else 1.0
 
     @property
     def x(self) -> Tensor:
-        """The student's sample, differentiable in its parameters; of several levels, at one that is drawn each step.
+        """The student's sample, differentiable in the student's parameters: the output of step `last`.
 
-        The denoising steps before the drawn one run without gradient (backward simulation). Where gradients are off,
-        so is this one's.
+        The denoising steps before that one run without gradient (backward simulation), and that one does too where
+        gradients are off.
         """
         graph = torch.is_grad_enabled()
         if self._x is None or (graph and not self._has_graph):
@@ -102,7 +102,7 @@ def steps_of(networks: Networks, control: Control | None) -> Callable[[int], Ste
 
 
 class View:
-    """A step's sample at one term's levels, with every estimate of it computed once; a `jdm.terms.View`."""
+    """The `jdm.terms.View` of one term's levels: the step's sample there; each estimate of it is computed once."""
 
     def __init__(self, step: Step, networks: Networks, distillation: Distillation, levels: Levels | None):
         self.step, self.networks, self.of = step, networks, distillation

@@ -145,7 +145,7 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
             fitted(found[key], hint, where, REMEDY, key)
     for key in found if kind else ():
         if key == "quantization_config" and found[key] is not None:
-            raise UsageError(f"{where}: {key}: quantised networks are not read; give the model that was quantised")
+            raise UsageError(f"{where}: {key}: quantised networks are not read; give the model before quantisation")
         if "attn_implementation" in key:  # transformers fetches code for other names
             fitted(found[key], Attention, where, REMEDY, key)
     return found

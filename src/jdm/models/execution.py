@@ -116,7 +116,7 @@ def checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
 
 
 def picture_by_picture(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor], Tensor]:
-    """x [B, ...] -> [B], one sample after the other, each one's gradient taken before the next: the memory of one.
+    """x [B, ...] -> [B], sample by sample, each sample's gradient taken before the next, so that memory is that of one.
 
     Args:
         value: (x of some rows, the rows) -> one value per row, of that row alone. Differentiated once, in the forward.

@@ -205,5 +205,5 @@ def load_vae(folder: str) -> AutoencoderKL:
     try:
         return whole_network(AutoencoderKL, folder).float().eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder} is not a whole autoencoder ({in_short(error)}); train one with: "
-                         "jdm train nano-vae") from None
+        raise UsageError(f"{folder} is not a complete autoencoder ({in_short(error)}); train one with: jdm train "
+                         "nano-vae") from None

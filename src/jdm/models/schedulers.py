@@ -166,7 +166,7 @@ def checked_scheduler(config: dict, file: str, kinds: tuple[str, ...] = KINDS) -
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
     except Exception as error:  # an option that the class takes and does not implement
-        raise UsageError(f"{file}: diffusers makes no {whole['_class_name']} of it ({in_short(error)})") from None
+        raise UsageError(f"{file}: diffusers cannot make a {whole['_class_name']} of it ({in_short(error)})") from None
     return config
 
 

@@ -192,6 +192,6 @@ def refuse_foreign_tokenizer(tokenizer: CLIPTokenizer, config: Any, path: str) -
         raise UsageError(f"{path}: the tokenizer knows {words} words, its text encoder {rows}; put back the tokenizer "
                          "it was trained with")
     if tokenizer("a").input_ids == tokenizer("b").input_ids:
-        raise UsageError(f"{path}: the tokenizer reads different prompts as one, so that every prompt would give the "
+        raise UsageError(f"{path}: the tokenizer encodes different prompts alike, so that every prompt would give the "
                          "same picture; put back the tokenizer it was trained with")
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)

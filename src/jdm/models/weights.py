@@ -50,8 +50,8 @@ def refuse_foreign(folder: Path) -> None:
     if not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
         raise UsageError(f"{pickles[0]} is a pickle, which is not read; give the same weights as .safetensors")
     if (adapter := folder / "adapter_config.json").exists():
-        raise UsageError(f"{adapter} lays an adapter over another model's weights, which is not read; merge it into "
-                         "the network's own, or delete it")
+        raise UsageError(f"{adapter} applies an adapter to another model's weights, which is not supported; merge it "
+                         "into the network's own, or delete it")
     for index in folder.glob("*.safetensors.index.json"):
         for file in read_json(index, Index, REMEDY, needed=True)["weight_map"].values():
             if Path(file).name != file or not file.endswith(".safetensors"):

@@ -16,7 +16,7 @@ from jdm.terms import CleanCondition, CleanReward, Reward
 
 
 def joint(s: Scale) -> Run:
-    """The opposite of phase 2: phase 1's UNet is trained on for the further control, with its ControlNet."""
+    """The opposite of phase 2: phase 1's UNet is trained further on the new control, together with its ControlNet."""
     return s.run(f"{s.name}-joint", replace(s.frozen(s.student_folder, trains=True), control=s.shared))
 
 

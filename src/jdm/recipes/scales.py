@@ -30,10 +30,10 @@ class Scale:
     Attributes:
         name: prefix of the recipes' names.
         run: (name, method) -> Run with the scale's budget for one row of a table.
-        student: how a backbone moves.
-        fake: how a fake score or a posterior moves.
-        control: how a ControlNet moves.
-        adapter: how a ControlNet on a frozen generator moves, in methods without distribution matching.
+        student: optimiser of a backbone.
+        fake: optimiser of a fake score or a posterior.
+        control: optimiser of a ControlNet.
+        adapter: optimiser of a ControlNet on a frozen generator, in methods without distribution matching.
         guidance: guidance of the real score.
         fake_rank: rank of the fake score's LoRA; 0 for a full copy.
         bound: bound of the condition term in phase 1.

@@ -22,7 +22,7 @@ def controlnet(s: Scale) -> Run:
 
 
 def implicit(s: Scale) -> Run:
-    """Score distillation with a ControlNet that nothing asks to obey (Eq. 12)."""
+    """Score distillation with a ControlNet and no term for the control (Eq. 12)."""
     plain = s.diff_instruct()
     return s.run(f"{s.name}-implicit", ImplicitVSD("canny", plain.student, Branch(optimiser=s.control), plain.fake,
                                                    plain.fidelity))

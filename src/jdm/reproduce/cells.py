@@ -1,4 +1,4 @@
-"""A cell of a table: what is measured on which model, kept in one JSON file that everything deciding it names."""
+"""A cell of a table: one model's measurements, in a JSON file named by a digest of everything that decides them."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def _refuse_foreign(out: Path) -> None:
     written = (model / "model_index.json", model / "config.json")
     if os.path.lexists(model) and (model.is_symlink() or not model.is_dir() or any(model.iterdir())) and not (
             "run" in read_json(out / RECORD) and any(file.is_file() for file in written)):
-        raise UsageError(f"{model} is there and no run of jdm wrote it, and this run would replace it; move it away, "
-                         "or choose another --out")
+        raise UsageError(f"{model} exists, was not written by a run of jdm, and would be replaced by this run; move "
+                         "it away, or choose another --out")
 
 
 def _refuse_inputs(run: Run) -> None:

@@ -235,8 +235,8 @@ def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
                     if progress and distributed.first():
                         progress(step + 1, logs)
                     if distributed.agreed(terminator.asked):
-                        raise TerminatedError(f"asked to end; saved {trainer.save(step + 1)}, and the same command "
-                                              "goes on from there")
+                        raise TerminatedError(f"asked to end; saved {trainer.save(step + 1)}, from which the same "
+                                              "command resumes")
             return trainer.export()
     except UnreadableError as error:  # before any phase of its step moved anything
         if trainer is None or step == trainer.start or distributed.size() > 1:

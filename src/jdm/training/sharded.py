@@ -35,7 +35,7 @@ class Reader(dcp.FileSystemReader):
             found = _Unpickler(io.BytesIO(text)).load()
             _check(found, sum(file.stat().st_size for file in Path(self.path).iterdir()))
         except Exception as error:  # what a damaged pickle raises is any exception
-            raise ValueError(f"{FILE} is no index of a checkpoint: {error}") from None
+            raise ValueError(f"{FILE} is not the index of a checkpoint: {error}") from None
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
 
@@ -59,7 +59,7 @@ def _check(found: Any, room: int) -> None:
         raise ValueError("it is of another type")
     for key, tensor in found.state_dict_metadata.items():
         if type(key) is not str or type(tensor) is not metadata.TensorStorageMetadata:
-            raise ValueError("it describes what is no tensor")
+            raise ValueError("it describes something that is not a tensor")
         if type(tensor.properties.dtype) is not torch.dtype or type(tensor.size) is not torch.Size:
             raise ValueError(f"{key} has no type or shape")
         if min(tensor.size, default=0) < 0 or tensor.size.numel() * tensor.properties.dtype.itemsize > room:

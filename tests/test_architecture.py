@@ -57,7 +57,7 @@ def test_only_these_rooms_import_diffusers():
     found = {room_of(file) for file in FILES if any(package == "diffusers" for package, _ in imports(file))}
     assert found == {"models", "library", "cost", "prepare", "training", "cli"}
     peft = {file.name for file in FILES if any(package == "peft" for package, _ in imports(file))}
-    assert peft == {"adapters.py", "lora_file.py"}
+    assert peft == {"adapters.py"}
 
 
 def test_no_file_is_longer_than_400_lines():

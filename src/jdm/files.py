@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,12 @@ from jdm.errors import RunError, UsageError, in_short, os_errno, remedy
 
 ASSETS = Path(__file__).parent / "assets"  # the models and pictures that are part of the package
 LOCK = ".jdm.lock"  # names its holder; it stays, so that it also says which folders are this program's
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def expanded(name: str | Path) -> Path:

@@ -35,7 +35,6 @@ class MeanVariance:
     """
 
     levels = None  # on the clean sample
-    models: ClassVar[tuple[str, ...]] = ()
 
     weight: NotNegative = 1.0
     mean: Annotated[float, Range()] | None = None
@@ -180,7 +179,6 @@ class Anchor:
     """
 
     levels = None  # on the clean sample
-    models: ClassVar[tuple[str, ...]] = ()
 
     weight: NotNegative = 0.05
     share: Share = 0.25

@@ -301,7 +301,6 @@ class CleanCondition:
     """
 
     levels = None  # on the clean sample
-    models: ClassVar[tuple[str, ...]] = ()
 
     weight: NotNegative = 1.0
     bound: Bound = field(default_factory=Bound)
@@ -340,7 +339,6 @@ class CleanReward:
     """
 
     levels = None  # on the clean sample
-    models: ClassVar[tuple[str, ...]] = ()
 
     model: str = "nano-reward"
     weight: NotNegative = 1.0

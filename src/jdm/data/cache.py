@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from jdm.data.sources import Pictures
 from jdm.data.texts import shown
 from jdm.errors import UsageError
-from jdm.files import read_json
+from jdm.files import read_json, sha256_of
 from jdm.models.text import TextEncoder
 from jdm.run import Data
 from jdm.size import spelled
@@ -220,7 +220,7 @@ def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
     for file in files:
         at = file.stat()
         status = [shown(file.name), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
-        found.append([*status, before.get(tuple(status)) or _sha256_of_file(file)])
+        found.append([*status, before.get(tuple(status)) or sha256_of(file)])
     return found
 
 
@@ -255,8 +255,3 @@ def _backend(tokenizer: Any) -> list[Any]:
     """A tokenizer's vocabulary and rules, without padding and truncation, which each call sets."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return [{k: v for k, v in rules.items() if k not in ("truncation", "padding")}]
-
-
-def _sha256_of_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.errors import UsageError
-from jdm.files import ASSETS, alone, read_json, write
+from jdm.files import ASSETS, alone, read_json, sha256_of, write
 from jdm.library import SHIPPED, load_model
 from jdm.models.folder import CARD, save_pipeline
 from jdm.recipes import recorded
@@ -223,8 +223,7 @@ def weights(path: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256(file: Path, changed: int, size: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def _folders(name: str) -> list[Path]:

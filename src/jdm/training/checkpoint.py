@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from jdm.errors import RunError, UsageError, in_short, remedy
-from jdm.files import read_json, umasked
+from jdm.files import read_json, sha256_of, umasked
 from jdm.training import distributed, sharded
 
 KEPT, WHOLE, INFO = 2, "state.safetensors", "state.json"
@@ -109,7 +109,7 @@ def save(state: State, out: Path, step: int) -> Path:
             info = {"step": step, **state.counters, **_scalars(state)}
             files = sorted(draft.iterdir())
             with ThreadPoolExecutor() as hashing:  # while the disk writes
-                hashes = hashing.map(_sha256, files)
+                hashes = hashing.map(sha256_of, files)
                 for file in files:
                     _flush(file)
                 info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
@@ -172,7 +172,7 @@ def damage_of(place: Path) -> str:
             if not (place / name).is_file():
                 return f"{name} is missing"
         with ThreadPoolExecutor() as hashing:
-            found = dict(zip(known, hashing.map(lambda name: _sha256(place / name), known), strict=True))
+            found = dict(zip(known, hashing.map(lambda name: sha256_of(place / name), known), strict=True))
         changed = [name for name in known if known[name] != found[name]]
         return f"{changed[0]} was changed after it was written" if changed else ""
     except (OSError, ValueError, RecursionError) as error:
@@ -232,11 +232,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _digest(info: dict) -> str:

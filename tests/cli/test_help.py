@@ -123,3 +123,14 @@ def test_a_bad_value_is_named_in_one_column(monkeypatch):
     with pytest.raises(UsageError, match="--steps"):
         configured("nano-canny", ["--steps", "many"])
     assert os.environ["COLUMNS"] == "1"
+
+
+# Speed
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"dataclasses", "difflib", "inspect", "msgspec", "pathlib", "socket", "torch", "traceback", "tyro"}
+    code = f"import sys; from jdm.cli import parser; parser.parsers(); print(*{heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.stdout.split() == [], done.stderr

@@ -7,7 +7,6 @@ import importlib
 import os
 import shutil
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -89,6 +88,8 @@ def _run(arguments: list[str]) -> int:
     except HelpShown:
         raise
     except SystemExit as end:  # of a user's control, reward or recipe
+        import traceback
+
         called = [frame for frame in traceback.extract_tb(end.__traceback__) if "_sitebuiltins" not in frame.filename]
         raise UsageError(f"{called[-1].filename}, line {called[-1].lineno}, ended the program "
                          f"(sys.exit({end.code!r})); let it raise an error instead") from end

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 
 def hint(word: str, known: Iterable[str]) -> str:
     """"did you mean NAME? " for the known name nearest to a word; empty where none is near."""
+    import difflib
+
     tails: dict[str, str] = {}
     for name in known:
         tails.setdefault(name.split(".")[-1].lstrip("-"), name)

@@ -101,6 +101,7 @@ def optional_group(kind: type, name: str) -> bool:
 # Narrow terminals
 
 
+@pytest.mark.hostile("terminal")
 def test_help_ends_in_one_column():
     # Without the minimum width it takes all memory, so it runs in a process that may have 16 GiB.
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); "
@@ -112,12 +113,14 @@ def test_help_ends_in_one_column():
 
 
 @pytest.mark.parametrize("command", parsers()[1])
+@pytest.mark.hostile("terminal")
 def test_command_help_is_readable_in_one_column(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1")
     page = parsers()[1][command].format_help()
     assert "show this help" in page
 
 
+@pytest.mark.hostile("terminal")
 def test_a_bad_value_is_named_in_one_column(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1")
     with pytest.raises(UsageError, match="--steps"):

@@ -11,7 +11,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, or the processes wai
 
 import pytest
 
+import hostile
 import jdm  # noqa: F401  bounds OpenMP's waiting, before any test file imports torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seeds", type=int, default=1, help="seeds that each fuzzer draws its inputs from")
+
+
+def pytest_generate_tests(metafunc):
+    if "fuzz_seed" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("--fuzz-seeds")))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("hostile"):
+            assert mark.args[0] in hostile.KINDS, f"{item.nodeid}: no such kind of hostile input"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
+from hostile import hold
 from jdm import trust
 from jdm.data.cache import LAYOUT, Cache
 from jdm.errors import UsageError
@@ -29,29 +29,37 @@ from mutations import mutated
 from tiny import nano_canny
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "2026-11-20-table2.json"
+pytestmark = pytest.mark.hostile("json")
 RUN = replace(nano_canny(), out=Path("runs/x"), best="fd", probe_every=1)
 
 
-def fuzzed(file, read, count, names=(), seed=0, before="", after=""):
-    """Mutate a file, read it each time, and hold what is said to the rules; then the file is put back.
+@pytest.fixture
+def fuzzed(fuzz_seed, record_property):
+    """Mutates a file, reads it each time, and holds what is said to the rules; then the file is put back."""
+    def holds(file, read, count, names=(), before="", after=""):
+        """
+        Args:
+            names: other words of which one may stand for the file, such as its folder's.
+        """
+        whole, outcomes, refused = file.read_text(encoding="utf-8"), [], 0
+        for what, text in mutated(whole, fuzz_seed, count):
+            file.write_text(f"{before}{text}{after}", encoding="utf-8", errors="surrogateescape")
+            fault = ""
+            try:
+                read()
+            except UsageError as error:
+                said, refused = str(error), refused + 1
+                named = any(name in said for name in (file.name, *names))
+                fault = "" if named and "\n" not in said.strip() else said
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+            outcomes.append((f"{file.name} {what}", fault))
+        hold(outcomes, record_property)
+        file.write_text(whole, encoding="utf-8")
+        read()
+        assert refused > count / 4, "the mutations are too mild to show anything"
 
-    Args:
-        names: other words of which one may stand for the file, such as its folder's.
-    """
-    whole, refused = file.read_text(encoding="utf-8"), 0
-    for what, text in mutated(whole, seed, count):
-        file.write_text(f"{before}{text}{after}", encoding="utf-8", errors="surrogateescape")
-        try:
-            read()
-        except UsageError as error:
-            said, refused = str(error), refused + 1
-            assert any(name in said for name in (file.name, *names)), f"{what}: {said}"
-            assert "\n" not in said.strip(), f"{what}: {said}"
-        except Exception as error:
-            raise AssertionError(f"{file.name} {what}: {type(error).__name__}: {error}") from error
-    file.write_text(whole, encoding="utf-8")
-    read()
-    assert refused > count / 4, "the mutations are too mild to show anything"
+    return holds
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +72,7 @@ def fresh():
 @pytest.mark.parametrize("name", [
     "jdm.json", "model_index.json", "unet/config.json", "vae/config.json", "controlnet/config.json",
     "text_encoder/config.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
-def test_a_models_files(name, student, tmp_path):
+def test_a_models_files(name, student, tmp_path, fuzzed):
     folder = tmp_path / "m"
     shutil.copytree(student, folder)
 
@@ -78,7 +86,7 @@ def test_a_models_files(name, student, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["jdm.json", "run.json", "vae/config.json", "scheduler/scheduler_config.json"])
-def test_a_model_that_is_exported(name, student, tmp_path):
+def test_a_model_that_is_exported(name, student, tmp_path, fuzzed):
     folder = tmp_path / "m"
     shutil.copytree(student, folder)
     (folder / "run.json").write_text(json.dumps({"run": described(RUN), "data": {"n": 5}, "versions": {"torch": "2"}}))
@@ -90,19 +98,19 @@ def test_a_model_that_is_exported(name, student, tmp_path):
     fuzzed(folder / name, read, 10, names=(name.partition("/")[0],))
 
 
-def test_run_json(tmp_path):
+def test_run_json(tmp_path, fuzzed):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"run": described(RUN), "versions": {}}))
     fuzzed(file, lambda: recorded(file), 80)
 
 
-def test_run_json_of_a_run_that_goes_on(tmp_path):
+def test_run_json_of_a_run_that_goes_on(tmp_path, fuzzed):
     run, file = replace(RUN, out=tmp_path), tmp_path / "run.json"
     file.write_text(json.dumps({"run": described(run)}))
     fuzzed(file, lambda: refuse_another(run), 40, names=(str(tmp_path),))
 
 
-def test_state_json(tmp_path):
+def test_state_json(tmp_path, fuzzed):
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
@@ -112,7 +120,7 @@ def test_state_json(tmp_path):
     fuzzed(place / "state.json", lambda: checkpoint.load(state, place), 40, names=("recipe",))
 
 
-def test_metrics_jsonl(tmp_path):
+def test_metrics_jsonl(tmp_path, fuzzed):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "fidelity": 0.5, "probe/fd": 3.5, "seconds": 1e-3}\n')
 
@@ -138,7 +146,7 @@ def preparation(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "count"), [("manifest.json", 60), ("prompts-00ff.json", 15), ("files-00ff.json", 20)])
-def test_a_preparation(name, count, preparation):
+def test_a_preparation(name, count, preparation, fuzzed):
     def read():
         cache = Cache.read(preparation)
         assert [*map(str, cache.listed("captions"))] == cache.listed("captions")
@@ -149,30 +157,25 @@ def test_a_preparation(name, count, preparation):
     fuzzed(preparation / name, read, count, names=(str(preparation), ".json"))
 
 
-def test_a_classifiers_config(tmp_path):
+def test_a_classifiers_config(tmp_path, fuzzed):
     Classifier(ClassifierConfig(widths=(4, 4, 4, 4), dimensions=8)).save(tmp_path)
     fuzzed(tmp_path / "config.json", lambda: Classifier.load(tmp_path), 30, names=(str(tmp_path),))
 
 
-def test_a_page(tmp_path):
+def test_a_page(tmp_path, fuzzed):
     file = tmp_path / "page.json"
     file.write_text(PAGE.read_text())
     fuzzed(file, lambda: results.load_page.__wrapped__(str(file)), 30)
 
 
-def test_a_cell(tmp_path):
+def test_a_cell(tmp_path, fuzzed):
     file = tmp_path / "cell.json"
     record = results.Record(0, "00ff", {"fd": 2.5}, results.Tuning(2.0, {"2.0": 3.5}, 9), (results.Stage("a", 3, 4),))
     file.write_text(json.dumps(asdict(record)))
     fuzzed(file, lambda: results.load(results.Record, file), 40)
 
 
-def test_prompts(tmp_path):
+def test_prompts(tmp_path, fuzzed):
     file = tmp_path / "photo.json"
     file.write_text(json.dumps(["a boot", "a coat"]))
     fuzzed(file, lambda: read_prompts(str(file)), 15)
-
-
-def test_mutations_are_the_same_every_time():
-    text = json.dumps(described(tiny.run(nano_canny(), Path("x"), Path("teacher"))))
-    assert list(mutated(text, 3, 20)) == list(mutated(text, 3, 20))

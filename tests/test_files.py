@@ -45,6 +45,7 @@ def test_a_missing_file_is_empty_or_named(tmp_path):
     ('{"size": NaN}', "NaN is not a number in JSON"), ('{"size": "\\ud800"}', "surrogates not allowed"),
     ('{"size": 1' + "1" * 5000 + "}", "a.json is not JSON .*digits"),
 ])
+@pytest.mark.hostile("json")
 def test_what_does_not_fit_is_named(text, said, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UsageError, match=said):
@@ -56,6 +57,7 @@ def test_a_dictionary_names_its_key():
         fitted({"b": {"c": "1"}}, dict[str, dict[str, int]], "a.json", "mend it")
 
 
+@pytest.mark.hostile("json")
 def test_what_is_no_text_file_is_named(tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     (tmp_path / "folder.json").mkdir()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hostile import hold
 from jdm.cli.run_flags import _explained, configured
 from jdm.errors import UsageError
 from jdm.ranges import Range, hints_of, ranges_of
@@ -15,15 +16,15 @@ from jdm.run import Optimiser, Run
 RUNS = {name: all_recipes()[name]() for name in entries()}
 
 
-def numbers(settings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """(path, value, type) of every field that holds a number, or numbers."""
+def numbers(settings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[type, tuple[str, ...], Any, Any]]:
+    """(dataclass, path, value, type) of every field that holds a number, or numbers."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             yield from numbers(value, (*path, field.name))
         elif any(isinstance(v, int | float) and not isinstance(v, bool)
                  for v in (value if isinstance(value, tuple) else (value,))):
-            yield (*path, field.name), value, hints_of(type(settings))[field.name]
+            yield type(settings), (*path, field.name), value, hints_of(type(settings))[field.name]
 
 
 def put(settings: Any, path: tuple[str, ...], value: Any) -> Any:
@@ -32,17 +33,36 @@ def put(settings: Any, path: tuple[str, ...], value: Any) -> Any:
     return dataclasses.replace(settings, **{first: inner})
 
 
-@pytest.mark.parametrize("recipe", RUNS)
-def test_every_number_of_a_recipe_is_bounded(recipe):
-    for path, value, hint in numbers(RUNS[recipe]):
+def fields() -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
+    """(recipe, path, value, type) of each number that a recipe has, once for recipes that share its dataclass."""
+    seen = set()
+    for recipe, run in RUNS.items():
+        for owner, path, value, hint in numbers(run):
+            if (owner, path[-1]) not in seen:
+                seen.add((owner, path[-1]))
+                yield recipe, path, value, hint
+
+
+def outcomes() -> Iterator[tuple[str, str]]:
+    """Each number outside its range, and what is wrong with how that ended."""
+    for recipe, path, value, hint in fields():
         ranges = ranges_of(hint)
         assert len(ranges) == 1, path
         low, high = ranges[0].low, ranges[0].high
-        outside = [float("nan"), float("inf"), -float("inf"), low - 1, low if ranges[0].low_open else low - 0.5,
-                   high if ranges[0].high_open else high + 1]
-        for wrong in outside:
-            with pytest.raises(UsageError):
+        for wrong in (float("nan"), float("inf"), -float("inf"), low - 1, low if ranges[0].low_open else low - 0.5,
+                      high if ranges[0].high_open else high + 1):
+            fault = ""
+            try:
                 put(RUNS[recipe], path, tuple(wrong for _ in value) if isinstance(value, tuple) else wrong)
+                fault = "it is taken"
+            except UsageError:
+                pass
+            yield f"{recipe} {path} = {wrong}", fault
+
+
+@pytest.mark.hostile("flags")
+def test_every_number_of_every_recipe_is_bounded(record_property):
+    hold(outcomes(), record_property)
 
 
 def test_the_message_names_flag_range_and_value():

@@ -57,6 +57,7 @@ def sampled(theirs, *more):
                  "--out", str(theirs.parent / "out"), *more])
 
 
+@pytest.mark.hostile("code")
 def test_a_models_card_runs_no_code(theirs, capsys):
     assert sampled(theirs) == 2
     said = capsys.readouterr().err
@@ -79,6 +80,7 @@ def test_trust_code_shows_the_path_first(theirs, capsys):
 
 @pytest.mark.parametrize("field", ["control", "reward"])
 @pytest.mark.parametrize("command", ["train", "estimate", "prepare"])
+@pytest.mark.hostile("code")
 def test_a_run_json_runs_no_code(command, field, teacher, tmp_path, capsys):
     (tmp_path / "x.py").write_text(CONTROL)
     run = tiny.run(nano_canny() if field == "control" else nano_text_reward(), tmp_path / "new", teacher)
@@ -96,6 +98,7 @@ def test_a_run_json_runs_no_code(command, field, teacher, tmp_path, capsys):
         assert f"run.json names code, {tmp_path / 'x.py'}" in said
 
 
+@pytest.mark.hostile("code")
 def test_another_control_takes_a_run_jsons_place(teacher, tmp_path):
     (tmp_path / "x.py").write_text(CONTROL)
     run = tiny.run(nano_canny(), tmp_path / "new", teacher, steps=1)
@@ -105,6 +108,7 @@ def test_another_control_takes_a_run_jsons_place(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["x.py:Mine", "this:s", "antigravity:fly", "jdm.cli.parser:main", "./x.py:Mine"])
+@pytest.mark.hostile("code")
 def test_a_card_read_in_python_names_no_code(spec, theirs, monkeypatch):
     monkeypatch.chdir(theirs)
     card = json.loads((theirs / "jdm.json").read_text())
@@ -136,6 +140,7 @@ def test_arguments_name_code_in_many_forms(words):
 
 
 @pytest.mark.parametrize("target", ["secret", ".", "missing"])
+@pytest.mark.hostile("pickle")
 def test_an_export_follows_no_link_out(target, student, tmp_path):
     shutil.copytree(student, tmp_path / "m")
     (tmp_path / "secret").write_text("token")
@@ -154,6 +159,7 @@ def test_an_export_follows_links_within_the_hub_cache(student, tmp_path):
     assert (export(snapshot, tmp_path / "e") / "jdm.json").read_bytes() == (blobs / "5d").read_bytes()
 
 
+@pytest.mark.hostile("code")
 def test_a_readme_quotes_what_files_say(student, tmp_path):
     shutil.copytree(student, tmp_path / "m")
     code = 'x"\nimport os\nos.system("true")  # '

@@ -46,12 +46,7 @@ def load_model(name: str) -> Family:
     Raises:
         UsageError: there is none, it is not whole, or it is of a family that is not read.
     """
-    try:
-        there = Path(name).is_dir()
-    except (OSError, ValueError) as error:  # too long, a null byte
-        raise UsageError(f"{name[:100]}: no folder can have this name ({in_short(error)[:80]}); give a diffusers "
-                         "folder, a .safetensors checkpoint, a hub id, or a shipped model, such as nano-sd") from None
-    if name in SHIPPED and not there:
+    if name in SHIPPED and not _is_folder(name):
         folder, controlnet = SHIPPED[name]
         model = StableDiffusion.load(str(ASSETS / folder), str(ASSETS / controlnet) if controlnet else None)
         card = ASSETS / (controlnet or folder) / CARD
@@ -66,9 +61,17 @@ def load_model(name: str) -> Family:
     return FAMILIES[kind].load(name)
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError) as error:  # too long, a null byte
+        raise UsageError(f"{name[:100]}: no folder can have this name ({in_short(error)[:80]}); give a diffusers "
+                         "folder, a .safetensors checkpoint, a hub id, or a shipped model, such as nano-sd") from None
+
+
 def _folder_beside(name: str) -> Path | None:
     """The folder FILE beside FILE.safetensors, where it is of a transformer, whose weights the file then replaces."""
-    folder = Path(name).with_suffix("")
+    folder = Path(name.removesuffix(".safetensors"))
     if not name.endswith(".safetensors") or not Path(name).is_file() or not (folder / "model_index.json").is_file():
         return None
     family = FAMILIES.get(str(model_index(str(folder)).get("_class_name")))
@@ -85,7 +88,7 @@ def load_controlnet(name: str, beside: Family) -> tuple[nn.Module, str | None]:
     Raises:
         UsageError: there is no ControlNet, or it was made for another backbone.
     """
-    if (Path(name) / "config.json").is_file():
+    if _is_folder(name) and (Path(name) / "config.json").is_file():
         net, family = lone_controlnet(name)
         card = folder_json(name, CARD) or {}
     else:

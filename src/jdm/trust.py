@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jdm.errors import UsageError
-from jdm.files import expanded
 
 FLAG = "--trust-code"
 _named: dict[str, str] = {}  # a source of code -> the data file that names it
@@ -17,7 +15,7 @@ _trusted: set[str] = set()
 _data_trusted = False
 
 
-def note_data(value: Any, file: str | Path) -> None:
+def note_data(value: Any, file: str | os.PathLike[str]) -> None:
     """Note every FILE.py:NAME and module:NAME in the JSON of a data file; `refuse_data` then knows them."""
     waiting = [value]
     while waiting:
@@ -49,6 +47,8 @@ def refuse_data(source: str) -> None:
     """Raises UsageError if a data file names this code and no person has."""
     if source not in _named or source in _trusted:
         return
+    from jdm.files import expanded  # here, so that help need not wait for it
+
     what = expanded(source).absolute() if source.endswith(".py") else f"the module {source}"
     if not _data_trusted:
         raise UsageError(f"{_named[source]} names code, {what}, which is not run because a file of data named it; read "

@@ -30,6 +30,7 @@ def folder(teacher, tmp_path):
     return shutil.copytree(teacher, tmp_path / "mixed")
 
 
+@pytest.mark.hostile("parts")
 def test_a_text_encoder_of_another_width(folder, capsys):
     config = CLIPTextConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16,
                             vocab_size=100, max_position_embeddings=16)
@@ -41,6 +42,7 @@ def test_a_text_encoder_of_another_width(folder, capsys):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.hostile("parts")
 def test_an_autoencoder_of_other_latents(folder):
     vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 3,
                         up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), norm_num_groups=4)
@@ -49,6 +51,7 @@ def test_an_autoencoder_of_other_latents(folder):
         load_model(str(folder))
 
 
+@pytest.mark.hostile("parts")
 def test_a_schedule_that_ends_without_signal(folder):
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
@@ -56,6 +59,7 @@ def test_a_schedule_that_ends_without_signal(folder):
         load_model(str(folder))
 
 
+@pytest.mark.hostile("trouble")
 def test_out_of_memory_names_what_saves_memory(tmp_path, teacher, monkeypatch):
     run = tiny.run(nano_canny(), tmp_path, teacher, steps=3)
 

@@ -194,6 +194,7 @@ def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     ("train nano-canny --control cany", "did you mean 'canny'?"),
     ("export nowhere out", "nowhere is not a run"),
 ])
+@pytest.mark.hostile("flags")
 def test_a_usage_error_names_its_remedy(arguments, said, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, line = complaint(*arguments.split())
@@ -201,6 +202,7 @@ def test_a_usage_error_names_its_remedy(arguments, said, complaint, tmp_path, mo
     assert said in line
 
 
+@pytest.mark.hostile("parts")
 def test_a_folder_without_a_model(complaint, tmp_path):
     assert complaint("sample", tmp_path, "--prompt", "x") == (
         2, f"jdm: {tmp_path} is not a model: model_index.json is missing; a diffusers folder has one at its top")
@@ -209,6 +211,7 @@ def test_a_folder_without_a_model(complaint, tmp_path):
     assert "no such folder" in line
 
 
+@pytest.mark.hostile("parts")
 def test_a_damaged_model(complaint, student, tmp_path):
     import shutil
 
@@ -226,6 +229,7 @@ def test_a_damaged_model(complaint, student, tmp_path):
     (lambda path: path.mkdir(), "it is a folder"),
     (lambda path: None, "there is no such file"),
 ])
+@pytest.mark.hostile("data")
 def test_a_file_that_is_no_picture(make, said, complaint, student, tmp_path):
     path = tmp_path / "photo.png"
     make(path)
@@ -255,6 +259,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
     ("return (images[:, :1] > 0.5).float()", "has no gradient"),
     ("return images.nothing", "Mine.h failed"),
 ])
+@pytest.mark.hostile("flags")
 def test_a_control_class_with_a_fault(body, said, complaint, student, photo, teacher, tmp_path, untrained_judge):
     source = f"from jdm.controls import Control\n\n\nclass Mine(Control):\n    def h(self, images):\n        {body}\n"
     (tmp_path / "mine.py").write_text(source)
@@ -268,6 +273,7 @@ def test_a_control_class_with_a_fault(body, said, complaint, student, photo, tea
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.hostile("data")
 def test_a_missing_caption(complaint, teacher, tmp_path, untrained_judge):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "1.png")
@@ -277,6 +283,7 @@ def test_a_missing_caption(complaint, teacher, tmp_path, untrained_judge):
     assert "1.png has no caption; put it into 1.txt" in line
 
 
+@pytest.mark.hostile("trouble")
 def test_nan_exits_with_3_and_names_phase(complaint, teacher, tmp_path, untrained_judge):
     code, line = complaint("train", "nano-canny", *small(teacher, tmp_path / "run"),
                            "--method.fake.optimiser.lr", "1e38", "--method.fake.optimiser.warmup", "1")
@@ -286,6 +293,7 @@ def test_nan_exits_with_3_and_names_phase(complaint, teacher, tmp_path, untraine
     assert str(checkpoint.last(tmp_path / "run") or "none yet") in line
 
 
+@pytest.mark.hostile("trouble")
 def test_full_disk_exits_with_3_and_names_checkpoint(complaint, teacher, tmp_path, monkeypatch, untrained_judge):
     original = checkpoint.save_file
 

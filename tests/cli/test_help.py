@@ -101,6 +101,7 @@ def optional_group(kind: type, name: str) -> bool:
 # Narrow terminals
 
 
+@pytest.mark.hostile("terminal")
 def test_help_ends_in_one_column():
     # Without the minimum width it takes all memory, so it runs in a process that may have 16 GiB.
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); "
@@ -112,14 +113,27 @@ def test_help_ends_in_one_column():
 
 
 @pytest.mark.parametrize("command", parsers()[1])
+@pytest.mark.hostile("terminal")
 def test_command_help_is_readable_in_one_column(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1")
     page = parsers()[1][command].format_help()
     assert "show this help" in page
 
 
+@pytest.mark.hostile("terminal")
 def test_a_bad_value_is_named_in_one_column(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1")
     with pytest.raises(UsageError, match="--steps"):
         configured("nano-canny", ["--steps", "many"])
     assert os.environ["COLUMNS"] == "1"
+
+
+# Speed
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"dataclasses", "difflib", "inspect", "msgspec", "pathlib", "socket", "torch", "traceback", "tyro"}
+    code = f"import sys; from jdm.cli import parser; parser.parsers(); print(*{heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.stdout.split() == [], done.stderr

@@ -39,6 +39,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.hostile("folders")
 def test_a_json_file_of_others_is_kept(kind, here):
     FOREIGN[kind]()
     with pytest.raises(UsageError, match="x is there and this command did not write it; choose another --json"):
@@ -54,6 +55,7 @@ def test_own_and_new_json_files_are_written(here):
         checks.json_output("own", ["own"], OURS)
 
 
+@pytest.mark.hostile("folders")
 def test_pictures_of_others_are_kept(here, capsys):
     sample = ["sample", "nano-canny", "--prompt", "boot", "--n", "1", "--out", "."]
     Path("photo.png").rename("000.png")
@@ -65,6 +67,7 @@ def test_pictures_of_others_are_kept(here, capsys):
     assert Path("000.png").read_bytes() == before
 
 
+@pytest.mark.hostile("folders")
 def test_own_pictures_are_known_and_replaced(here):
     assert not pictures.is_ours(Path("photo.png"))
     saved = pictures.save_picture(Image.new("RGB", (8, 8)), Path("own.png"))
@@ -75,6 +78,7 @@ def test_own_pictures_are_known_and_replaced(here):
         checks.free_of_others([Path("link.png")], [], pictures.is_ours, "--out")
 
 
+@pytest.mark.hostile("trouble")
 def test_numbers_are_printed_before_a_file_fails(here, monkeypatch, capsys):
     def full(path, text):
         raise RunError(f"{path} could not be written (No space left on device)")
@@ -89,6 +93,7 @@ def test_numbers_are_printed_before_a_file_fails(here, monkeypatch, capsys):
 
 @pytest.mark.parametrize("code", ["sys.exit(0)", "sys.exit('bye')", "exit()", "quit(3)", "raise SystemExit"])
 @pytest.mark.parametrize("where", ["module", "function"])
+@pytest.mark.hostile("trouble")
 def test_user_code_that_exits_is_an_error(code, where, here, capsys):
     inside = f"import sys\n{code}\n" if where == "module" else f"import sys\ndef recipe():\n    {code}\n"
     Path("mine.py").write_text(inside)
@@ -101,6 +106,7 @@ def test_user_code_that_exits_is_an_error(code, where, here, capsys):
     ("--help > /dev/full", 3, "No space left on device"),
     ("--version >&-", 3, "it is closed"), ("nope >&-", 2, "there is no command"), ("nope 2>&-", 2, ""),
     ("recipes > /dev/full 2> /dev/full", 3, ""), ("recipes >&- 2>&- <&-", 3, ""), ("nope > /dev/full", 2, "nope")])
+@pytest.mark.hostile("terminal")
 def test_a_lost_output_is_said(redirected, code, said):
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m jdm {redirected}"], capture_output=True, text=True)
     assert done.returncode == code
@@ -109,6 +115,7 @@ def test_a_lost_output_is_said(redirected, code, said):
 
 
 @pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
+@pytest.mark.hostile("terminal")
 def test_any_script_is_printed_in_any_locale(locale):
     bare = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-m", "jdm", "grün-靴"], env=bare, capture_output=True, check=False)
@@ -117,6 +124,7 @@ def test_any_script_is_printed_in_any_locale(locale):
 
 
 @pytest.mark.parametrize("flag", ["-O", "-OO"])
+@pytest.mark.hostile("terminal")
 def test_help_is_whole_under_optimisation(flag):
     plain, optimised = (subprocess.check_output([sys.executable, *flags, "-m", "jdm", "recipes"])
                         for flags in ((), (flag,)))
@@ -124,6 +132,7 @@ def test_help_is_whole_under_optimisation(flag):
 
 
 @pytest.mark.parametrize("columns", ["1", "4", "300"])
+@pytest.mark.hostile("terminal")
 def test_a_table_is_printed_in_any_width(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
     console.table(["measurement", "value"], [["consistency", "0.123"]], title="nano-canny")

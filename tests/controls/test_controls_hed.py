@@ -193,6 +193,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("how", ["saved", "pickled"])
+@pytest.mark.hostile("pickle")
 def test_a_malicious_pickle_is_refused_before_it_runs(how, tmp_path):
     file, mark = tmp_path / "bad.pth", tmp_path / "mark"
     state = {**network().state_dict(), "norm": Malicious(mark)}
@@ -219,6 +220,7 @@ def without_norm(state: dict) -> dict:
     (lambda state: {**state, "norm": torch.zeros(3)}, r"norm must be \[1, 3, 1, 1\], got \[3\]"),
     (lambda state: {**state, "head.bias": torch.zeros(3)}, r"head.bias must be nothing, got \[3\]"),
 ])
+@pytest.mark.hostile("weights")
 def test_a_file_without_heds_weights_is_refused(change, message, tmp_path):
     torch.save(change(network().state_dict()), tmp_path / "other.pth")
     with pytest.raises(UsageError, match=rf"other.pth.*{message}.*; fetch ControlNetHED.pth") as caught:

@@ -58,6 +58,7 @@ TABLES = {  # name -> (file, its bytes, what is said)
 
 
 @pytest.mark.parametrize("name", TABLES)
+@pytest.mark.hostile("data")
 def test_a_bad_table_is_refused(name, tmp_path):
     file, content, said = TABLES[name]
     folder_of(tmp_path, 1, captions=False)
@@ -77,6 +78,7 @@ FLAGS = {  # name -> (fields, what is said)
 
 
 @pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.hostile("flags")
 def test_a_bad_flag_is_refused(name, tmp_path):
     how, said = FLAGS[name]
     refused(folder_of(tmp_path, 1), said, **how)
@@ -102,11 +104,13 @@ SHARDS = {  # name -> (members, what is said)
 
 
 @pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.hostile("data")
 def test_a_bad_shard_is_refused(name, tmp_path):
     members, said = SHARDS[name]
     refused(shard(tmp_path / "a.tar", members), said)
 
 
+@pytest.mark.hostile("data")
 def test_a_mask_with_its_picture_s_name(tmp_path):
     picture(folder_of(tmp_path, 1) / "0.jpg")
     refused(tmp_path, r"0\.jpg and 0\.png could both be meant; say which files are: --data\.pictures '\*\.jpg'")
@@ -122,6 +126,7 @@ def damaged(folder, *numbers):
     return folder
 
 
+@pytest.mark.hostile("data")
 def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path):
     found = load_pictures(str(damaged(folder_of(tmp_path, 7), 2, 3)), "train", 16, Data(unreadable=0.3))
     rows, images, _ = found.sound(torch.tensor([1, 2, 3]))
@@ -132,12 +137,14 @@ def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path):
     assert all("damaged or incomplete" in why or "not a picture" in why for why in found.unread.found.values())
 
 
+@pytest.mark.hostile("data")
 def test_more_unreadable_than_the_share_end_the_run(tmp_path):
     found = load_pictures(str(damaged(folder_of(tmp_path, 7), 2, 3)), "train", 16, Data(unreadable=0.1))
     with pytest.raises(UnreadableError, match=r"2 of 7 pictures cannot be read and 1 may be skipped; mend .*\(0\.1\)"):
         found.sound(torch.arange(7))
 
 
+@pytest.mark.hostile("data")
 def test_a_missing_file_is_not_skipped(tmp_path):
     found = load_pictures(str(folder_of(tmp_path, 7)), "train", 16)
     (tmp_path / "2.png").unlink()
@@ -153,6 +160,7 @@ def test_a_missing_file_is_not_skipped(tmp_path):
     (lambda place: (place / "5.txt").write_text("other"), "captions"),
     (lambda place: picture(place / "5.png", 99), "what they show"),
     (lambda place: (place / "6.png").unlink(), "their number")])
+@pytest.mark.hostile("data")
 def test_changed_data_is_refused_or_recorded(change, said, tmp_path, monkeypatch):
     from jdm.recipes import find
     from jdm.training.record import record

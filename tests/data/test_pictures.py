@@ -79,6 +79,7 @@ def test_float_grey_in_the_unit_range_is_scaled(tmp_path):
 
 @pytest.mark.parametrize("grey", [np.full((16, 16), 7.0, np.float32), np.full((16, 16), np.nan, np.float32),
                                   np.full((16, 16), 70_000, np.int32), np.full((16, 16), -1, np.int32)])
+@pytest.mark.hostile("data")
 def test_grey_beyond_its_range_is_refused(grey, tmp_path):
     with pytest.raises(UsageError, match=r"grey values must be in 0.*save it with 8 bits"):
         load_picture(saved(Image.fromarray(grey), tmp_path / "a.tiff"), 16)
@@ -133,6 +134,7 @@ def test_a_panorama_needs_no_large_picture_in_between(tmp_path):
     ("text.png", b"hello, I am text", "not a picture that Pillow reads .*save it as PNG, JPEG or WebP"),
     (".", None, "it is a folder"),
 ])
+@pytest.mark.hostile("data")
 def test_what_is_no_picture_is_refused(name, content, message, tmp_path):
     path = tmp_path / name
     if content is not None:
@@ -145,6 +147,7 @@ def test_what_is_no_picture_is_refused(name, content, message, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
 @pytest.mark.parametrize("part", [0.3, 0.7])
+@pytest.mark.hostile("data")
 def test_a_truncated_picture_is_refused(suffix, part, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = saved(Image.fromarray(noise), tmp_path / f"a.{suffix}")
@@ -154,6 +157,7 @@ def test_a_truncated_picture_is_refused(suffix, part, tmp_path):
         load_picture(path, 16)
 
 
+@pytest.mark.hostile("data")
 def test_a_picture_with_corrupt_bytes_is_refused(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = saved(Image.fromarray(noise), tmp_path / "a.png")
@@ -164,6 +168,7 @@ def test_a_picture_with_corrupt_bytes_is_refused(tmp_path):
         load_picture(path, 16)
 
 
+@pytest.mark.hostile("data")
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, recwarn):
     path = saved(Image.new("L", (50, 40)), tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500)
@@ -174,6 +179,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, recwarn):
         load_picture(path, 16)
 
 
+@pytest.mark.hostile("data")
 def test_a_side_below_eight_pixels_is_refused(tmp_path):
     assert load_picture(saved(Image.new("RGB", (8, 8)), tmp_path / "a.png"), 16).shape == (3, 16, 16)
     with pytest.raises(UsageError, match=r"at least 8 pixels, got 7 x 90; give a larger"):

@@ -202,6 +202,7 @@ def changed(run: Run, folder: Path, message: str) -> None:
     assert not run.out.exists()
 
 
+@pytest.mark.hostile("checkpoints")
 def test_an_edited_caption_is_noticed(ready, photos):
     (photos / "7.txt").write_text("caption seven")
     changed(*ready, message=r"another prompt .*\('caption seven' is new\)")
@@ -244,6 +245,7 @@ def test_another_count_size_or_split_is_noticed(ready, photos):
 
 @pytest.mark.parametrize(("part", "message"), [("text_encoder", "text encoder"), ("vae", "autoencoder"),
                                                ("tokenizer", "tokenizer"), ("scaling_factor", "autoencoder")])
+@pytest.mark.hostile("checkpoints")
 def test_another_text_encoder_tokenizer_or_autoencoder_is_noticed(part, message, ready, tmp_path):
     run, folder = ready
     model = load_model(run.model)
@@ -265,6 +267,7 @@ def test_a_cache_lacking_needed_latents_is_refused(ready, tmp_path):
         Trainer(cached(run, tmp_path / "without"))
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_damaged_part_is_named(ready):
     run, folder = ready
     for part, cut in (("latents", 10_000), ("text", 50)):
@@ -280,6 +283,7 @@ def test_a_damaged_part_is_named(ready):
 # Making it
 
 
+@pytest.mark.hostile("trouble")
 def test_a_stopped_preparation_is_no_cache_but_resumes(ready, tmp_path, monkeypatch):
     run, whole = ready
     folder = tmp_path / "stopped"
@@ -306,6 +310,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("full", ["part", "list", "manifest", "beforehand"])
+@pytest.mark.hostile("trouble")
 def test_a_full_disk_leaves_what_was_there(full, ready, photos, tmp_path, monkeypatch):
     run, folder = ready
     other = replace(run, data=replace(run.data, split="train[:9]"))

@@ -143,6 +143,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.hostile("data")
 def test_a_damaged_shard_never_loses_pictures_silently(damage, tmp_path):
     (tmp_path / "a.tar").write_bytes(DAMAGED[damage]())
     with pytest.raises(UsageError, match=r"a\.tar: not a whole tar file .*; fetch it again"):
@@ -153,6 +154,7 @@ def test_a_damaged_shard_never_loses_pictures_silently(damage, tmp_path):
     ("x{000000000..999999999}", r"1,000,000,000 shards, at most 100,000 can be listed; narrow the ranges"),
     ("x{0..99999}{0..99999}", "10,000,000,000 shards"), ("x{9..0}", "from the lower number to the higher"),
     ("x{0..99999999999999999999}", "no shards could be listed"), ("fifo", "is not a regular file")])
+@pytest.mark.hostile("endless")
 def test_ranges_and_special_files_are_refused_at_once(name, said, tmp_path):
     os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(UsageError, match=said):

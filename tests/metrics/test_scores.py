@@ -100,6 +100,7 @@ def test_the_first_prompts_of_every_style_are_asked(tmp_path):
     ("other.json", '{"a": 1}', "expected `array`, got `object`; give a list of strings"),
     ("empty.txt", "\n", "holds no prompt"),
 ])
+@pytest.mark.hostile("data")
 def test_what_holds_no_prompts_is_refused(tmp_path, name, text, said):
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -189,6 +190,7 @@ def test_fids_features_are_those_of_torch_fidelity(torch_fidelity, tmp_path):
         one.features(images.float())
 
 
+@pytest.mark.hostile("pickle")
 def test_a_pickle_is_no_file_of_inceptions_weights(torch_fidelity, tmp_path):
     file = tmp_path / "inception.pth"
     torch.save({"weight": Path("anything")}, file)

@@ -70,6 +70,7 @@ def test_published_values_fit(name):
     ("text_encoder/config.json", {"hidden_size": "x"}, "hidden_size"),
     ("text_encoder/config.json", {"_attn_implementation": "somebody/kernel"}, "_attn_implementation"),
 ])
+@pytest.mark.hostile("json")
 def test_a_wrong_value_is_named(name, change, key):
     place = ASSETS / "nano-canny" / name
     with pytest.raises(UsageError, match=rf"m/{name}: {key}.*; put back the original or fetch the model again"):
@@ -94,6 +95,7 @@ def test_an_old_card_says_its_level(student, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "{", "", '{"a": NaN}'])
+@pytest.mark.hostile("json")
 def test_a_file_that_is_no_object_is_named(text, tmp_path):
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(UsageError, match=r"model_index\.json.*fetch the model again"):
@@ -102,6 +104,7 @@ def test_a_file_that_is_no_object_is_named(text, tmp_path):
 
 @pytest.mark.parametrize(("part", "kind"), [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
                                             ("text_encoder", "model"), ("controlnet", "diffusion_pytorch_model")])
+@pytest.mark.hostile("pickle")
 def test_weights_in_a_pickle_are_refused(part, kind, student, tmp_path):
     shutil.copytree(student, tmp_path / "m")
     weights = tmp_path / "m" / part / f"{kind}.safetensors"

@@ -28,6 +28,7 @@ def dead(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("asked", [load_model, lambda name: tiny_decoder(name, load_model("nano-sd")),
                                    lambda name: load_pictures(name, "train", 32)])
+@pytest.mark.hostile("endless")
 def test_a_dead_network_is_named_at_once(asked, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     began = time.monotonic()
@@ -37,6 +38,7 @@ def test_a_dead_network_is_named_at_once(asked, monkeypatch):
     assert time.monotonic() - began < hub.TIMEOUT + 10
 
 
+@pytest.mark.hostile("endless")
 def test_the_offline_switch_is_named(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="owner/name is not a folder here, and HF_HUB_OFFLINE is set: unset it"):

@@ -26,6 +26,7 @@ def test_sampling_clips_only_if_the_class_does(kind):
 
 
 @pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler", "Odd", None, 5])
+@pytest.mark.hostile("parts")
 def test_schedulers_without_a_table_are_refused(kind):
     with pytest.raises(UsageError, match=r"of_it/config\.json: the scheduler's config"):
         checked_scheduler({**nano.SCHEDULER, "_class_name": kind}, "of_it/config.json")
@@ -39,6 +40,7 @@ def test_schedulers_without_a_table_are_refused(kind):
     {"timestep_spacing": "odd"}, {"beta_start": 0.5, "beta_end": 1e-5},
     {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
     {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}], ids=str)
+@pytest.mark.hostile("parts")
 def test_values_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match=r"^of_it/config\.json: "):
         checked_scheduler({**nano.SCHEDULER, **wrong}, "of_it/config.json")

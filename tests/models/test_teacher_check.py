@@ -46,11 +46,13 @@ def test_shipped_models_raise_no_doubt(name, pictures):
     ({"num_train_timesteps": 2000}, "betas"),
     ({"prediction_type": "v_prediction"}, "predicts the noise"), ({"prediction_type": "sample"}, "predicts the noise"),
     ({"clip_sample": True}, "clips x0"), ({"thresholding": True}, "clips x0")], ids=str)
+@pytest.mark.hostile("parts")
 def test_another_scheduler_is_found(teacher, pictures, changes, sentence):
     assert sentence in doubted(teacher.with_parts(scheduler={**teacher.scheduler, **changes}), pictures)
 
 
 @torch.no_grad()
+@pytest.mark.hostile("parts")
 def test_another_autoencoder_is_found(teacher, pictures):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -62,6 +64,7 @@ def test_another_autoencoder_is_found(teacher, pictures):
 
 
 @pytest.mark.parametrize("how", ["new", "shuffled"])
+@pytest.mark.hostile("parts")
 def test_another_text_encoder_is_found(how, teacher, pictures):
     other = copy.deepcopy(teacher.text_encoder)
     with torch.random.fork_rng(), torch.no_grad():
@@ -85,6 +88,7 @@ def test_captions_of_other_pictures_are_found(teacher, pictures):
     assert doubts(teacher, from_bytes(pictures.batch(rows)), [*y[1:], y[0]])
 
 
+@pytest.mark.hostile("parts")
 def test_predictions_that_are_not_finite_are_refused(teacher, pictures):
     huge = copy.deepcopy(teacher.unet)
     for p in huge.parameters():

@@ -177,6 +177,7 @@ def test_sd3_and_sd35_teach_together(folders, tmp_path):
     assert torch.isfinite(torch.tensor(trainer.step(0)["generator/loss"]))
 
 
+@pytest.mark.hostile("parts")
 def test_a_teacher_of_other_latents_is_refused(folders, tmp_path):
     with pytest.raises(UsageError, match=r"sdxl cannot guide this teacher: its autoencoder has \w+ .* latent space"):
         Trainer(several(folders, tmp_path, "sd3", "sdxl"))
@@ -205,6 +206,7 @@ def test_a_turbo_starts_a_student_at_its_sigmas(folders, tmp_path):
     assert torch.isfinite(torch.tensor(trainer.step(0)["generator/loss"]))
 
 
+@pytest.mark.hostile("parts")
 def test_a_unets_controlnet_is_refused(folders, student):
     for kind in ("sd3", "z-image"):
         with pytest.raises(UsageError, match=r"it is a ControlNetModel for Stable-Diffusion-format models, and this is "
@@ -220,6 +222,7 @@ def test_a_long_prompt_asks_for_t5(folders):
 
 
 @pytest.mark.parametrize("kind", ["sd3", "z-image"])
+@pytest.mark.hostile("parts")
 def test_an_autoencoder_of_other_channels_is_refused(kind, folders, tmp_path):
     model = load_model(str(folders[kind]))
     folder = save_pipeline(model.with_parts(vae=flow_autoencoder(8)), tmp_path / "model")
@@ -235,6 +238,7 @@ def test_an_autoencoder_of_other_channels_is_refused(kind, folders, tmp_path):
     ("z-image", "scheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
     ("z-image", "scheduler", {"_class_name": "DDIMScheduler"}, "is of DDIMScheduler; the schedulers that are read"),
 ])
+@pytest.mark.hostile("parts")
 def test_a_config_that_makes_no_sense(kind, part, changes, said, folders, tmp_path):
     folder = shutil.copytree(folders[kind], tmp_path / "model")
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -243,6 +247,7 @@ def test_a_config_that_makes_no_sense(kind, part, changes, said, folders, tmp_pa
         load_model(str(folder))
 
 
+@pytest.mark.hostile("parts")
 def test_text_encoders_of_other_widths_are_refused(folders, tmp_path):
     for kind, swapped in (("sd3", "text_encoder_2"), ("z-image", "text_encoder")):
         folder = shutil.copytree(folders[kind], tmp_path / kind)

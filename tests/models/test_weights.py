@@ -38,6 +38,7 @@ def hostile(mark: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("layout", ["zip", "old", "plain"])
 @pytest.mark.parametrize("what", hostile(Path("x")))
+@pytest.mark.hostile("pickle")
 def test_a_hostile_pickle_builds_nothing(what, layout, tmp_path):
     mark, file, rest = tmp_path / "RAN", tmp_path / "w.pth", torch.ones(2)
     held = {"w": rest, "evil": hostile(mark)[what]}
@@ -52,6 +53,7 @@ def test_a_hostile_pickle_builds_nothing(what, layout, tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "bool", "uint8", "complex64", "float8_e4m3fn", "float8_e5m2", "int64"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.hostile("weights")
 def test_what_is_no_real_number_is_refused(kind, suffix, tmp_path):
     held, file = {"w": torch.ones(2).to(getattr(torch, kind))}, tmp_path / f"w{suffix}"
     torch.save(held, file) if suffix == ".pth" else save_file(held, file)
@@ -61,6 +63,7 @@ def test_what_is_no_real_number_is_refused(kind, suffix, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.hostile("weights")
 def test_what_is_not_finite_is_refused(value, suffix, tmp_path):
     held, file = {"w": torch.tensor([0.0, value])}, tmp_path / f"w{suffix}"
     torch.save(held, file) if suffix == ".pth" else save_file(held, file)
@@ -69,6 +72,7 @@ def test_what_is_not_finite_is_refused(value, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("held", [[1], 5, None, "x", {"w": 1}, {"state_dict": 5}, {"state_dict": [1]}], ids=repr)
+@pytest.mark.hostile("weights")
 def test_what_holds_no_named_tensors_is_refused(held, tmp_path):
     torch.save(held, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="other than named tensors"):
@@ -76,6 +80,7 @@ def test_what_holds_no_named_tensors_is_refused(held, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["empty", "cut", "zip of others", "text"])
+@pytest.mark.hostile("weights")
 def test_a_damaged_file_is_refused(harm, tmp_path):
     whole, other = io.BytesIO(), io.BytesIO()
     torch.save({"w": torch.ones(9)}, whole)

@@ -29,6 +29,7 @@ def recast(folder: Path, convert) -> None:
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "controlnet"])
 @pytest.mark.parametrize("kind", ["int8", "bool", "complex64", "float8_e4m3fn"])
+@pytest.mark.hostile("weights")
 def test_weights_that_are_no_real_numbers(folder, part, kind):
     recast(folder / part, lambda value: value.to(getattr(torch, kind)))
     with pytest.raises(UsageError, match=f"{part}/.* weights must be in F16, BF16, F32, F64"):
@@ -37,6 +38,7 @@ def test_weights_that_are_no_real_numbers(folder, part, kind):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "controlnet"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.hostile("weights")
 def test_one_weight_that_is_not_finite(folder, part, value):
     def spoilt(tensor):
         tensor.view(-1)[-1] = value
@@ -52,6 +54,7 @@ def test_one_weight_that_is_not_finite(folder, part, value):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet"])
 @pytest.mark.parametrize("entry", [[None, None], None, "name", ["diffusers", "UNet1DModel"]], ids=str)
+@pytest.mark.hostile("parts")
 def test_an_index_that_names_no_such_class(folder, part, entry):
     changed(folder / "model_index.json", **{part: entry})
     with pytest.raises(UsageError, match=rf"model_index.json.*{part}"):
@@ -61,6 +64,7 @@ def test_an_index_that_names_no_such_class(folder, part, entry):
 @pytest.mark.parametrize(("part", "named"), [
     ("unet", {"_class_name": "UNet1DModel"}), ("vae", {"_class_name": "VQModel"}),
     ("text_encoder", {"architectures": ["BertModel"]}), ("controlnet", {"_class_name": "UNet2DConditionModel"})])
+@pytest.mark.hostile("parts")
 def test_a_config_of_another_class(folder, part, named):
     changed(folder / part / "config.json", **named)
     with pytest.raises(UsageError, match=rf"{part}/config.json is of a \w+, not of a"):
@@ -84,6 +88,7 @@ def test_a_scheduler_without_class_is_the_indexs(folder):
     assert load_model(str(folder)).scheduler["_class_name"] == "LCMScheduler"
 
 
+@pytest.mark.hostile("parts")
 def test_a_tokenizer_that_is_missing_or_foreign(folder, tmp_path):
     place = folder / "tokenizer"
     tokens = json.loads((place / "tokenizer.json").read_text())
@@ -104,6 +109,7 @@ def test_weights_of_one_variant_alone_are_read(folder):
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.hostile("parts")
 def test_an_adapter_over_other_weights(part, folder):
     (folder / part / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
     with pytest.raises(UsageError, match=rf"{part}/adapter_config.json applies an adapter to another model's weights"):
@@ -111,6 +117,7 @@ def test_an_adapter_over_other_weights(part, folder):
 
 
 @pytest.mark.parametrize("named", ["../vae/diffusion_pytorch_model.safetensors", "/etc/hostname", "weights.bin"])
+@pytest.mark.hostile("parts")
 def test_an_index_of_weights_elsewhere(named, folder):
     weights = load_file(next((folder / "unet").glob("*.safetensors")))
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, named)}
@@ -119,6 +126,7 @@ def test_an_index_of_weights_elsewhere(named, folder):
         load_model(str(folder))
 
 
+@pytest.mark.hostile("weights")
 def test_weights_under_names_of_their_index_alone(folder):
     file = next((folder / "unet").glob("*.safetensors"))
     weights = load_file(file)
@@ -134,6 +142,7 @@ def test_weights_under_names_of_their_index_alone(folder):
 @pytest.mark.parametrize(("part", "key", "value"), [
     ("vae", "scaling_factor", 0), ("vae", "scaling_factor", "a"), ("vae", "latents_mean", [0.0] * 4),
     ("unet", "quantization_config", {"quant_method": "bitsandbytes"})])
+@pytest.mark.hostile("parts")
 def test_what_a_config_may_not_say(part, key, value, folder):
     changed(folder / part / "config.json", **{key: value})
     with pytest.raises(UsageError, match=rf"{part}/config.json: .*{key}"):

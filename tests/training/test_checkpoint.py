@@ -68,6 +68,7 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.hostile("checkpoints")
 def test_damage_is_kept_and_an_earlier_checkpoint_taken(harm, out, capsys):
     HARMS[harm](place(out, 4))
     assert checkpoint.damage_of(place(out, 4))
@@ -78,6 +79,7 @@ def test_damage_is_kept_and_an_earlier_checkpoint_taken(harm, out, capsys):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["damaged-0000004", "step-0000002"]
 
 
+@pytest.mark.hostile("checkpoints")
 def test_damage_of_all_checkpoints_is_refused(out):
     for step in (2, 4):
         bit(place(out, step) / FILE, 9_000)
@@ -86,6 +88,7 @@ def test_damage_of_all_checkpoints_is_refused(out):
     assert len(checkpoint.all_checkpoints(out)) == 2
 
 
+@pytest.mark.hostile("checkpoints")
 def test_damaged_twice_keeps_both(out):
     for _ in range(2):
         checkpoint.save(state(), out, 4)
@@ -109,6 +112,7 @@ def test_a_checkpoint_without_hashes_is_still_read(out):
     assert checkpoint.newest_whole(out) == place(out, 4)
 
 
+@pytest.mark.hostile("trouble")
 def test_a_failed_save_leaves_nothing(out, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -121,6 +125,7 @@ def test_a_failed_save_leaves_nothing(out, monkeypatch):
 
 @pytest.mark.parametrize(("number", "said"), [(28, "free some space"), (13, "choose a folder that can be written"),
                                               (27, "ulimit -f"), (5, "mend the disk")])
+@pytest.mark.hostile("trouble")
 def test_a_failed_save_names_its_remedy(number, said, out, monkeypatch):
     def refused(tensors, path):
         raise OSError(number, os.strerror(number), str(path))

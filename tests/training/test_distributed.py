@@ -196,6 +196,7 @@ def start(tmp_path, teacher):
                     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.hostile("trouble")
 def test_a_killed_process_ends_the_run_with_advice(start, tmp_path, teacher):
     process, pids = start(2, torchrun=True)
     os.kill(pids[1], signal.SIGKILL)
@@ -207,6 +208,7 @@ def test_a_killed_process_ends_the_run_with_advice(start, tmp_path, teacher):
 
 
 @pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.hostile("trouble")
 def test_one_process_full_disk_ends_the_run(start, tmp_path, teacher, full):
     process, pids = start(2)
     resource.prlimit(pids[full], resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # a shard is larger
@@ -220,6 +222,7 @@ def test_one_process_full_disk_ends_the_run(start, tmp_path, teacher, full):
 
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.hostile("trouble")
 def test_sigterm_finishes_the_step_and_saves_it(start, tmp_path, teacher, n):
     process, pids = start(n)
     for pid in pids.values():

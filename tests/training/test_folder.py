@@ -49,6 +49,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.hostile("folders")
 def test_what_no_run_wrote_is_kept(kind, run):
     run.out.mkdir()
     FOREIGN[kind](run.out)
@@ -58,6 +59,7 @@ def test_what_no_run_wrote_is_kept(kind, run):
     assert contents(run.out) == before
 
 
+@pytest.mark.hostile("folders")
 def test_a_folder_of_other_files_is_written_beside(run):
     run.out.mkdir()
     (run.out / "notes.txt").write_text("mine")
@@ -73,6 +75,7 @@ def test_a_run_of_an_earlier_version_goes_on(run):
     assert train(replace(run, steps=2)) == run.out / "model"
 
 
+@pytest.mark.hostile("folders")
 def test_what_a_run_reads_is_not_replaced(run, teacher):
     inside = run.out / "model"
     inside.parent.mkdir()
@@ -87,6 +90,7 @@ def test_what_a_run_reads_is_not_replaced(run, teacher):
     assert not any(pictures.iterdir())
 
 
+@pytest.mark.hostile("folders")
 def test_a_second_process_is_told_who_holds_it(run):
     code = ("import sys, time; from pathlib import Path; from jdm.files import alone\n"
             "with alone(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)")
@@ -103,6 +107,7 @@ def test_a_second_process_is_told_who_holds_it(run):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and so is that of a run that ended
 
 
+@pytest.mark.hostile("trouble")
 def test_drafts_of_killed_runs_are_removed(run):
     train(run)
     left = [run.out / "checkpoints/.draft-0000007", run.out / "best/checkpoints/.draft-0000007",
@@ -116,6 +121,7 @@ def test_drafts_of_killed_runs_are_removed(run):
     assert not [p for p in run.out.rglob(".*") if p.name != LOCK]
 
 
+@pytest.mark.hostile("trouble")
 def test_a_model_moved_by_a_killed_run_returns(run):
     train(run)
     (run.out / "model").rename(run.out / ".model.old")
@@ -123,6 +129,7 @@ def test_a_model_moved_by_a_killed_run_returns(run):
         assert (run.out / "model/model_index.json").is_file()
 
 
+@pytest.mark.hostile("trouble")
 def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/old").write_text("old")
@@ -141,6 +148,7 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
     assert contents(tmp_path) == {"model/new": b"new"}
 
 
+@pytest.mark.hostile("trouble")
 def test_sigterm_in_a_step_that_saves_saves_once(run, monkeypatch):
     saved, save, step = [], checkpoint.save, Trainer.step
     monkeypatch.setattr(checkpoint, "save", lambda state, out, done: saved.append(done) or save(state, out, done))
@@ -155,6 +163,7 @@ def test_sigterm_in_a_step_that_saves_saves_once(run, monkeypatch):
     assert saved == [1]
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_flipped_bit_costs_one_checkpoint(run, capsys):
     train(replace(run, steps=3))
     whole = (run.out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()

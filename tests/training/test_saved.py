@@ -11,6 +11,7 @@ from tiny import nano_canny
 
 
 @pytest.mark.parametrize("where", ["weights", "average"])
+@pytest.mark.hostile("trouble")
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, teacher, where):
     trainer = Trainer(tiny.run(nano_canny(), tmp_path, teacher, steps=3))
     good = trainer.save(1)

@@ -54,6 +54,7 @@ class Touch:
     lambda ran: nn.Linear(1, 1),
     lambda ran: [1], lambda ran: None, lambda ran: BytesStorageMetadata(), lambda ran: MetadataIndex("x"),
 ], ids=range(11))
+@pytest.mark.hostile("pickle")
 def test_a_hostile_index_builds_nothing(hostile, place, tmp_path):
     (place / ".metadata").write_bytes(pickle.dumps(hostile(tmp_path / "RAN")))
     with pytest.raises(UsageError, match=r"step-0000001 is damaged .* delete it"):
@@ -81,12 +82,14 @@ def first(index):
     (lambda index: setattr(index, "storage_data", None), "no index"),
     (lambda index: setattr(index, "state_dict_metadata", []), "of another type"),
 ])
+@pytest.mark.hostile("checkpoints")
 def test_an_index_cannot_lead_elsewhere(change, said, place):
     changed(place, change)
     with pytest.raises(UsageError, match=rf"step-0000001 is damaged .*{said}"):
         loaded(place)
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_cut_index_is_damaged(place):
     whole = (place / ".metadata").read_bytes()
     for length in range(0, len(whole), 97):

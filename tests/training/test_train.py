@@ -193,6 +193,7 @@ def _check_phases(trainer: Trainer, everything: dict[str, torch.Tensor]) -> None
 # Going on
 
 
+@pytest.mark.hostile("trouble")
 def test_a_killed_run_ends_with_the_same_weights(teacher, tmp_path):
     done = subprocess.run([sys.executable, Path(__file__).parents[1] / "killing.py", tmp_path, teacher],
                           capture_output=True, text=True, timeout=550)
@@ -227,6 +228,7 @@ def test_only_the_last_checkpoints_are_kept(teacher, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".draft*"))
 
 
+@pytest.mark.hostile("checkpoints")
 def test_another_recipes_checkpoint_is_refused(teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=1)
     train(run)
@@ -237,6 +239,7 @@ def test_another_recipes_checkpoint_is_refused(teacher, tmp_path):
     assert recorded(tmp_path / "run.json") == run
 
 
+@pytest.mark.hostile("checkpoints")
 def test_a_damaged_checkpoint_is_named(teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=1)
     train(run)
@@ -287,6 +290,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("phase", ["fake", "posterior", "generator"])
+@pytest.mark.hostile("trouble")
 def test_a_nan_stops_the_run_losing_nothing(phase, teacher, tmp_path):
     run = canny(tmp_path, teacher, steps=2)
     with pytest.raises(RunError, match=rf"phase {phase} .*not finite at step 1.*step-0000001"):
@@ -296,6 +300,7 @@ def test_a_nan_stops_the_run_losing_nothing(phase, teacher, tmp_path):
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step-0000001", "step-0000002"]
 
 
+@pytest.mark.hostile("trouble")
 def test_a_full_disk_keeps_the_last_checkpoint(teacher, tmp_path, monkeypatch):
     run, original = canny(tmp_path, teacher, steps=3), checkpoint.save_file
 
@@ -315,6 +320,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(teacher, tmp_path, monkeypatch):
     assert same(tensors(tmp_path), tensors(again.out))
 
 
+@pytest.mark.hostile("trouble")
 def test_an_unwritable_log_fails_the_run(teacher, tmp_path, monkeypatch):
     from jdm.training import loop as module
 

@@ -115,10 +115,11 @@ def listening(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(128)
-    except OSError as error:
-        remedy = ("choose another --port, or --port 0 for any that is free" if error.errno else
+    except (OSError, UnicodeError) as error:
+        why, taken = getattr(error, "strerror", None) or in_short(error), getattr(error, "errno", None)
+        remedy = ("choose another --port, or --port 0 for any that is free" if taken else
                   "give an address of this machine, such as 127.0.0.1")
-        raise UsageError(f"--host {host} --port {port} cannot be listened on ({error.strerror or error}); "
+        raise UsageError(f"--host {host} --port {port} cannot be listened on ({why}); "
                          f"{remedy}") from None
     return found
 

@@ -7,14 +7,13 @@ import importlib
 import os
 import shutil
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from jdm import __version__, trust
 from jdm.cli import streams
-from jdm.cli.values import Among, factor, hint, positive, seed, share, side, text
+from jdm.cli.values import Among, drawings, factor, hint, pictures, positive, seed, seeds, share, side, text
 from jdm.errors import TeacherWarning, UsageError
 
 # Read by third parties when they are imported, so set before any of them is.
@@ -90,6 +89,8 @@ def _run(arguments: list[str]) -> int:
     except HelpShown:
         raise
     except SystemExit as end:  # of a user's control, reward or recipe
+        import traceback
+
         called = [frame for frame in traceback.extract_tb(end.__traceback__) if "_sitebuiltins" not in frame.filename]
         raise UsageError(f"{called[-1].filename}, line {called[-1].lineno}, ended the program "
                          f"(sys.exit({end.code!r})); let it raise an error instead") from end
@@ -255,7 +256,8 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
                         "UNet, with its control measured on the same picture; repeatable")
     parser.add_argument("--strength", action="append", type=factor, default=[], help="factor on each control in "
                         "turn, the model's own first, in [0, 100]; 0 ignores a control; repeatable (default: 1)")
-    parser.add_argument("--n", type=positive, default=4, help="number of pictures to draw (default: %(default)s)")
+    parser.add_argument("--n", type=pictures, default=4, help="number of pictures to draw, in [1, 10000] "
+                        "(default: %(default)s)")
     parser.add_argument("--to-seed", type=seed, default=0, help="seed whose noise is blended into that of --seed, a "
                         "whole number below 2^40 (default: %(default)s)")
     parser.add_argument("--blend", type=share, default=0.0, help="way from the noise of --seed to that of --to-seed, "
@@ -323,8 +325,8 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", type=Among(REPRODUCED),
                         help=f"table or figure to reproduce: {', '.join(REPRODUCED)}")
-    parser.add_argument("--seeds", type=positive, default=1, help="number of training seeds: 0, 1, ... (default: "
-                        "%(default)s)")
+    parser.add_argument("--seeds", type=seeds, default=1, help="number of training seeds, in [1, 100]: 0, 1, ... "
+                        "(default: %(default)s)")
     parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
                         "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
     parser.add_argument("--n", type=positive, help="number of pictures per cell (default: 5000, 1000 for figures, "
@@ -358,10 +360,11 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=Among(DATA_SETS), help="data set to make: emoji")
     parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; the emoji "
                         "recipes look in data/emoji. Downloaded packages are kept in its sub-folder packages")
-    parser.add_argument("--size", type=positive, default=64, help="side of the pictures in pixels (default: "
+    parser.add_argument("--size", type=side, default=64, help="side of the pictures in pixels, in [1, 4096] "
+                        "(default: %(default)s)")
+    parser.add_argument("--drawings", type=drawings, default=4, help="drawings of each training picture, in "
+                        "[1, 100]: one as it is, the others shifted, turned, smaller or mirrored (default: "
                         "%(default)s)")
-    parser.add_argument("--drawings", type=positive, default=4, help="drawings of each training picture: one as it "
-                        "is, the others shifted, turned, smaller or mirrored (default: %(default)s)")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:

@@ -38,6 +38,10 @@ def failed(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         _drop_output()
         return 141
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only what was typed can be that long
+        return say(f"{(error.filename or '')[:100]}...: {error.strerror}; {remedy(error)}", 2)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        return say("this machine has not the memory for it; ask for fewer or smaller pictures, or a smaller batch", 3)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename or 'what is printed or written'}: "
         return say(f"{place}{error.strerror}; {remedy(error)} and run the same command again", 3)

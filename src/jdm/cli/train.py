@@ -16,8 +16,6 @@ from jdm.training.loop import train
 def command(asked: argparse.Namespace) -> int:
     run = configured(asked.recipe, asked.flags)
     checks.device(run.device)
-    if place := checkpoint.last(run.out):
-        remark(f"going on from {place}")
     with TrainingProgress(run.steps, run.device) as progress:
         try:
             folder = train(run, progress)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 
 def hint(word: str, known: Iterable[str]) -> str:
     """"did you mean NAME? " for the known name nearest to a word; empty where none is near."""
+    import difflib
+
     tails: dict[str, str] = {}
     for name in known:
         tails.setdefault(name.split(".")[-1].lstrip("-"), name)
@@ -31,16 +32,29 @@ class Among:
         raise argparse.ArgumentTypeError(f"there is no {text!r}; {hint(text, self.names) or ', '.join(self.names)}")
 
 
+class Whole:
+    """An argparse type of whole numbers from low to high."""
+
+    def __init__(self, low: int, high: int):
+        self.low, self.high = low, high
+
+    def __call__(self, text: str) -> int:
+        if not text.isdecimal() or len(text) > 15 or not self.low <= int(text) <= self.high:
+            raise argparse.ArgumentTypeError(f"must be a whole number in [{self.low}, {self.high}], got {text[:40]!r}")
+        return int(text)
+
+
+side = Whole(1, 4096)  # of a picture, in pixels
+pictures = Whole(1, 10_000)
+seeds = Whole(1, 100)
+drawings = Whole(1, 100)
+port = Whole(0, 65535)
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 15 or int(text) < 1:
         most = " and below 10^15" * (len(text) > 15)
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1{most}, got {text[:40]!r}")
-    return int(text)
-
-
-def side(text: str) -> int:
-    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [1, 4096], got {text[:40]!r}")
     return int(text)
 
 
@@ -71,12 +85,6 @@ def text(text: str) -> str:
 def seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
-    return int(text)
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 65535], got {text[:40]!r}")
     return int(text)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from jdm.data.sources import Pictures
 from jdm.data.texts import shown
-from jdm.errors import UsageError
+from jdm.errors import UsageError, in_short
 from jdm.files import read_json, sha256_of
 from jdm.models.text import TextEncoder
 from jdm.run import Data
@@ -146,9 +146,11 @@ class Cache:
     def _arrays(self, part: str, n: int) -> list[Tensor]:
         try:
             found = [mapped(file) for file in sorted((self.folder / part).glob("*.npy"))]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder / part} is damaged ({error}); delete it, and {self._remedy}") from None
-        if not found or any(len(array) != n for array in found):
+            lengths = {len(array) for array in found}
+        except Exception as error:  # numpy reads a header with Python's tokenizer, which has errors of its own
+            raise UsageError(f"{self.folder / part} is damaged ({in_short(error)}); delete it, and "
+                             f"{self._remedy}") from None
+        if lengths != {n}:
             raise UsageError(f"{self.folder / part} is incomplete; delete it, and {self._remedy}")
         return found
 

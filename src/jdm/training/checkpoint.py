@@ -135,7 +135,8 @@ def newest_whole(out: Path, aside: bool = False) -> Path | None:
     """A run's newest checkpoint whose files are as they were written; None if it has no checkpoint.
 
     Args:
-        aside: rename damaged ones to checkpoints/damaged-*, so that they are kept and not read again.
+        aside: the run goes on from it, which is printed; damaged ones are renamed to checkpoints/damaged-*, so that
+            they are kept and not read again.
 
     Raises:
         UsageError: all are damaged.
@@ -144,6 +145,8 @@ def newest_whole(out: Path, aside: bool = False) -> Path | None:
     damages = []
     for place in found:
         if not (damage := damage_of(place)):
+            if aside and not damages:
+                print(f"going on from {place}", file=sys.stderr, flush=True)
             for damaged, what in damages if aside else ():
                 kept = _unused(damaged.with_name(damaged.name.replace("step", "damaged")))
                 damaged.rename(kept)

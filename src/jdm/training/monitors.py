@@ -9,13 +9,14 @@ apart and ignores z passes. Diversity over z at fixed prompt and control is meas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from jdm.training.record import measurements
 
 WINDOW = 5  # logged values whose median counts
 LAG, GROWTH, COLLAPSE, SATURATED, WEAK_DM = 2.0, 1.5, 0.5, 0.05, 0.5
@@ -36,8 +37,8 @@ class Monitors:
         self._lowest: dict[str, float] = {}
         self._told: set[str] = set()
         self.said: list[str] = []
-        for line in path.read_text().splitlines() if path and path.is_file() else []:
-            self.note(row := json.loads(line), row.get("step"))
+        for row in measurements(path) if path else ():
+            self.note(row, row["step"])
 
     def note(self, logs: Mapping[str, Any], step: int | None = None) -> list[str]:
         """Takes the numbers of a logged step; returns the warnings that are new, which begin with the step if given."""

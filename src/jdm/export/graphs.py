@@ -97,12 +97,13 @@ def _trace(graph: Graph, file: Path, apart: bool) -> None:
     shapes = {"tensors": tuple({0: rows} if tensor.ndim > 1 else None for tensor in graph.inputs.values())}
     with torch.no_grad(), _quiet():
         try:
-            torch.onnx.export(_Traced(graph).eval(), tuple(graph.inputs.values()), file, dynamo=True,
-                              input_names=list(graph.inputs), output_names=list(graph.outputs), dynamic_shapes=shapes,
-                              external_data=apart, verbose=False)
+            program: Any = torch.onnx.export(
+                _Traced(graph).eval(), tuple(graph.inputs.values()), dynamo=True, input_names=list(graph.inputs),
+                output_names=list(graph.outputs), dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # the exporter raises many kinds
-            cause = error.__cause__ or error
-            raise GraphError(f"{file.name} cannot be written: PyTorch does not trace it ({in_short(cause)})") from error
+            raise GraphError(f"{file.name} cannot be written: PyTorch does not trace it "
+                             f"({in_short(error.__cause__ or error)})") from error
+    program.save(file, external_data=apart)
 
 
 @contextmanager

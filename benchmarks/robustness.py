@@ -25,9 +25,9 @@ from hostile import KINDS  # noqa: E402
 INTRO = """# Hostile and broken input
 
 Made by `{command}` at commit {commit}, in {minutes:.0f} minutes; {seeds} seeds for each fuzzer, one in the suite. A
-row is a kind of input; a number is counted while the tests run. An input holds if what comes of it is what its test asks for:
-nothing is run, written or lost that should not be; the command ends by itself, with the exit code that fits and one
-line that names the thing, its bound and the remedy; or the input does no harm and the result is right. A traceback,
+row is a kind of input; a number is counted while the tests run. An input holds if its test's demand is met: nothing is
+run, written or lost that should not be; the command ends by itself, with the exit code that fits and one line
+that names the thing, its bound and the remedy; or the input does no harm and the result is right. A traceback,
 "failed unexpectedly" or another exit code does not hold.
 
 | kind | inputs tried | hold | tested in |

@@ -95,7 +95,7 @@ def test_augmentation_is_the_mean_of_the_teachers():
 def test_shares_that_do_not_add_up_are_refused(also):
     declared = DiffInstruct(fidelity=Fidelity(levels=Levels(), also=also)).distillation()
     with pytest.raises(UsageError, match=r"above 0 and at most 1 together, got .*; lower --fidelity.also"):
-        declared._check(SCHEDULE, 10)
+        declared.refuse_impossible(SCHEDULE, 10)
 
 
 def test_a_run_loads_every_teacher(teacher, controlled, tmp_path, untrained_judge):

@@ -107,8 +107,8 @@ class _Written:
             found = {"controlnet": self._named(place / "controlnet.onnx"), "preprocessor": named.control.preprocessor}
             if found["preprocessor"]["function"] != CANNY:
                 if not onnx_folder.write_control(parts, named.control, place / "control.onnx"):
-                    raise UsageError(f"{named.model}: its control {named.control.name} is not made of tensor operations "
-                                     "alone, so no browser can measure it; leave that model out")
+                    raise UsageError(f"{named.model}: its control {named.control.name} is not made of tensor "
+                                     "operations alone, so no browser can measure it; leave that model out")
                 found["control"] = self._named(place / "control.onnx")
             self.controls[key] = found
         return self.controls[key]
@@ -151,6 +151,7 @@ def _add_notices(file: Path, students: Sequence[Student]) -> None:
     parts = [file.read_text(encoding="utf-8")]
     for name in dict.fromkeys(named for student in students for named in
                               (student.name, *(control.model for control in student.controls))):
-        notices = [folder / NOTICE for folder in (Path(name), *(ASSETS / part for part in SHIPPED.get(name, ()) if part))]
+        folders = (Path(name), *(ASSETS / part for part in SHIPPED.get(name, ()) if part))
+        notices = [folder / NOTICE for folder in folders]
         parts += [notice.read_text(encoding="utf-8") for notice in notices if notice.is_file()]
     write_file(file, f"\n{'-' * 79}\n\n".join(dict.fromkeys(parts)))

@@ -111,7 +111,8 @@ class Parts:
 
     def _examples(self, net: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {f"residual_{i}": value for i, value in enumerate(self._residuals(net, {**self._asked, **self._map}))}
+            residuals = self._residuals(net, {**self._asked, **self._map})
+            return {f"residual_{i}": value for i, value in enumerate(residuals)}
 
     def _x(self, given: dict[str, Tensor], residuals: list[Tensor]) -> Tensor:
         output = self.net.with_residuals(given["x_t"], self._timestep(given), self._told(given), residuals)

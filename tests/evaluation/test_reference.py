@@ -60,7 +60,7 @@ def test_a_probe_compares_with_the_test_prompts(no_measurements, untrained_judge
 def test_a_run_probes_with_the_test_split(teacher, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("jdm.methods.networks.validation_probe", lambda *given: seen.append(given))
-    tiny.networks(tiny.run(tiny.nano_canny(), tmp_path, teacher)).probe()
+    tiny.networks(tiny.run(tiny.nano_canny(), tmp_path, teacher, probe_every=1)).probe()
     ((_, _, held_out, whole, _, _),) = seen
     assert (len(held_out), len(whole)) == (64, 10_000)
     assert torch.equal(held_out.indices, whole.indices[64:128])

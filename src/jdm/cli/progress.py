@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from jdm.metrics.timing import peak_memory_mb
 
 BETWEEN_UPDATES, BETWEEN_LINES = 0.5, 60.0  # seconds
-TERMS = ("fidelity", "condition")
+TERMS = ("fidelity", "condition", "matching", "guidance", "augmentation", "reward_direction", "regulariser",
+         "anchor")
 
 
 class _Pace:

@@ -331,19 +331,22 @@ class Networks:
                                           controlnet=averages.get("controlnet", self.student.controlnet))
 
     def probe(self) -> Callable[[dict[str, nn.Module]], dict[str, float]] | None:
-        """Measurements of the averaged student on validation pictures; None where there are too few of them."""
-        loaded = self.loaded
-        return validation_probe(loaded.run, loaded.control, loaded.held_out, loaded.split("test"), self.teacher,
+        """Measurements of the averaged student on validation pictures; None if the run makes none, or has too few."""
+        loaded, run = self.loaded, self.loaded.run
+        if not run.probe_every:
+            return None
+        return validation_probe(run, loaded.control, loaded.held_out, loaded.split("test"), self.teacher,
                                 lambda: self.generator)
 
     def preview(self, guidance: float = 1.0) -> Callable[[dict[str, nn.Module]], Shown] | None:
-        """Pictures of the averaged student beside the teacher's; None where there are too few to ask about.
+        """Pictures of the averaged student beside the teacher's; None where the run draws none or has nothing to ask.
 
         Args:
             guidance: the teacher's; 1 for that of its card, or 2.
         """
-        loaded, teacher = self.loaded, self.teacher
-        control = loaded.control
+        loaded, teacher, control = self.loaded, self.teacher, self.loaded.control
+        if not loaded.run.preview_every:
+            return None
         score = self.real_score(guidance if guidance != 1 else guidance_of(teacher))
         seen = control if self.real_sees_control else None
 

@@ -38,7 +38,7 @@ class Monitors:
         self._told: set[str] = set()
         self.said: list[str] = []
         for row in measurements(path) if path else ():
-            self.note(row, row["step"])
+            self.note(row, int(row["step"]))
 
     def note(self, logs: Mapping[str, Any], step: int | None = None) -> list[str]:
         """Takes the numbers of a logged step; returns the warnings that are new, which begin with the step if given."""

@@ -341,8 +341,7 @@ class Networks:
     def preview(self, guidance: float = 1.0) -> Callable[[dict[str, nn.Module]], Shown] | None:
         """Pictures of the averaged student beside the teacher's; None where the run draws none or has nothing to ask.
 
-        Args:
-            guidance: the teacher's; 1 for that of its card, or 2.
+        `guidance` is the teacher's; 1 stands for that of its card, or 2.
         """
         loaded, teacher, control = self.loaded, self.teacher, self.loaded.control
         if not loaded.run.preview_every:

@@ -127,6 +127,12 @@ def test_a_run_without_either_loss_is_refused(tmp_path):
         NCT(consistency=False, boundary=False).needs(run)
 
 
+def test_maps_of_ones_own_are_refused(tmp_path, teacher):
+    run = tiny.run(RECIPES["nano-nct"](), tmp_path, teacher, data=replace(tiny.DATA, controls="maps"))
+    with pytest.raises(UsageError, match=r"--data\.controls maps gives .* NCT measures the control on its own samples"):
+        run.method.needs(run)
+
+
 def test_the_loss_uses_the_multiplier_before_its_step():
     multiplier = Multiplier(2.0)
     method = NCT(consistency=False, dual_rate=10.0)

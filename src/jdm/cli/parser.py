@@ -137,6 +137,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
                     formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jdm {__version__}", help="print the version and exit")
     from jdm.cli.app_flags import app_flags  # which has this module's types
+    from jdm.cli.layout_flags import layout_flags
 
     under = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     made: dict[str, Parser] = {}
@@ -156,7 +157,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     command("doctor", "read a source of pictures once, or a model, and say what training would find wrong with it",
             _doctor_flags)
     command("sample", "draw pictures for a prompt, and for a control measured on your own picture", _sample_flags)
-    command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
+    command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags, layout_flags)
     command("compare", "put the curves, settings and previews of runs on one page, which needs no network",
             _compare_flags)
     command("export", "write a run's model as a folder that other programs load", _export_flags)

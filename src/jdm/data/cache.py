@@ -193,10 +193,14 @@ def places(indices: Tensor) -> Tensor:
 
 def facts(data: Data, loaded: Pictures) -> dict[str, Any]:
     """Size, split, number of pictures, and the SHA-256 of all captions."""
+    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": prompts_sha256(loaded)}
+
+
+def prompts_sha256(loaded: Pictures) -> str:
+    """SHA-256 of a split's captions, in order."""
     keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
     used, of = keys.unique(return_inverse=True)
-    captions = [[loaded.captions[k] for k in used.tolist()], of.tolist()]
-    return {"size": spelled(data.size), "split": data.split, "n": len(loaded), "prompts": sha256(captions)}
+    return sha256([[loaded.captions[k] for k in used.tolist()], of.tolist()])
 
 
 def distinct(loaded: Pictures) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
-from jdm.data.sources import Pictures, load_pictures
+from jdm.data.sources import AS_USUAL, Pictures, load_pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import SAMPLES, Reference, references
@@ -31,7 +31,7 @@ from jdm.metrics.timing import peak_memory_mb, seconds_per_image
 from jdm.models.classifier import Classifier
 from jdm.models.family import Family
 from jdm.rewards.classifier import PromptClassifier, nano_judge
-from jdm.run import Run
+from jdm.run import Data, Run
 from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes, unit
 
@@ -79,6 +79,7 @@ def evaluate(
     scored: Sequence[str] = (),
     also: Sequence[str] = (),
     device: str | torch.device = "cpu",
+    how: Data = AS_USUAL,
 ) -> dict[str, Any]:
     """All measurements of a model on the first n pictures of a split.
 
@@ -89,28 +90,33 @@ def evaluate(
         quick: use only the first extractor, fewer draws for diversity and fewer timings.
         scored: rewards that score pictures for their prompts, as in `metrics.scores`.
         also: further extractors, as in `extractors`.
+        how: its fields say what are pictures, captions and control maps, where that is not plain.
 
     Returns:
         fd, fd_floor, fd_extractor (and those of a second extractor), consistency and its anchors, diversity,
         prompt_agreement, judge (in nats) and judge_accuracy, nfe, seconds_per_image at batch 64 and 1,
-        peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and the arguments.
+        peak_memory_mb, n, a score by each of `scored`, bootstrap errors as NAME_spread, and the arguments; left_out and
+        unreadable where something of the source was not read.
     """
     loaded = load_model(model).to(device)
     card = loaded.card or {}
-    pictures = load_pictures(source, split, loaded.size)
+    pictures = load_pictures(source, split, loaded.size, how)
     warn_of_misfit(model, loaded, pictures)
     spec = control or card.get("control")
     if spec and loaded.controlnet is None:
         raise UsageError(f"{model} has no ControlNet; evaluate it without --control")
     asked = checked(load_control(spec), loaded.size) if spec else None
+    if how.controls and asked is None:
+        raise UsageError(f"--data.controls {how.controls} gives control maps, and {model} has no ControlNet; leave it "
+                         "out")
     if loaded.controlnet is not None and asked is None:
         raise UsageError(f"{model} has a ControlNet; name its control with --control")
     sampler = sampler_of(loaded, steps, guidance)
     questions = Questions.of(pictures, asked, n, seed, device)
     chosen = extractors(source, quick, also, device)
-    whole = load_pictures(source, "test", loaded.size)
+    whole = load_pictures(source, "test", loaded.size, how)
     row = {"model": model, "control": spec, "split": pictures.source, "seed": seed, **_run_as(sampler),
-           "method": card.get("method"), **_cut(sampler, questions.y)}
+           "method": card.get("method"), **_cut(sampler, questions.y), **_unseen(pictures)}
     made = answers(sampler, questions, asked)
     row |= measured(made, questions, asked, references(teacher, chosen, whole, device=device), chosen, sampler, quick)
     row |= cost(sampler, questions, asked, repeats=1 if quick else 3)
@@ -136,6 +142,13 @@ def evaluate_prompts(model: str, prompts: Mapping[str, list[str]], scored: Seque
     row = {"model": model, "seed": seed, **_run_as(sampler), **_cut(sampler, asked), "n": len(asked),
            "nfe": sampler.nfe}
     return row | scores(scored, made, asked, device, styles, taken=row)
+
+
+def _unseen(pictures: Pictures) -> dict[str, int]:
+    """How much of a source was left out by its layout, and how many pictures could not be read, where any."""
+    left = sum(each.count for each in pictures.report.left_out.values())
+    found = {"left_out": left, "unreadable": len(pictures.unread.found)}
+    return {name: count for name, count in found.items() if count}
 
 
 def _cut(sampler: Sampler, prompts: Sequence[str]) -> dict[str, int]:

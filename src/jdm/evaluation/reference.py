@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from jdm.data.cache import prompts_sha256
 from jdm.data.sources import Pictures
 from jdm.errors import UsageError
 from jdm.evaluation.questions import Questions, answers
@@ -61,6 +62,8 @@ def references(teacher: str, extractors: list[Extractor], pictures: Pictures, st
     recipe = {"teacher": teacher, "pictures": pictures.source, "size": spelled(pictures.size),
               "steps": str(steps), "guidance": f"{guidance:g}", "samples": str(min(samples, len(pictures))),
               "seeds": json.dumps(SEEDS)}
+    if pictures.stamps is not None:  # not the packaged ones, whose name says which prompts they have
+        recipe["prompts"] = prompts_sha256(pictures)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     for extractor in extractors:
         for folder in (ASSETS / "reference", _cache() / key):

@@ -73,6 +73,9 @@ class NCT:
     def needs(self, run: Run) -> Needs:
         if not self.consistency and not self.boundary:
             raise UsageError("NCT without both of its losses learns nothing; keep --consistency or --boundary")
+        if run.data.controls:
+            raise UsageError(f"--data.controls {run.data.controls} gives control maps, and NCT measures the control on "
+                             "its own samples; leave it out, or train with another method, such as nano-canny")
         return Needs({"teacher": run.model, "start": self.base} | controlnet_need(self.controlnet), self.control)
 
     def product(self, loaded: Loaded) -> Product:

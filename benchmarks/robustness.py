@@ -24,11 +24,12 @@ from hostile import KINDS  # noqa: E402
 
 INTRO = """# Hostile and broken input
 
-Made by `{command}` at commit {commit}, in {minutes:.0f} minutes; {seeds} seeds for each fuzzer, one in the suite. A
-row is a kind of input; a number is counted while the tests run. An input holds if its test's demand is met: nothing is
-run, written or lost that should not be; the command ends by itself, with the exit code that fits and one line
-that names the thing, its bound and the remedy; or the input does no harm and the result is right. A traceback,
-"failed unexpectedly" or another exit code does not hold.
+Made by `{command}` at commit {commit}, in {minutes:.0f} minutes.
+Each fuzzer drew from {seeds}, in the suite from one. Numbers are counted while the tests run.
+
+An input holds if what comes of it is what its test asks for: nothing is run, written or lost that should not be; the
+command ends by itself, with the exit code that fits and one line that names the thing, its bound and the remedy; or the
+input does no harm and the result is right. A traceback, "failed unexpectedly" or another exit code does not hold.
 
 | kind | inputs tried | hold | tested in |
 |---|---|---|---|
@@ -64,15 +65,17 @@ class Counting:
         if report.nodeid not in self._kinds or report.skipped or (report.when != "call" and report.passed):
             return
         row = self.rows[self._kinds[report.nodeid]]
-        tried, held = dict(report.user_properties).get("inputs", (1, int(report.passed)))
-        row.tried, row.held = row.tried + tried, row.held + held
+        tried, held = dict(report.user_properties).get("inputs", (1, 1))
+        row.tried += tried if report.when != "teardown" else 0
+        row.held += (held if report.when != "teardown" else 0) - (report.failed and (held == tried))
         row.files.add(report.nodeid.partition("::")[0])
-        row.faults += [] if report.passed else [report.nodeid]
+        row.faults += [report.nodeid] if report.failed else []
 
 
 def page(rows: dict[str, Row], command: str, seeds: int, seconds: float) -> str:
     """The page, in Markdown."""
-    text = INTRO.format(command=command, commit=_commit(), seeds=seeds, minutes=seconds / 60)
+    drawn = f"{seeds} seed{'s' * (seeds > 1)}"
+    text = INTRO.format(command=command, commit=_commit(), seeds=drawn, minutes=seconds / 60)
     for kind, row in rows.items():
         files = ", ".join(f"`{file.removeprefix('tests/')}`" for file in sorted(row.files))
         text += f"| {KINDS[kind]} | {row.tried:,} | {row.held:,} | {files} |\n"

@@ -245,6 +245,7 @@ def test_a_control_that_does_not_fit_the_model(complaint, student, teacher, phot
         (student, "--control-map", tmp_path / "map.png"): "must be 32 x 32 pixels (height x width), got 32 x 40",
         (student,): "give --image with a picture",
         (student, "--image", photo, "--control-map", photo): "not both",
+        (student, "--control-map", photo, "--control", "canny"): "leave it out where --control-map is given",
         (teacher, "--image", photo): "this model takes no control; leave out --image",
         (student, "--image", photo, "--steps", "4"): "draws in one step; asked for 4",
     }

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,31 @@ def test_help_is_whole_under_optimisation(flag):
     plain, optimised = (subprocess.check_output([sys.executable, *flags, "-m", "jdm", "recipes"])
                         for flags in ((), (flag,)))
     assert plain == optimised
+
+
+ENVIRONMENTS = {
+    "no home": {"HOME": None}, "home nowhere": {"HOME": "/nowhere"}, "home that is a file": {"HOME": "/dev/null"},
+    "columns in words": {"COLUMNS": "wide"}, "no columns": {"COLUMNS": "0"}, "columns below none": {"COLUMNS": "-7"},
+    "no terminal": {"TERM": None}, "dumb terminal": {"TERM": "dumb"}, "unknown terminal": {"TERM": "\udcff"},
+    "unknown language": {"LANG": "xx_YY.UTF-99", "LC_ALL": None}, "threads in words": {"OMP_NUM_THREADS": "two"},
+    "no room for drafts": {"TMPDIR": "/nowhere"}, "caches that are a file": {"XDG_CACHE_HOME": "/dev/null"},
+    "empty": {"JDM_DEBUG": "", "HF_HOME": "", "PYTHONUTF8": "0"},
+}
+
+
+@cache
+def ended(name: str, *words: str) -> tuple[int, bytes, bytes]:
+    """Exit code and output of a command in an odd environment; in this one for a name that is none of those."""
+    env = {k: v for k, v in {**os.environ, **ENVIRONMENTS.get(name, {})}.items() if v is not None}
+    done = subprocess.run([sys.executable, "-m", "jdm", *words], env=env, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.hostile("terminal")
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("words", [("recipes",), ("sample", "nano-canny", "--promt", "x")])
+def test_an_odd_environment_changes_no_answer(words, name):
+    assert ended(name, *words) == ended("plain", *words)
 
 
 @pytest.mark.parametrize("columns", ["1", "4", "300"])

@@ -83,6 +83,8 @@ def shown_control(model: Family, image: str | None, control_map: str | None,
         raise UsageError("this model draws to a control; give --image with a picture to measure it on, or "
                          "--control-map with a ready map, and not both")
     if control_map is not None:
+        if control:
+            raise UsageError("--control says what is measured on --image; leave it out where --control-map is given")
         loaded = pictures.load_picture(control_map, model.size)
         with Image.open(control_map, formats=pictures.FORMATS) as file:
             width, height = file.size

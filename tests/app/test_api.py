@@ -209,7 +209,8 @@ def test_more_than_the_queue_holds_is_told_when(students):
 def test_a_drawing_ends_at_its_time(students, controlled):
     slow = next(s for s in students if s.name == str(controlled))
     net = slow._drawing((slow.name,)).sampler.net
-    with pytest.raises(BusyError, match="longer than its limit, 30 seconds"), stopped_at(time.monotonic() - 1, net, LIMITS):
+    late = time.monotonic() - 1
+    with pytest.raises(BusyError, match="longer than its limit, 30 seconds"), stopped_at(late, net, LIMITS):
         net(None, None, None)
     assert not net._forward_pre_hooks
 

@@ -84,6 +84,15 @@ def test_each_term_has_its_own_stream_and_lambda(stream, weighting):
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
 
 
+def test_each_term_is_held_to_its_own_bound():
+    bounded = {name: Condition(**PLAIN, bound=Bound(bound, bound), weight=1e6)
+               for name, bound in (("a", 0.5), ("b", 2.0))}
+    both = Distillation("both", Student(), Fake(), {"fidelity": Fidelity(**PLAIN), **bounded}, "canny")
+    _, logs = both.direction(networks_of(), rows())
+    assert float(logs["b"] / logs["a"]) == pytest.approx(4)
+    assert float(logs["b_raw"] / logs["a_raw"]) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("reference", [True, False])
 def test_the_likelihood_compares_with_its_own_picture(reference):
     step, asked = rows(), []

@@ -1,5 +1,6 @@
 """What the page computes without Python: its tokenizer, noise and measurements equal Python's."""
 
+import base64
 import json
 import random
 import unicodedata
@@ -85,7 +86,7 @@ def test_noise_equals_pytorchs(call, seed):
 def drawings() -> list[np.ndarray]:
     """Pictures uint8 [H, W, 3] of lines, some blurred, some of noise, some empty."""
     rng, found = np.random.default_rng(0), []
-    for k in range(150):
+    for k in range(60):
         height, width = [(64, 64), (32, 32), (64, 96), (128, 128), (40, 64)][k % 5]
         picture = np.full((height, width, 3), 255 * (k % 2), np.uint8)
         for _ in range(rng.integers(0, 6)):
@@ -109,16 +110,17 @@ def test_maps_equal_pythons(call, control):
         file = "canny.js"
         code = "({ canny }, given) => Array.from(canny(picture(given), given.settings), (edge) => edge / 255)"
     drawn = 0
-    for one in drawings():
+    for one in drawings():  # in base64 and JSON: Playwright takes a second for a list of a picture's length
         height, width, _ = one.shape
         if isinstance(control, Strokes):
             settings = {**settings, "blur": blur_weights(control, (height, width))}
         rgba = np.dstack([one, np.full((height, width, 1), 255, np.uint8)])
-        found = call(file, f"""(exports, given) => {{
-            const picture = ({{ width, height, data }}) => ({{ width, height, data: Uint8ClampedArray.from(data) }});
-            return ({code})(exports, given);
-        }}""", {"width": width, "height": height, "data": rgba.ravel().tolist(), "settings": settings})
+        found = json.loads(call(file, f"""(exports, given) => {{
+            const bytes = (text) => Uint8ClampedArray.from(atob(text), (letter) => letter.charCodeAt(0));
+            const picture = ({{ width, height, data }}) => ({{ width, height, data: bytes(data) }});
+            return JSON.stringify(({code})(exports, given));
+        }}""", {"width": width, "height": height, "data": base64.b64encode(rgba).decode(), "settings": settings}))
         expected = control.h(unit(from_bytes(torch.from_numpy(one).permute(2, 0, 1)))[None])
         assert np.abs(np.array(found) - expected.ravel().numpy()).max() < 1e-4
         drawn += bool(expected.max())
-    assert drawn > 100
+    assert drawn > 40

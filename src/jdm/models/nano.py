@@ -135,7 +135,10 @@ def tokenizer(captions: Iterable[str], tokens: int, merges: int | None = None) -
         merges: at most so many, the most frequent first; rare words are then several tokens.
     """
     alphabet = sorted(ByteLevel.alphabet())
-    said = Counter(word for c in captions for word in re.findall(r"\w+|[^\w\s]+", c.lower()))
+    # CLIP pairs the letters that stand for a word's bytes, which for plain English are the word's own.
+    letters = ByteLevel(add_prefix_space=False, use_regex=False)
+    said = Counter(letters.pre_tokenize_str(word)[0][0] for c in captions
+                   for word in re.findall(r"\w+|[^\w\s]+", c.lower()))
     learnt = _merges(said, merges)
     vocab = [*alphabet, *[a + "</w>" for a in alphabet], *["".join(pair) for pair in learnt]]
     vocab = [*dict.fromkeys(vocab), START, END]

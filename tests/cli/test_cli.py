@@ -177,7 +177,7 @@ def test_a_ready_map_gives_its_pictures_samples(student, photo, tmp_path):
     ("trian nano-canny", "there is no command 'trian'; did you mean train?"),
     ("sample nano-canny --promt boot", "there is no flag --promt; did you mean --prompt?"),
     ("sample nano-canny", "the following arguments are required: --prompt"),
-    ("sample nano-canny --prompt boot --n 0", "must be a whole number, at least 1, got '0'"),
+    ("sample nano-canny --prompt boot --n 0", "must be a whole number in [1, 10000], got '0'"),
     ("evaluate nano-canny --sede 1", "there is no flag --sede; did you mean --seed?"),
     ("evaluate nano-canny --n many", "must be a whole number, at least 1, got 'many'"),
     ("train", "the following arguments are required: RECIPE"),

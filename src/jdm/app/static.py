@@ -11,14 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from jdm.app.limits import Limits
 from jdm.app.students import Named, Student
 from jdm.app.studio import bounds, described
-from jdm.controls import Strokes
-from jdm.controls.strokes import UNIT
 from jdm.data.npm import Package, fetched, members
 from jdm.errors import UsageError
 from jdm.export import onnx_folder
@@ -27,7 +22,6 @@ from jdm.export.parts import Parts
 from jdm.files import ASSETS, replaced
 from jdm.files import write as write_file
 from jdm.library import SHIPPED
-from jdm.size import Size, height_width
 
 PAGE = Path(__file__).parent / "page"
 NOTICE = "NOTICE.txt"
@@ -35,7 +29,7 @@ RUNTIME = Package("onnxruntime-web", "1.30.0",
                   "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==")
 PROGRAM, MACHINE = "dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"  # its JavaScript and WebAssembly
 PACKED = "onnxruntime.wasm.gz"
-SCRIPTS = {"cv2.Canny": "canny", "jdm.controls.strokes.Strokes": "strokes"}  # what the page measures without a graph
+CANNY = "cv2.Canny"  # the control that the page measures by itself, in canny.js
 # The page loads nothing from elsewhere, and says so to the browser.
 POLICY = ("default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; object-src 'none'; base-uri 'none'; "
           "form-action 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:")
@@ -62,11 +56,11 @@ def write_page(out: Path, students: Sequence[Student], limits: Limits, say: Call
         say("fetching onnxruntime-web")
         _write_runtime(draft)
         written = _Written(draft, say)
-        models = [{**described(student).model_dump(), "compare": None, "graphs": written.student(student)}
-                  for student in students]
+        models = [{**described(student).model_dump(), "compare": None,
+                   "graphs": written.student(student)} for student in students]
         _add_notices(draft / NOTICE, students)
-        graphs = [file for file in sorted((draft / "models").rglob("*")) if file.is_file()]
-        files = [PACKED, *(file.relative_to(draft).as_posix() for file in graphs)]
+        files = [PACKED, *(str(file.relative_to(draft)) for file in sorted((draft / "models").rglob("*"))
+                             if file.is_file())]
         found = {"models": models, "limits": bounds(limits).model_dump(), "device": "cpu", "runtime": PACKED,
                  "files": {name: (draft / name).stat().st_size for name in files}}
         write_file(draft / "models.json", json.dumps(found, indent=1) + "\n")
@@ -110,20 +104,14 @@ class _Written:
             self.say(f"{named.model}: controlnet")
             place = self._place(f"{named.model}-{named.control.name}")
             write(parts.controlnet(named.net), place / "controlnet.onnx", half=True)
-            self.controls[key] = {"controlnet": self._named(place / "controlnet.onnx"),
-                                  **self._measure(named, parts, place / "control.onnx")}
+            found = {"controlnet": self._named(place / "controlnet.onnx"), "preprocessor": named.control.preprocessor}
+            if found["preprocessor"]["function"] != CANNY:
+                if not onnx_folder.write_control(parts, named.control, place / "control.onnx"):
+                    raise UsageError(f"{named.model}: its control {named.control.name} is not made of tensor "
+                                     "operations alone, so no browser can measure it; leave that model out")
+                found["control"] = self._named(place / "control.onnx")
+            self.controls[key] = found
         return self.controls[key]
-
-    def _measure(self, named: Named, parts: Parts, file: Path) -> dict[str, Any]:
-        """How the page measures a control: by a script of its own, or by a graph."""
-        settings = named.control.preprocessor
-        if script := SCRIPTS.get(settings["function"]):
-            more = {"blur": blur_weights(named.control, parts.model.size)} if isinstance(named.control, Strokes) else {}
-            return {"script": script, "settings": {**settings, **more}}
-        if not onnx_folder.write_control(parts, named.control, file):
-            raise UsageError(f"{named.model}: its control {named.control.name} is not made of tensor operations alone, "
-                             "so that no browser can measure it; leave that model out")
-        return {"graph": self._named(file)}
 
     def _place(self, name: str) -> Path:
         """A new folder for a model."""
@@ -137,16 +125,6 @@ class _Written:
         return file.relative_to(self.folder).as_posix()
 
 
-def blur_weights(control: Strokes, size: Size) -> list[int]:
-    """The weights of the Gaussian that a control blurs pictures with, in OpenCV's whole numbers, which sum to 256."""
-    stripe = np.zeros((1, 255, 3), np.uint8)
-    stripe[:, 127] = 255
-    blurred = cv2.GaussianBlur(stripe, (0, 0), control.smoothing * min(height_width(size)) / UNIT)[0, :, 0]
-    weights = blurred[blurred > 0].astype(int)
-    weights[len(weights) // 2] += 256 - weights.sum()  # one of 128 or more is seen as one less
-    return weights.tolist()
-
-
 def _set_engine(index: Path) -> None:
     """Makes the page compute by itself."""
     text = index.read_text(encoding="utf-8")
@@ -158,12 +136,12 @@ def _set_engine(index: Path) -> None:
 
 def _write_runtime(folder: Path) -> None:
     """Writes onnxruntime-web: its program, and its WebAssembly packed to a quarter."""
-    files = members(fetched(RUNTIME, cache()), PROGRAM, MACHINE)
+    files = members(fetched(RUNTIME, _cache()), PROGRAM, MACHINE)
     write_file(folder / "onnxruntime.js", files[PROGRAM])
     write_file(folder / PACKED, gzip.compress(files[MACHINE], mtime=0))
 
 
-def cache() -> Path:
+def _cache() -> Path:
     """Where fetched packages stay."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdm" / "npm"
 
@@ -173,7 +151,7 @@ def _add_notices(file: Path, students: Sequence[Student]) -> None:
     parts = [file.read_text(encoding="utf-8")]
     for name in dict.fromkeys(named for student in students for named in
                               (student.name, *(control.model for control in student.controls))):
-        places = [Path(name), *(ASSETS / part for part in SHIPPED.get(name, ()) if part)]
-        notices = [place / NOTICE for place in places]
+        folders = (Path(name), *(ASSETS / part for part in SHIPPED.get(name, ()) if part))
+        notices = [folder / NOTICE for folder in folders]
         parts += [notice.read_text(encoding="utf-8") for notice in notices if notice.is_file()]
     write_file(file, f"\n{'-' * 79}\n\n".join(dict.fromkeys(parts)))

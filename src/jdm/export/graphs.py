@@ -26,22 +26,20 @@ BATCHES = (1, 3)  # numbers of rows that a graph is held against PyTorch with
 
 @dataclass(frozen=True)
 class Graph:
-    """A function that becomes one ONNX file.
+    """A function that becomes one ONNX file. Its number of rows is free.
 
     Attributes:
-        run: function of the inputs in their order; returns the outputs.
-        networks: networks whose weights it reads.
-        inputs: an example of each input, by name. Those of two or more axes have rows along the first.
-        outputs: names of the outputs.
-        rows: the number of rows is free, and examples have at least two: the tracer takes one for a constant. Where
-            False there is one row.
+        run: takes the inputs in their order, returns the outputs.
+        networks: whose weights it reads.
+        inputs: name -> an example. Those of two or more axes have rows, at least two here: the tracer takes one row
+            for a constant.
+        outputs: their names.
     """
 
     run: Callable[..., Sequence[Tensor]]
     networks: Sequence[nn.Module]
     inputs: Mapping[str, Tensor]
     outputs: Sequence[str]
-    rows: bool = True
 
 
 class GraphError(RunError):
@@ -64,7 +62,7 @@ def write(graph: Graph, file: Path, half: bool = False) -> None:
         UsageError: a package is missing, or a weight is too large for float16.
         GraphError: PyTorch cannot trace the function, or the graph's outputs are further than TOLERANCE from its own.
     """
-    onnx, *_ = map(needed, ("onnx", "onnxscript", "onnxruntime"))
+    onnx = needed("onnx")
     weights = sum(p.numel() * p.element_size() for net in graph.networks for p in net.state_dict().values())
     apart = weights > LARGEST
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as folder:
@@ -94,9 +92,9 @@ def needed(name: str) -> Any:
 
 
 def _trace(graph: Graph, file: Path, apart: bool) -> None:
+    needed("onnxscript")
     rows = torch.export.Dim("n", min=1)
-    shapes = {"tensors": tuple({0: rows} if tensor.ndim > 1 and graph.rows else None
-                               for tensor in graph.inputs.values())}
+    shapes = {"tensors": tuple({0: rows} if tensor.ndim > 1 else None for tensor in graph.inputs.values())}
     with torch.no_grad(), _quiet():
         try:
             program: Any = torch.onnx.export(
@@ -127,7 +125,7 @@ def _quiet() -> Iterator[None]:
 def _hold(graph: Graph, file: Path, name: str) -> None:
     """Raises GraphError unless onnxruntime and PyTorch agree, at several numbers of rows."""
     session = session_of(file)
-    for rows in BATCHES if graph.rows else (1,):
+    for rows in BATCHES:
         given = [tensor if tensor.ndim < 2 else tensor[torch.arange(rows) % len(tensor)]
                  for tensor in graph.inputs.values()]
         with torch.no_grad():
@@ -136,10 +134,10 @@ def _hold(graph: Graph, file: Path, name: str) -> None:
         try:
             found = session.run(list(graph.outputs), feed)
         except Exception as error:  # onnxruntime has kinds of its own
-            raise GraphError(f"{name} does not run ({rows} rows; {in_short(error)})") from error
+            raise GraphError(f"{name} does not run for {rows} rows ({in_short(error)})") from error
         apart = max(float(np.abs(a - b.numpy()).max()) for a, b in zip(found, expected, strict=True))
         if not apart <= TOLERANCE:
-            raise GraphError(f"{name} and PyTorch differ by {apart:.2g} ({rows} rows), the bound is {TOLERANCE:g}; "
+            raise GraphError(f"{name} and PyTorch differ by {apart:.2g} for {rows} rows, the bound is {TOLERANCE:g}; "
                              "a function that reads its inputs' values in Python cannot be traced")
 
 

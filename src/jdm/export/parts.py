@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ class Parts:
         t = torch.stack([model.schedule.t(level) for level in model.levels])
         self.alpha, self.sigma, self.timestep = (of(t) for of in (model.schedule.alpha, model.schedule.sigma,
                                                                   model.schedule.timestep))
-        self._ids: dict[str, Tensor] = dict(zip(("ids", "ids_2"), self.text.ids(["a b", "c"]), strict=False))
+        self._ids = dict(zip(("ids", "ids_2"), self.text.ids(["a b", "c"]), strict=False))
         with torch.no_grad():
             states = self.text.states(list(self._ids.values()))
-        self._states: dict[str, Tensor] = dict(zip(("states", "pooled"), states, strict=False))
+        self._states = dict(zip(("states", "pooled"), states, strict=False))
         x_t = fresh_noise(model.latent_shape(ROWS, model.size), 0, 0)
         steps = {"step": torch.tensor([len(t) - 1])} if len(t) > 1 else {}
         self.latents = tuple(x_t.shape[1:])
@@ -61,9 +62,9 @@ class Parts:
         net = self.model.controlnet
         inputs = {**self._asked, **({} if net is None else self._map)}
 
-        def run(*tensors: Tensor) -> list[Tensor]:
+        def run(*tensors: Tensor) -> Iterator[Tensor]:
             given = dict(zip(inputs, tensors, strict=True))
-            return [self._x(given, [] if net is None else self._residuals(net, given))]
+            yield self._x(given, [] if net is None else self._residuals(net, given))
 
         return Graph(run, [self.net], inputs, ["x"])
 
@@ -78,9 +79,9 @@ class Parts:
         net = self.model.controlnet
         more = {} if net is None else self._examples(net)
 
-        def run(*tensors: Tensor) -> list[Tensor]:
+        def run(*tensors: Tensor) -> Iterator[Tensor]:
             given = dict(zip([*self._asked, *more], tensors, strict=True))
-            return [self._x(given, [given[name] for name in more])]
+            yield self._x(given, [given[name] for name in more])
 
         return Graph(run, [self.net.backbone], {**self._asked, **more}, ["x"])
 
@@ -90,10 +91,9 @@ class Parts:
                      {"x": self._asked["x_t"]}, ["images"])
 
     def control(self, control: Control) -> Graph:
-        """images [1, 3, H, W] in [0, 1] -> map [1, 3, H, W]."""
-        images = probe(self.model.size, 1)[1:]
-        control.h(images)  # some read their weights at the first picture, which must not be a traced one
-        return Graph(lambda images: (control.image(control.h(images)),), [], {"images": images}, ["map"], rows=False)
+        """images [n, 3, H, W] in [0, 1] -> map."""
+        return Graph(lambda images: (control.image(control.h(images)),), [], {"images": probe(self.model.size, 1)},
+                     ["map"])
 
     def _at(self, table: Tensor, given: dict[str, Tensor]) -> Tensor:
         """[1], the step's value."""
@@ -111,8 +111,8 @@ class Parts:
 
     def _examples(self, net: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad():
-            found = self._residuals(net, {**self._asked, **self._map})
-        return {f"residual_{i}": value for i, value in enumerate(found)}
+            residuals = self._residuals(net, {**self._asked, **self._map})
+            return {f"residual_{i}": value for i, value in enumerate(residuals)}
 
     def _x(self, given: dict[str, Tensor], residuals: list[Tensor]) -> Tensor:
         output = self.net.with_residuals(given["x_t"], self._timestep(given), self._told(given), residuals)

@@ -18,7 +18,6 @@ let model = null;
 let latest = null; // the newest result
 let since = Infinity; // when the oldest change was made that no request has yet; Infinity if there is none
 let unseen = Infinity; // the same of the requests that newer ones replaced
-let waiting = 0; // requests without an answer
 
 // The request
 
@@ -49,20 +48,8 @@ function request() {
 /** Something is another: at the next frame of the screen the engine is asked again. */
 function changed() {
   if (!engine) return;
-  if (since === Infinity) requestAnimationFrame(follow);
+  if (since === Infinity) requestAnimationFrame(draw);
   since = Math.min(since, performance.now());
-  busy();
-}
-
-function busy() {
-  $("pictures").ariaBusy = since < Infinity || waiting > 0;
-}
-
-async function follow() {
-  waiting++;
-  await draw();
-  waiting--;
-  busy();
 }
 
 async function draw() {

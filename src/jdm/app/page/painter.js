@@ -3,15 +3,8 @@ import * as ort from "./onnxruntime.js";
 import { canny } from "./canny.js";
 import { bytesOf, imageOf } from "./engine.js";
 import { blended, fresh } from "./noise.js";
-import { strokes } from "./strokes.js";
 import { Tokenizer } from "./tokenizer.js";
 
-// Measurements of RGBA pixels -> [H, W] in [0, 1], of controls that have no graph.
-const SCRIPTS = {
-  canny: (picture, { low_threshold: low, high_threshold: high, picture: of }) =>
-    Float32Array.from(canny(picture, { low, high, grey: of.startsWith("grey") }), (edge) => edge / 255),
-  strokes,
-};
 const REMEMBERED = 64; // prompts whose states are kept
 
 const files = new Map(); // contents by name, until they are used
@@ -86,7 +79,7 @@ async function session(name) {
 
 /** Everything that a model's first picture needs. */
 async function prepared({ graphs }) {
-  const own = Object.values(graphs.controls).slice(0, 1).flatMap(({ controlnet, graph }) => [controlnet, graph]);
+  const own = Object.values(graphs.controls).slice(0, 1).flatMap(({ controlnet, control }) => [controlnet, control]);
   for (const name of [graphs.text_encoder, graphs.unet, graphs.decoder, ...own]) if (name) await session(name);
 }
 
@@ -115,11 +108,17 @@ function usedControls({ controls }, { strengths, asMap }) {
 }
 
 /** The map [3, H, W] of the drawing, in [0, 1]. */
-async function mapOf({ graph, script, settings }, { picture, asMap }) {
+async function mapOf({ control, preprocessor }, { picture, asMap }) {
   const { width, height } = picture;
   if (asMap) return planes(picture);
-  if (graph) return (await run(graph, { images: tensor(planes(picture), [1, 3, height, width]) })).map.data;
-  return repeated(SCRIPTS[script](picture, settings), 3);
+  if (control) {
+    const images = tensor(planes(picture), [1, 3, height, width]);
+    return (await run(control, { images })).map.data;
+  }
+  const edges = canny(picture, {
+    low: preprocessor.low_threshold, high: preprocessor.high_threshold, grey: preprocessor.picture.startsWith("grey"),
+  });
+  return Float32Array.from({ length: 3 * edges.length }, (_, i) => edges[i % edges.length] / 255);
 }
 
 /** x [n, C, h, w], in model space. */

@@ -31,9 +31,11 @@ class Studio:
 
     def described(self) -> Models:
         """The models as the page sees them."""
+        limits = self.limits
         device = str(next(next(iter(self.students.values())).model.backbone.parameters()).device)
-        return Models(device=device, models=[described(student) for student in self.students.values()],
-                      limits=bounds(self.limits))
+        return Models(device=device, models=[_described(student) for student in self.students.values()],
+                      limits=Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes,
+                                    pixels=limits.pixels))
 
     def chosen(self, asked: Settings, compare: bool) -> Student:
         """The model of a request, its slow yardstick where that is to be compared with.
@@ -82,13 +84,7 @@ class Studio:
         return await self.worker.run(work, counted=False)
 
 
-def bounds(limits: Limits) -> Bounds:
-    """The limits that a page must know."""
-    return Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes, pixels=limits.pixels)
-
-
-def described(student: Student) -> Model:
-    """A student as the page sees it."""
+def _described(student: Student) -> Model:
     height, width = height_width(student.model.size)
     slow = student.yardstick
     controls = [Control(model=c.model, label=c.control.name, spec=c.spec) for c in student.controls]

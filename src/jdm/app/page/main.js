@@ -354,7 +354,7 @@ async function start() {
   say("Loading …");
   try {
     const { open } = await import(document.querySelector("meta[name=engine]").content);
-    engine = await open((share) => say(`Loading … ${Math.round(100 * share)}%`));
+    engine = await open();
   } catch (error) {
     return say(error.message, true);
   }

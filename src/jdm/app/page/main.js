@@ -18,6 +18,7 @@ let model = null;
 let latest = null; // the newest result
 let since = Infinity; // when the oldest change was made that no request has yet; Infinity if there is none
 let unseen = Infinity; // the same of the requests that newer ones replaced
+let refused = -Infinity; // when the newest error was said: pictures asked for earlier do not replace it
 
 // The request
 
@@ -68,7 +69,7 @@ async function draw() {
       latest = { asked, result };
       show(result);
       drawn(Math.min(unseen, from));
-      say(result.notes[0] ?? "");
+      if (from > refused) say(result.notes[0] ?? "");
     }
   } catch (error) {
     say(error.message, true);
@@ -85,6 +86,7 @@ function drawn(from) {
 }
 
 function say(text, isError = false) {
+  if (isError) refused = performance.now();
   if ($("notice").textContent !== text) $("notice").textContent = text;
   $("notice").classList.toggle("error", isError);
 }

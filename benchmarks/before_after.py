@@ -30,7 +30,7 @@ STEPS = """
 import sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
-try: from jdm.training.loop import Trainer
+try: from jdm.training.trainer import Trainer
 except ImportError: from jdm.train import Trainer
 from jdm.recipes import all_recipes
 import torch

@@ -40,7 +40,7 @@ def work(calls: Connection, model: str, split: str, batch: int) -> None:
     A call says whether the step runs at real-time priority, or is None, which ends it.
     """
     from jdm.recipes import find  # before torch, as in the command line
-    from jdm.training.loop import Trainer
+    from jdm.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         run = find("nano-canny")()

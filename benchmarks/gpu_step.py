@@ -27,7 +27,7 @@ from jdm.cost.known_configs import without_weights
 from jdm.models import execution, published
 from jdm.recipes import entries, find
 from jdm.run import Data, Run
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 
 ROWS = {"ours": "one frozen bf16 backbone with adapters", "plain": "three copies, float32 weights, bf16 autocast",
         "compiled": "one frozen bf16 backbone with adapters, compiled"}

@@ -26,7 +26,7 @@ from jdm.methods.step import steps_of
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import unit
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 
 
 def bare_passes(run: Run) -> dict[str, Callable[[], object]]:

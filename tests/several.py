@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import jdm.evaluation.evaluate
 import jdm.training.loop
+import jdm.training.trainer
 import tiny
 from jdm.cli.streams import failed
 from jdm.errors import RunError
@@ -35,7 +36,7 @@ from jdm.recipes import find
 from jdm.regularisers import Adversarial
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from tiny import nano_canny, nano_diff_instruct
 
 STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third step
@@ -179,7 +180,7 @@ def endless(out: Path, teacher: Path, shard: int, name: str) -> None:
 @contextmanager
 def in_double() -> Iterator[None]:
     """Every network of a run computes in float64: its weights, and what comes in."""
-    settle, forward = jdm.training.loop.settle, Denoiser.forward
+    settle, forward = jdm.training.trainer.settle, Denoiser.forward
 
     def doubled(run: Run, *networks: nn.Module) -> None:
         settle(run, *networks)
@@ -196,13 +197,13 @@ def in_double() -> Iterator[None]:
 
     warn = Loaded.warn_of_misfits
     torch.set_default_dtype(torch.float64)
-    jdm.training.loop.settle, Denoiser.forward = doubled, cast
+    jdm.training.trainer.settle, Denoiser.forward = doubled, cast
     Loaded.warn_of_misfits = lambda self: None  # it asks the networks before they are doubled
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-        jdm.training.loop.settle, Denoiser.forward, Loaded.warn_of_misfits = settle, forward, warn
+        jdm.training.trainer.settle, Denoiser.forward, Loaded.warn_of_misfits = settle, forward, warn
 
 
 def main(out: Path, teacher: Path, actions: list[str]) -> None:

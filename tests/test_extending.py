@@ -11,7 +11,7 @@ import torch
 import tiny
 from jdm.levels import Levels
 from jdm.recipes import find
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from jdm.user_code import imported
 
 ROOT = Path(__file__).parents[1]

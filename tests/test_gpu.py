@@ -13,7 +13,8 @@ from jdm.data.sources import load_pictures
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler
 from jdm.library import load_model
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 DEVICE = os.environ.get("JDM_TEST_DEVICE", "cuda")  # benchmarks/gpu.py --smoke takes these through on a CPU
 ON_GPU = torch.device(DEVICE).type == "cuda"

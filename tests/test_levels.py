@@ -12,6 +12,7 @@ from jdm.errors import UsageError
 from jdm.levels import RENOISING, Levels
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.networks import Student
+from jdm.methods.refusals import refuse_impossible
 from jdm.methods.step import Step, View
 from jdm.schedule import FlowSchedule, NoiseSchedule
 from jdm.terms import Fidelity
@@ -77,7 +78,7 @@ def test_a_flows_levels_are_bounded_before_the_shift():
 def test_a_range_above_the_cleanest_input_is_refused():
     def check(levels: Levels, steps=FOUR) -> None:
         declared = DiffInstruct(Student(steps), fidelity=Fidelity(levels=levels)).distillation()
-        declared.refuse_impossible(SCHEDULE, 100)
+        refuse_impossible(declared, SCHEDULE, 100)
 
     noisy = Levels(low=0.3, within="input")
     with pytest.raises(UsageError, match=r"begin at 0.3, above the student's cleanest input, 0.25 \(level 249\); lower "

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from jdm.directions import condition_alignment
 from jdm.posterior import Posterior
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
-from jdm.terms import condition_alignment
 from worlds import LinearGaussianWorld, MixtureWorld, cubature, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()

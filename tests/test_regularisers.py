@@ -15,7 +15,7 @@ from jdm.recipes import find
 from jdm.regularisers import MMD, Adversarial, Anchor, Heads, MeanVariance, mean_discrepancy, pooled
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from worlds import LinearGaussianWorld
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -5,13 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jdm.errors import UsageError
-from jdm.models.execution import picture_by_picture
-from jdm.schedule import NoiseSchedule
-from jdm.score import Estimate
-from jdm.terms import (
-    Fidelity,
-    NoisyTerm,
+from jdm.directions import (
     ascend,
     cfg_augmentation,
     clean_alignment,
@@ -21,6 +15,11 @@ from jdm.terms import (
     mean_error,
     together,
 )
+from jdm.errors import UsageError
+from jdm.models.execution import picture_by_picture
+from jdm.schedule import NoiseSchedule
+from jdm.score import Estimate
+from jdm.terms import Fidelity, NoisyTerm
 from worlds import LinearGaussianWorld, MixtureWorld, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()

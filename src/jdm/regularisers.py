@@ -1,7 +1,6 @@
 """Regularisers in place of distribution matching, or beside it; some bring a module that trains in a phase of its own.
 
-`module` makes the network of a term; a phase of its own trains that network by descending `loss`, with the term's
-`optimiser` and `clip`. Every `direction` ascends, as in `jdm.terms`.
+Every `direction` ascends, as in `jdm.terms`.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from jdm.directions import LambdaT, clean_alignment, gradient
 from jdm.errors import UsageError
 from jdm.levels import Levels
 from jdm.ranges import Count, NotNegative, Positive, Range, Share
-from jdm.run import Optimiser
 from jdm.schedule import precise
-from jdm.terms import LambdaT, NoisyTerm, Normaliser, clean_alignment, gradient
+from jdm.terms import CleanTerm, Guided, NoisyTerm, Normaliser, WithModule
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanVariance:
+class MeanVariance(CleanTerm):
     """Descends KL( N(m, s^2) || N(m*, s*^2) ) of each sample's mean m and variance s^2, over all its components.
 
     1/2 ( (s^2 + (m - m*)^2) / s*^2 - 1 - log(s^2 / s*^2) ): Decoupled DMD's steady regulariser.
@@ -34,9 +33,6 @@ class MeanVariance:
         variance: s*^2, 0.81 for SDXL; None measures it on the training pictures.
     """
 
-    levels = None  # on the clean sample
-
-    weight: NotNegative = 1.0
     mean: Annotated[float, Range()] | None = None
     variance: Positive | None = None
 
@@ -69,7 +65,7 @@ class Heads(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial(NoisyTerm):
+class Adversarial(WithModule, NoisyTerm):
     """grad over x_t of log sigmoid D(x_t): D tells the student's noised samples from noised latents of real pictures.
 
     D is trained heads on the frozen teacher's features of x_t, told the prompt and t. Its loss is softplus(D(fake)) +
@@ -77,8 +73,6 @@ class Adversarial(NoisyTerm):
 
     Attributes:
         r1: weight of the gradient penalty; 0 for none.
-        optimiser: trains the heads.
-        clip: bound on the norm of the heads' gradient.
     """
 
     reads_features: ClassVar[bool] = True  # `module` asks for their widths
@@ -87,8 +81,6 @@ class Adversarial(NoisyTerm):
     lambda_t: LambdaT = "constant"
     normaliser: Normaliser = "none"
     r1: NotNegative = 1e-3
-    optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-4, betas=(0.0, 0.95)))
-    clip: Positive = 1.0
 
     def module(self, networks: Any) -> nn.Module:
         return Heads(networks.references.widths)
@@ -114,21 +106,19 @@ class Adversarial(NoisyTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMD(NoisyTerm):
+class MMD(Guided, NoisyTerm):
     """Descends MMD^2 between the student's samples and the teacher's, on the teacher's pooled features of both.
 
     The kernel is a sum of Gaussians whose widths are multiples of the mean squared distance between samples.
 
     Attributes:
         steps: DDIM steps of a teacher's sample.
-        guidance: w of the teacher's samples.
     """
 
     levels: Levels = field(default_factory=lambda: Levels(0.02, 0.3, "mmd"))
     lambda_t: LambdaT = "constant"
     normaliser: Normaliser = "none"
     steps: Count = 8
-    guidance: NotNegative = 2.0
 
     def direction(self, at: Any) -> Tensor:
         with torch.no_grad():
@@ -164,7 +154,7 @@ def mean_discrepancy(a: Tensor, b: Tensor, widths: Sequence[float] = (0.25, 1.0,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchor:
+class Anchor(Guided, CleanTerm):
     """Ascends (target - x) in the student's first step alone: DP-DMD's guard of diversity over z (arXiv 2602.03139).
 
     The target is what the teacher makes of the same z. Paper: a velocity to the teacher's state after 10 of 30 steps;
@@ -175,16 +165,12 @@ class Anchor:
         share: of the batch, the rows that are anchored.
         steps: steps of the teacher's whole sampling.
         taken: steps of these that are taken.
-        guidance: w of the teacher.
     """
-
-    levels = None  # on the clean sample
 
     weight: NotNegative = 0.05
     share: Share = 0.25
     steps: Count = 30
     taken: Count = 10
-    guidance: NotNegative = 2.0
 
     def direction(self, at: Any) -> Tensor:
         along = torch.zeros_like(precise(at.x))

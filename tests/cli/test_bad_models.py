@@ -13,9 +13,10 @@ import tiny
 from jdm.cli.parser import main
 from jdm.errors import RunError, UsageError
 from jdm.library import load_model
-from jdm.training import loop as training
-from jdm.training.loop import Trainer, train
+from jdm.training import trainer as training
+from jdm.training.loop import train
 from jdm.training.memory import out_of_memory
+from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
 

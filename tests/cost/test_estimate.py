@@ -21,7 +21,7 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.models.text import TextEncoder
 from jdm.recipes import all_recipes
 from jdm.regularisers import Adversarial
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 RECIPES = all_recipes()

@@ -30,7 +30,7 @@ from jdm.prepare import prepare
 from jdm.recipes import all_recipes, recorded
 from jdm.reproduce.models import Model, essence
 from jdm.run import Data, Run
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from photos import folder_of
 from tiny import cached
 

@@ -16,7 +16,7 @@ import tiny
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
 from jdm.prepare import prepare
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from tiny import cached, nano_diff_instruct
 
 

@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from jdm.recipes import find
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

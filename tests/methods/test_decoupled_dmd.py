@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import tiny
+from jdm.directions import ascend, lambda_t
 from jdm.errors import UsageError
 from jdm.generator import Generator
 from jdm.levels import RENOISING
@@ -18,8 +19,8 @@ from jdm.methods.networks import Fake
 from jdm.recipes import find
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
-from jdm.terms import CFGAugmentation, Fidelity, ascend, lambda_t
-from jdm.training.loop import Trainer
+from jdm.terms import CFGAugmentation, Fidelity
+from jdm.training.trainer import Trainer
 from worlds import Gaussian, LinearGaussianWorld, Rows, Student, cubature, scene, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()

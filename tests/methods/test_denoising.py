@@ -17,7 +17,8 @@ from jdm.methods.denoising import denoising_batch
 from jdm.models.folder import save_pipeline
 from jdm.recipes import find
 from jdm.schedule import NoiseSchedule
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 PICTURES = load_pictures("fashion-mnist", "test[:600]", 32)
 SCORE: Any = SimpleNamespace(schedule=NoiseSchedule.scaled_linear())

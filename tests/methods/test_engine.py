@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from jdm.errors import UsageError
 from jdm.levels import Bound, Levels
 from jdm.loading import Loaded
 from jdm.methods.diff_instruct import DiffInstruct
@@ -17,6 +18,7 @@ from jdm.methods.jdm import JDM
 from jdm.methods.networks import Fake, Student
 from jdm.posterior import ConsistencyPosterior, Posterior
 from jdm.recipes import find
+from jdm.regularisers import MeanVariance
 from jdm.score import Estimate
 from jdm.terms import Condition, Fidelity
 from worlds import Gaussian, LinearGaussianWorld, Rows, coarse_schedule, scene, tensor
@@ -226,3 +228,11 @@ def test_the_posterior_has_its_declared_levels(teacher, tmp_path):
     levels = tiny.networks(replace(run, method=method)).posteriors[posterior].levels
     torch.testing.assert_close(levels[[0, 1, -1]], tensor([0.0, 0.2, 0.7]))
     assert len(levels) == 8
+
+
+def test_a_further_term_adds_to_the_sum():
+    made = JDM().plus(steady=MeanVariance(weight=0.5))
+    assert list(made.distillation().terms) == ["fidelity", "condition", "steady"]
+    assert replace(made, steady=MeanVariance()).distillation().terms["steady"].weight == 1.0
+    with pytest.raises(UsageError, match="JDM has a field `fidelity` already; give the term another name"):
+        JDM().plus(fidelity=MeanVariance())

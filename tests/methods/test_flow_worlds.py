@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from jdm.directions import distribution_matching
 from jdm.posterior import Posterior
 from jdm.schedule import FlowSchedule, NoiseSchedule, matched
 from jdm.score import Estimate
-from jdm.terms import distribution_matching
 from worlds import Gaussian, LinearGaussianWorld
 
 T = torch.linspace(0, 1, 21, dtype=torch.float64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from jdm.directions import ascend
 from jdm.errors import UsageError
 from jdm.levels import Bound, Levels
 from jdm.loading import Loaded
@@ -19,7 +20,7 @@ from jdm.methods.networks import Student as Settings
 from jdm.posterior import FakePosterior, FrozenPosterior
 from jdm.recipes import all_recipes
 from jdm.schedule import NoiseSchedule
-from jdm.terms import CleanCondition, Condition, Fidelity, ascend
+from jdm.terms import CleanCondition, Condition, Fidelity
 from worlds import LinearGaussianWorld, Rows, Student, ascended, coarse_schedule, cubature, scene, tensor
 
 SCHEDULE = coarse_schedule()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from jdm.directions import cfg_augmentation
 from jdm.errors import UsageError
 from jdm.levels import Bound
 from jdm.loading import Loaded
@@ -24,8 +25,8 @@ from jdm.recipes import all_recipes
 from jdm.run import Needs
 from jdm.schedule import NoiseSchedule, matched
 from jdm.score import Estimate, ScoreModel
-from jdm.terms import CFGAugmentation, CleanReward, Fidelity, Reward, cfg_augmentation
-from jdm.training.loop import Trainer
+from jdm.terms import CFGAugmentation, CleanReward, Fidelity, Reward
+from jdm.training.trainer import Trainer
 from worlds import Gaussian, Rows, cubature, scene, tensor
 
 OURS = NoiseSchedule.scaled_linear()

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 import tiny
+from jdm.directions import ascend
 from jdm.errors import UsageError
 from jdm.levels import Levels
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.networks import Fake, Student
+from jdm.methods.refusals import refuse_impossible
 from jdm.recipes import find
 from jdm.schedule import NoiseSchedule
-from jdm.terms import CFGAugmentation, Fidelity, ascend
+from jdm.terms import CFGAugmentation, Fidelity
 from jdm.training.loop import train
 from worlds import Gaussian, LinearGaussianWorld, Rows, cubature, scene
 from worlds import Student as Linear
@@ -95,7 +97,7 @@ def test_augmentation_is_the_mean_of_the_teachers():
 def test_shares_that_do_not_add_up_are_refused(also):
     declared = DiffInstruct(fidelity=Fidelity(levels=Levels(), also=also)).distillation()
     with pytest.raises(UsageError, match=r"above 0 and at most 1 together, got .*; lower --fidelity.also"):
-        declared.refuse_impossible(SCHEDULE, 10)
+        refuse_impossible(declared, SCHEDULE, 10)
 
 
 def test_a_run_loads_every_teacher(teacher, controlled, tmp_path, untrained_judge):

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from jdm.directions import ascend, condition_alignment, distribution_matching
 from jdm.schedule import NoiseSchedule
-from jdm.terms import NoisyTerm, ascend, condition_alignment, distribution_matching
+from jdm.terms import NoisyTerm
 from worlds import Gaussian, LinearGaussianWorld, MixtureWorld, Student, ascended, coarse_schedule, tensor
 
 FINE = NoiseSchedule.scaled_linear()

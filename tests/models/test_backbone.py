@@ -14,7 +14,8 @@ from jdm.models.adapters import Adapter, switched_on
 from jdm.models.family import with_merged
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 from tiny import nano_canny, nano_diff_instruct, nano_text_reward
 
 TARGETS = StableDiffusion.lora_targets

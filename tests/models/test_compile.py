@@ -18,7 +18,7 @@ from jdm.recipes import find
 from jdm.regularisers import Adversarial
 from jdm.run import Run
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
 LORA = {"student": 2, "fake": 2}

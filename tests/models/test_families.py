@@ -28,7 +28,8 @@ from jdm.models.text import TwoTextEncoders
 from jdm.recipes import all_recipes, recorded
 from jdm.space import unit
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 PROMPTS = ["an ankle boot", "a coat"]

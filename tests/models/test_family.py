@@ -20,7 +20,7 @@ from jdm.models.folder import save_pipeline
 from jdm.run import Task
 from jdm.space import unit
 from jdm.training import distributed
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
 ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

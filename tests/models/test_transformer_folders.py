@@ -28,7 +28,7 @@ from jdm.models.folder import save_pipeline
 from jdm.prepare import prepare
 from jdm.recipes import find
 from jdm.recipes.scales import FOUR
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 
 pytestmark = [pytest.mark.usefixtures("untrained_judge"), pytest.mark.filterwarnings("ignore::UserWarning")]
 PROMPTS = ["a coat", "", "an ankle boot"]

@@ -30,7 +30,8 @@ from jdm.recipes.scales import FOUR
 from jdm.run import Run
 from jdm.space import unit
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 pytestmark = [pytest.mark.usefixtures("untrained_judge"), pytest.mark.filterwarnings("ignore::UserWarning")]
 PROMPTS = ["an ankle boot", "a coat"]

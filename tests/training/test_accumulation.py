@@ -9,7 +9,7 @@ import torch
 import tiny
 from jdm.errors import UsageError
 from jdm.recipes import find
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from several import in_double, run_of
 
 # One recipe of each method, and JDM with what looks at the whole batch, has several phases, or has draws of its own.

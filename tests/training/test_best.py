@@ -14,7 +14,8 @@ from jdm.errors import UsageError
 from jdm.recipes import all_recipes
 from jdm.training import checkpoint
 from jdm.training.best import Best
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 RECIPE = all_recipes()["nano-diff-instruct"]
 JUDGED = {1: -3.0, 2: -1.0, 3: -2.0, 4: -1.5, 5: -4.0, 6: -0.5}  # by step

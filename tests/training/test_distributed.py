@@ -21,7 +21,7 @@ from jdm.errors import UsageError
 from jdm.library import load_model
 from jdm.sharing import sharing
 from jdm.training import checkpoint, previews
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from several import endless_run, run_of
 from tiny import nano_canny
 

@@ -16,7 +16,8 @@ from jdm.errors import TerminatedError, UsageError
 from jdm.files import LOCK, replaced
 from jdm.training import checkpoint
 from jdm.training.folder import claimed
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")

@@ -8,8 +8,8 @@ from torch import nn
 
 import tiny
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
-from jdm.training.loop import Trainer, _step
 from jdm.training.optimiser import adamw
+from jdm.training.trainer import Trainer, _step
 
 
 class Toy:
@@ -39,7 +39,7 @@ class Toy:
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr("jdm.training.loop.record", lambda *_: None)
+    monkeypatch.setattr("jdm.training.trainer.record", lambda *_: None)
 
     def made(steps=4, **phase) -> Trainer:
         return Trainer(Run(Toy(**phase), Path(tmp_path), data=tiny.DATA, steps=steps, batch=3, ema=0.5, save_every=100,

@@ -22,8 +22,9 @@ from jdm.recipes import find
 from jdm.run import Shown
 from jdm.space import to_bytes
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
 from jdm.training.previews import FRAMES, MARGIN, about, film, kept, sheet
+from jdm.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 # One of each kind: full copies, LoRAs in bfloat16, several steps, a frozen generator, no teacher, a multi-step model.

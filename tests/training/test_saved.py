@@ -6,7 +6,7 @@ import torch
 import tiny
 from jdm.errors import RunError
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer
+from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
 

@@ -22,7 +22,8 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.recipes import all_recipes, entries, recorded
 from jdm.run import Needs, Optimiser, Product, Run, Task
 from jdm.training import checkpoint
-from jdm.training.loop import Trainer, train
+from jdm.training.loop import train
+from jdm.training.trainer import Trainer
 
 RECIPES = all_recipes()
 pytestmark = pytest.mark.usefixtures("untrained_judge")
@@ -322,7 +323,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.hostile("trouble")
 def test_an_unwritable_log_fails_the_run(teacher, tmp_path, monkeypatch):
-    from jdm.training import loop as module
+    from jdm.training import trainer as module
 
     def full(self, step, values):
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path))

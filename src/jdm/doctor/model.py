@@ -18,7 +18,7 @@ from jdm.files import ASSETS
 from jdm.library import SHIPPED, load_model
 from jdm.loading import Loaded
 from jdm.methods.engine import Declared
-from jdm.methods.networks import refuse_distilled
+from jdm.methods.refusals import refuse_distilled, refuse_impossible
 from jdm.models import hub
 from jdm.models.family import Family
 from jdm.models.schedulers import complete
@@ -146,7 +146,7 @@ def _said(run: Run, name: str, model: StockModel) -> str | None:
                 return why
         if isinstance(run.method, Declared):
             declared = run.method.distillation()
-            declared.refuse_impossible(model.schedule, run.steps)
+            refuse_impossible(declared, model.schedule, run.steps)
             refuse_distilled(_Known(run, model), declared.terms)
     except UsageError as error:
         return f"do not fit: {error}"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from jdm.controls import Control
+from jdm.directions import condition_alignment, gradient, norms
 from jdm.models.family import Family
 from jdm.posterior import Posterior
 from jdm.schedule import NoiseSchedule, matched
 from jdm.score import Estimate, Prompts
 from jdm.space import Space, unit
-from jdm.terms import condition_alignment, gradient, norms
 
 BOUND = 0.5  # of a sample's own norm, what one step may move its x0 by
 

@@ -39,7 +39,7 @@ from jdm.run import Record
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
 from jdm.training import checkpoint
-from jdm.training.loop import export_checkpoint
+from jdm.training.trainer import export_checkpoint
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora")
 RANK = 64

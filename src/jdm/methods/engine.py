@@ -7,23 +7,33 @@ score, phase "posterior" trains p(x | x_t) on x, and phase "generator" moves x a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from jdm.directions import ascend, cosine, sum_of, together
 from jdm.errors import UsageError
-from jdm.generator import checked_levels
 from jdm.levels import Levels
 from jdm.loading import Loaded
-from jdm.methods.networks import Branch, Fake, Networks, Student, refuse_distilled
+from jdm.methods.networks import Branch, Fake, Networks, Student
+from jdm.methods.refusals import refuse_distilled, refuse_impossible
 from jdm.methods.step import Step, View, fake_estimate, steps_of
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
-from jdm.schedule import NoiseSchedule
 from jdm.sharing import batch_mean
-from jdm.terms import AnyPosterior, CFGAugmentation, Fidelity, Term, ascend, cosine, sum_of, together
+from jdm.terms import (
+    AnyPosterior,
+    Bounded,
+    CFGAugmentation,
+    Fidelity,
+    Guided,
+    OfTeachers,
+    Rewarded,
+    Term,
+    ThroughPosterior,
+    WithModule,
+)
 
 
 @dataclass(frozen=True)
@@ -50,21 +60,21 @@ class Distillation:
     @property
     def guidance(self) -> float:
         """Guidance of the real score in the first term that has one; 1 where none has."""
-        return next((t.guidance for t in self.terms.values() if hasattr(t, "guidance")), 1.0)  # type: ignore[attr-defined]
+        return next((t.guidance for t in self.terms.values() if isinstance(t, Guided)), 1.0)
 
     @property
     def posteriors(self) -> list[AnyPosterior]:
         """The posteriors of the terms, each once."""
-        return list(dict.fromkeys(t.posterior for t in self.terms.values() if hasattr(t, "posterior")))  # type: ignore[attr-defined]
+        return list(dict.fromkeys(t.posterior for t in self.terms.values() if isinstance(t, ThroughPosterior)))
 
     @property
     def guides(self) -> list[str]:
         """Names of the further teachers that terms read, each once."""
-        return list(dict.fromkeys(name for t in self.terms.values() for name in _models(t)))
+        return list(dict.fromkeys(name for t in self.terms.values() if isinstance(t, OfTeachers) for name in t.others))
 
     @property
     def rewards(self) -> list[str]:
-        return list(dict.fromkeys(t.model for t in self.terms.values() if hasattr(t, "model")))  # type: ignore[attr-defined]
+        return list(dict.fromkeys(t.model for t in self.terms.values() if isinstance(t, Rewarded)))
 
     def needs(self, run: Run) -> Needs:
         if len(self.rewards) > 1:
@@ -81,7 +91,7 @@ class Distillation:
         return self._product(Networks(loaded, self.student, self.branch, controlled=bool(self.teacher)))
 
     def task(self, loaded: Loaded) -> Task:
-        self.refuse_impossible(loaded.teacher.schedule, loaded.run.steps)
+        refuse_impossible(self, loaded.teacher.schedule, loaded.run.steps)
         refuse_distilled(loaded, self.terms)
         control, _ = loaded.control, loaded.reward  # a control or reward that cannot be used is found out first
         networks = Networks(loaded, self.student, self.branch, self.fake, controlled=bool(self.teacher))
@@ -92,7 +102,7 @@ class Distillation:
         phases = [fake_phase(networks, self.fake)] if self.fake else []
         phases += [posterior_phase(networks, p) for p in self.posteriors if isinstance(p, ConsistencyPosterior)]
         for name, term in self.terms.items():
-            if hasattr(term, "module"):
+            if isinstance(term, WithModule):
                 networks.add_part(name, term)
                 phases.append(self._term_phase(networks, name, term))
         phases.append(self._generator_phase(networks))
@@ -105,7 +115,7 @@ class Distillation:
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""
         parts, logs = step.once("terms", lambda: self._terms(networks, step))
-        bounds = {name: t.bound.at(step.progress) for name, t in self.terms.items() if hasattr(t, "bound")}  # type: ignore[attr-defined]
+        bounds = {name: t.bound.at(step.progress) for name, t in self.terms.items() if isinstance(t, Bounded)}
         bounded = together(parts, bounds, batch_mean)
         logs = logs | {name: rms(part) for name, part in bounded.items()}
         logs |= {f"{name}_raw": rms(parts[name]) for name in bounds}
@@ -134,10 +144,10 @@ class Distillation:
 
         return Phase("generator", networks.student_groups(self.branch), loss, clip=self.student.clip, asks_batch=True)
 
-    def _term_phase(self, networks: Networks, name: str, term: Any) -> Phase:
+    def _term_phase(self, networks: Networks, name: str, term: WithModule) -> Phase:
         """Trains the module of a term by the term's own loss."""
         def loss(step: Step, _: int) -> tuple[Tensor, dict[str, Any]]:
-            at = View(step, networks, self, term.levels)
+            at = View(step, networks, self, self.terms[name].levels)
             return term.loss(at), at.logs
 
         return Phase(name, [(list(networks.parts[name].parameters()), term.optimiser)], loss, clip=term.clip)
@@ -146,33 +156,6 @@ class Distillation:
         extra = {"reward": next(iter(self.rewards), None), "guide": next(iter(self.guides), None)}
         return networks.product(self.name, self.control, **({} if self.control else extra))
 
-    def refuse_impossible(self, schedule: NoiseSchedule, steps_of_run: int) -> None:
-        """UsageError where the declaration asks for what cannot be computed."""
-        steps = checked_levels(self.student.levels, schedule.n)
-        if self.fake and not 0 <= self.fake.warm_up < steps_of_run:
-            raise UsageError(f"the fake score's warm-up must be at least 0 and shorter than the run's {steps_of_run} "
-                             f"steps, got {self.fake.warm_up}; lower --fake.warm-up or raise --steps")
-        bounded = [name for name, t in self.terms.items() if hasattr(t, "bound")]
-        if not self.terms or len(bounded) == len(self.terms):
-            raise UsageError("a method needs at least one term without a bound, such as fidelity: bounds are in units "
-                             "of its length")
-        for name, term in self.terms.items():
-            shares = [share for _, share in getattr(term, "also", ())]
-            if not all(share > 0 for share in shares) or sum(shares) > 1:
-                raise UsageError(f"the shares of further teachers must be above 0 and at most 1 together, got "
-                                 f"{', '.join(f'{share:g}' for share in shares)}; lower --{name}.also")
-            if term.levels is None:
-                continue
-            high = torch.tensor([float(term.levels.high)], dtype=torch.float64)
-            if float(schedule.alpha(high)) == 0:
-                raise UsageError(f"the levels of term {name} reach {term.levels.high:g}, where no signal is left; "
-                                 f"lower --{name}.levels.high")
-            cleanest = 1.0 if len(steps) == 1 else float(schedule.t(min(steps)))
-            if term.levels.low > term.levels.highest(cleanest):
-                raise UsageError(f"the levels of term {name} begin at {term.levels.low:g}, above the student's "
-                                 f"cleanest input, {cleanest:g} (level {min(steps)}); lower --{name}.levels.low, or "
-                                 f"set --{name}.levels.within all")
-
 
 class Declared:
     """A method whose `distillation` declares all of it; its class is a frozen dataclass of nested settings."""
@@ -180,6 +163,26 @@ class Declared:
     def distillation(self) -> Distillation:
         """The declaration of these settings."""
         raise UsageError(f"{type(self).__name__} does not declare a distillation")
+
+    def plus(self, **terms: Term) -> Any:
+        """These settings with further terms, which are summed, logged and set by flags under their names.
+
+        Raises:
+            UsageError: a name is that of a field already.
+        """
+        kind: Any = type(self)
+        if taken := terms.keys() & vars(self).keys():
+            raise UsageError(f"{kind.__name__} has a field `{min(taken)}` already; give the term another name")
+        made = [(name, type(term), field(default=term)) for name, term in terms.items()]
+
+        def distillation(self: Any) -> Distillation:
+            declared = kind.distillation(self)
+            return replace(declared, terms={**declared.terms, **{name: getattr(self, name) for name in terms}})
+
+        texts = "".join(f"\n        {name}: a further term." for name in terms)
+        text = f"{kind.__name__} with further terms.\n\n    Attributes:{texts}"
+        body = {"distillation": distillation, "__doc__": text}
+        return make_dataclass(kind.__name__, made, bases=(kind,), namespace=body, frozen=True)(**vars(self))
 
     def needs(self, run: Run) -> Needs:
         return self.distillation().needs(run)
@@ -223,10 +226,3 @@ def health(x: Tensor) -> dict[str, Tensor]:
 def rms(direction: Tensor) -> Tensor:
     """Root mean square, over samples and components; for the log."""
     return direction.square().mean().sqrt()
-
-
-def _models(term: Term) -> list[str]:
-    """Names of the models a term reads beside the run's own."""
-    values = [getattr(term, key) for key in getattr(term, "models", ())]
-    named = [(value,) if isinstance(value, str) else (name for name, _ in value) for value in values]
-    return [name for names in named for name in names if name]

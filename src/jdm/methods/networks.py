@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from jdm.run import Optimiser, Product, Shown
 from jdm.schedule import NoiseSchedule
 from jdm.score import ScoreModel
 from jdm.space import Space
-from jdm.terms import AnyPosterior
+from jdm.terms import AnyPosterior, WithModule
 
 Groups = list[tuple[list[nn.Parameter], Optimiser]]
 
@@ -214,9 +214,9 @@ class Networks:
         """Load another teacher's score, with its own text encoder and schedule, for guidance on these latents."""
         self.guides[role] = guide(self.loaded, role)
 
-    def add_part(self, name: str, term: Any) -> None:
+    def add_part(self, name: str, term: WithModule) -> None:
         """Make the module that a term brings."""
-        if getattr(term, "reads_features", False):
+        if term.reads_features:
             _ = self.references.widths  # a pass through the teacher, which an estimate cannot make inside `making`
         with self.loaded.making():
             self.parts[name] = placed(term.module(self), self.loaded.run.device)
@@ -381,18 +381,6 @@ def guide(loaded: Loaded, role: str) -> ScoreModel:
         raise UsageError(f"{name} cannot guide this teacher: its autoencoder's latents of a probe picture differ by "
                          f"{100 * apart:.0f}% (at most 5%); both must share one latent space")
     return model.score_of(loaded.text(role), model.denoiser(model.backbone))
-
-
-def refuse_distilled(loaded: Loaded, terms: Mapping[str, Any]) -> None:
-    """UsageError where a term asks for the guidance of a teacher that was distilled with it inside."""
-    for name, term in terms.items():
-        asked = [f"guide {other}" if other else "teacher" for other in (getattr(term, "teacher", None),)
-                 if other is not None] or ["teacher"] * (getattr(term, "guidance", 1.0) != 1.0)
-        for role in asked:
-            if why := loaded.model(role).distilled:
-                raise UsageError(f"term {name} asks {loaded.needs.models[role]} for guidance, which it no longer has: "
-                                 f"{why}, and its outputs with and without the prompt give no direction; take its "
-                                 f"base model as the teacher, or set --{name}.guidance 1 or --{name}.weight 0")
 
 
 def controlnet_need(branch: Branch) -> dict[str, str]:

@@ -16,12 +16,13 @@ from jdm.controls import Control
 from jdm.controls.base import control_of
 from jdm.data.batches import Batches
 from jdm.data.noise import Noise
+from jdm.directions import condition_alignment
 from jdm.levels import Levels
 from jdm.methods.networks import Fake, Networks
 from jdm.schedule import NoiseSchedule, matched, precise
 from jdm.score import Estimate, ScoreModel
 from jdm.space import from_bytes, unit
-from jdm.terms import AnyPosterior, Term, condition_alignment
+from jdm.terms import AnyPosterior, CFGAugmentation, Term
 
 if TYPE_CHECKING:
     from jdm.methods.engine import Distillation
@@ -113,7 +114,7 @@ class View:
                                               levels.highest(step.content))
             self.alpha, self.sigma = networks.schedule.alpha(self.t, self.x), networks.schedule.sigma(self.t, self.x)
             # Where a term at these levels asks for both halves of guidance, one pass serves all terms.
-            self._paired = any(t.levels == levels and getattr(t, "teacher", None) == ""
+            self._paired = any(isinstance(t, CFGAugmentation) and t.levels == levels and not t.teacher
                                for t in distillation.terms.values())
 
     def log(self, **values: Tensor) -> None:

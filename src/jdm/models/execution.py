@@ -14,10 +14,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jdm.directions import gradient
 from jdm.errors import UsageError
 from jdm.models.adapters import now_on, switched_on
 from jdm.run import Run
-from jdm.terms import gradient
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 BACKEND = "inductor"

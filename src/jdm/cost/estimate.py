@@ -12,7 +12,7 @@ peak times an ASSUMED utilisation: nothing here has run on such a GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,6 +39,7 @@ from jdm.training.optimiser import adamw
 
 RESERVE = 0.05  # of a GPU's memory
 UTILISATION = 0.4  # of a GPU's peak, assumed: eager mode, norms and activations bound by bandwidth
+Labelled = tuple[str, bool, str]  # the network, whether backward, the arithmetic
 REST, PROMPTS = "likelihood, losses and the rest", "prompts, each when first met"
 
 
@@ -103,6 +104,31 @@ class Estimate:
                 "reserve": RESERVE, "gpus": [self.on(GPUS[name]) for name in gpus]}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one phase: at its peak, of gradients there, of its own gradients, and held for backward."""
+
+    peak: float
+    there: float
+    gradients: float
+    saved: float
+
+
+def passes_of(flops: Mapping[Labelled, float]) -> list[Pass]:
+    """The FLOPs of a step by network, forward and backward; prompts are encoded outside it."""
+    names = dict.fromkeys(label for label, *_ in flops if label != PROMPTS)
+    return [Pass(name, *(float(sum(n for (label, back, _), n in flops.items() if (label, back) == (name, side)))
+                         for side in (False, True))) for name in names]
+
+
+def kinds_of(flops: Mapping[Labelled, float]) -> dict[str, float]:
+    """The same by arithmetic."""
+    kinds: Counter[str] = Counter()
+    for (label, _, kind), n in flops.items():
+        kinds[kind] += n if label != PROMPTS else 0  # type: ignore[assignment]
+    return dict(kinds)
+
+
 def estimate(run: Run) -> Estimate:
     """The cost of a run's steps.
 
@@ -147,46 +173,43 @@ class Rehearsal:
             return self._step(task, parts)
 
     def _step(self, task: Task, parts: dict[str, list[Tensor]]) -> Estimate:
-        meter, held = self.meter, ()
-        tops: dict[str, tuple[float, float]] = {}
-        gradient_bytes, saved = {}, {}
-        totals: Counter[tuple[str, bool, str]] = Counter()
+        held: tuple[Tensor | None, ...] = ()
+        seen: dict[str, Measured] = {}
+        flops: Counter[Labelled] = Counter()
         with self._labels(task, parts):
             state = task.begin(0)
             for phase in task.phases:
-                self.phase = phase.name
-                meter.reset_peak()
-                meter.label, meter.flops = REST, Counter()
-                loss, logs = phase.loss(state, 0)
-                gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
-                for key, done in meter.flops.items():
+                seen[phase.name], held = self._phase(phase, state, parts, held)
+                for key, done in self.meter.flops.items():
                     # The sample is drawn once a step; whatever phase meets it first.
                     times = 1.0 if key[0].startswith("generator") else phase.repeats / phase.every
-                    totals[key] += done * times  # type: ignore[assignment]
-                # The loop holds the phase before's gradients until it has these.
-                tops[phase.name] = meter.alive.peak, meter.alive.there_at_peak((*held, *gradients))
-                gradient_bytes[phase.name] = bytes_of(g for g in gradients if g is not None)
-                still = sum(map(bytes_of, parts.values())) + bytes_of(g for g in held if g is not None)
-                still += sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
-                saved[phase.name] = meter.held - still
-                held = gradients
-                del loss, logs
+                    flops[key] += done * times  # type: ignore[assignment]
         weights = {name: bytes_of(tensors) for name, tensors in parts.items() if tensors}
-        top = max(tops, key=lambda name: tops[name][0])
-        peak, there = tops[top]
-        aside = sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
-        memory = {**weights, "gradients": there, "optimiser": sum(map(state_bytes, task.phases)),
-                  "activations": peak - aside - there - sum(weights.values()),
+        top = max(seen, key=lambda name: seen[name].peak)
+        memory = {**weights, "gradients": seen[top].there, "optimiser": sum(map(state_bytes, task.phases)),
+                  "activations": seen[top].peak - self._aside() - seen[top].there - sum(weights.values()),
                   "remembered prompts, at most": self._prompts()}
-        once = sum(n for (label, *_), n in totals.items() if label == PROMPTS) / max(1, self.encoded)
-        names = dict.fromkeys(label for label, *_ in totals if label != PROMPTS)
-        passes = [Pass(name, *(float(sum(n for (label, back, _), n in totals.items() if (label, back) == (name, side)))
-                               for side in (False, True))) for name in names]
-        kinds: Counter[str] = Counter()
-        for (label, _, kind), n in totals.items():
-            kinds[kind] += n if label != PROMPTS else 0
-        return Estimate(memory, top, gradient_bytes, saved, passes, once, dict(kinds), self.run.steps,
-                        self.shapes.notes)
+        once = sum(n for (label, *_), n in flops.items() if label == PROMPTS) / max(1, self.encoded)
+        return Estimate(memory, top, {name: one.gradients for name, one in seen.items()},
+                        {name: one.saved for name, one in seen.items()}, passes_of(flops), once, kinds_of(flops),
+                        self.run.steps, self.shapes.notes)
+
+    def _phase(self, phase: Phase, state: Any, parts: dict[str, list[Tensor]],
+               held: tuple[Tensor | None, ...]) -> tuple[Measured, tuple[Tensor | None, ...]]:
+        """A phase's memory, and its gradients; the loop holds those of the phase before, `held`, until it has them."""
+        meter = self.meter
+        self.phase = phase.name
+        meter.reset_peak()
+        meter.label, meter.flops = REST, Counter()
+        loss, _ = phase.loss(state, 0)
+        gradients = torch.autograd.grad(loss, phase.parameters, allow_unused=True)
+        still = sum(map(bytes_of, parts.values())) + bytes_of(g for g in held if g is not None) + self._aside()
+        return Measured(meter.alive.peak, meter.alive.there_at_peak((*held, *gradients)),
+                        bytes_of(g for g in gradients if g is not None), meter.held - still), gradients
+
+    def _aside(self) -> float:
+        """Bytes of the text encoders that a prepared run does not hold."""
+        return sum(bytes_of(tensors_of(part)) for part in self._texts()) if self.prepared else 0
 
     def _parts(self, task: Task) -> dict[str, list[Tensor]]:
         """Every network's parameters and buffers, by what they are."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from jdm.cli import demo as module
 from jdm.cli.demo import ASKS, demo
 from jdm.controls import Canny
 from jdm.data.sources import load_pictures
@@ -29,8 +30,12 @@ def rows_of(sheet, columns: int = 16, side: int = 32) -> torch.Tensor:
 
 
 def test_demo_measures_four_generators_on_one_page(tmp_path, monkeypatch):
-    diversity = evaluation.noise_diversity  # with all 16 questions it would take most of the test
-    monkeypatch.setattr(evaluation, "noise_diversity", lambda *given: diversity(*given[:4], 3, 4))
+    # With all questions diversity and times would take most of the test, and so would batches of 32.
+    diversity, cost, recipe = evaluation.noise_diversity, module.cost, module.recipe
+    monkeypatch.setattr(evaluation, "noise_diversity", lambda *given: diversity(*given[:4], 3, 2))
+    monkeypatch.setattr(module, "cost", lambda sampler, questions, *given, **more: cost(
+        sampler, questions.head(3), *given, **more))
+    monkeypatch.setattr(module, "recipe", lambda out, steps: recipe(out, steps, batch=8))
     lines: list[str] = []
     steps: list[int] = []
     metrics = demo(tmp_path, steps=6, n=16, progress=lambda step, _: steps.append(step), say=lines.append)
@@ -56,7 +61,7 @@ def test_demo_measures_four_generators_on_one_page(tmp_path, monkeypatch):
     log = [json.loads(line)["step"] for line in (tmp_path / "fresh" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert log == [5, 6]
-    assert "Training of the fresh student, 6 steps of batch 32" in page
+    assert "Training of the fresh student, 6 steps of batch 8" in page
     _check_sheet(rows_of(Image.open(tmp_path / "grid.png")), load_model(str(tmp_path / "fresh" / "model")))
 
 

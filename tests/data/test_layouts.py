@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jdm.data.sources import load_pictures
+from jdm.data.tree import Choice
 from jdm.errors import UsageError
 from jdm.run import Data
 from photos import captions_of, encoded, folder_of, picture, shard
@@ -283,3 +284,11 @@ def test_an_ending_says_which_is_the_picture(tmp_path):
     with pytest.raises(UsageError, match=r"0\.jpg and 0\.png could both be the picture; say which: --data\.pictures"):
         read(source)
     assert read(source, pictures="jpg").batch(torch.tensor([0])).float().mean() == pytest.approx(50, abs=1)  # JPEG
+
+
+@pytest.mark.parametrize(("pattern", "name", "key"), [
+    ("p???.png", "p007.png", "007"), ("p???.png", "p07.png", None), ("p???.png", "p007_mask.png", None),
+    ("a/?.png", "a/1.png", "1"), ("?.png", "a/1.png", None), ("*_?.png", "a/b_1.png", "a/b_1"),
+    ("*.png", "a/b.png", "a/b"), ("*.png", ".png", None), ("[*].png", "[a].png", "a")])
+def test_a_pattern_means_whole_names(pattern, name, key):
+    assert Choice(pattern, "--data.pictures", ()).key(name) == key

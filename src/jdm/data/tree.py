@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Choice:
 
     Attributes:
         value: "" for every file with one of the endings; "*_mask.png", a pattern whose one * stands for that common
-            part; ".png", an ending; "masks", a folder, which is left out of the common part.
+            part, or "p???.png", whose ? stand for a character of it each; ".png", an ending; "masks", a folder, which
+            is left out of the common part.
         flag: the flag, for messages.
         endings: endings of the files in a folder that is named, or of all where nothing is said.
     """
@@ -87,17 +89,18 @@ class Choice:
     endings: Iterable[str]
 
     def __post_init__(self):
-        if self.value.count("*") > 1 or ("*" not in self.value and "/" in self.value.strip("/")):
+        if self.value.count("*") > 1 or (not {"*", "?"} & {*self.value} and "/" in self.value.strip("/")):
             raise UsageError(f"{self.flag} {self.value}: give a pattern with one *, such as '*_mask.png' or "
                              "'masks/*.png', an ending, such as .png, or the name of a folder")
 
     def key(self, name: str) -> str | None:
         """The common part of a file's path; None for a file that is not meant."""
         value = f"*{self.value}" if self.value.startswith(".") else self.value.rstrip("/")
-        if "*" in value:
-            before, after = value.split("*")
-            whole = len(name) > len(before) + len(after) and name.startswith(before) and name.endswith(after)
-            return name[len(before) : len(name) - len(after)] if whole else None
+        if wild := re.search(r"[*?](.*[*?])?", value):
+            before, after = value[: wild.start()], value[wild.end() :]
+            common = "".join({"*": ".+", "?": "[^/]"}.get(c, re.escape(c)) for c in wild[0])
+            whole = re.fullmatch(f"{re.escape(before)}({common}){re.escape(after)}", name, re.DOTALL)
+            return whole[1] if whole else None
         if ending_of(name) not in self.endings:
             return None
         parts = stem_of(name).split("/")

@@ -5,8 +5,9 @@
  * engine's. `index.html` names the engine's file in <meta name="engine" content="./server.js">, whose default export is
  * a function `open()`. Another engine is another file with the same export; nothing else of the page changes.
  *
- *   open(): Promise<Engine>
- *       Rejects with an Error whose message is one sentence for the user.
+ *   open(progress: (share: number) => void): Promise<Engine>
+ *       While it loads it may say which share, in [0, 1], is there. Rejects with an Error whose message is one sentence
+ *       for the user.
  *
  * @typedef {object} Engine
  * @property {Model[]} models  at least one; the first is shown at the start.

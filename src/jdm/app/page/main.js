@@ -19,6 +19,7 @@ let latest = null; // the newest result
 let since = Infinity; // when the oldest change was made that no request has yet; Infinity if there is none
 let unseen = Infinity; // the same of the requests that newer ones replaced
 let refused = -Infinity; // when the newest error was said: pictures asked for earlier do not replace it
+let waiting = 0; // requests without an answer
 
 // The request
 
@@ -49,8 +50,20 @@ function request() {
 /** Something is another: at the next frame of the screen the engine is asked again. */
 function changed() {
   if (!engine) return;
-  if (since === Infinity) requestAnimationFrame(draw);
+  if (since === Infinity) requestAnimationFrame(follow);
   since = Math.min(since, performance.now());
+  busy();
+}
+
+function busy() {
+  $("pictures").ariaBusy = since < Infinity || waiting > 0;
+}
+
+async function follow() {
+  waiting++;
+  await draw();
+  waiting--;
+  busy();
 }
 
 async function draw() {
@@ -356,7 +369,7 @@ async function start() {
   say("Loading …");
   try {
     const { open } = await import(document.querySelector("meta[name=engine]").content);
-    engine = await open();
+    engine = await open((share) => say(`Loading … ${Math.round(100 * share)}%`));
   } catch (error) {
     return say(error.message, true);
   }

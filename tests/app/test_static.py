@@ -1,0 +1,214 @@
+"""The page without a server, in a real browser on a plain static host."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pages
+from jdm.app import static
+from jdm.app.limits import Limits
+from jdm.app.static import RUNTIME, write_page
+from jdm.app.students import sharing_students
+from jdm.cli import parser as cli
+from jdm.data import npm
+from jdm.errors import UsageError
+from jdm.evaluation.sampling import generator
+from pages import differ, opened, settled, slide, stroke
+
+CHROMIUM = pages.chromium()
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=pages.BROWSER)]
+if CHROMIUM:
+    from playwright.sync_api import expect, sync_playwright
+
+    pytest.importorskip("onnx", reason="pip install 'jdm[onnx]'")
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """The tarball of onnxruntime-web."""
+    try:
+        return npm.fetched(RUNTIME, static.cache())
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def folder(runtime, student, tmp_path_factory):
+    """A page of two shipped students of one UNet, and of a tiny one in four steps."""
+    out = tmp_path_factory.mktemp("static") / "page"
+    students = sharing_students(["nano-canny", "nano-silhouette", str(student.with_name("student-4"))], [], None, "cpu")
+    said = []
+    size = write_page(out, students, Limits(pictures=6), said.append)
+    assert size == sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert sum("unet" in part for part in said) == 2, "students of one UNet share it"
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with pages.hosted(folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as found:
+        yield found
+
+
+def test_two_students_and_all_fit_in_25_mb(folder):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25e6
+    assert "Copyright (c) Microsoft Corporation" in (folder / "NOTICE.txt").read_text()
+
+
+@pytest.mark.parametrize("shaped", ["plain", "all", "map", "silhouette", "steps"])
+def test_pictures_are_those_of_python(page, shaped, student, tmp_path):
+    """8-bit pictures: a thousandth of their range is a quarter of a level, which may round either way."""
+    settings, made = {"n": 1, "seed": 7}, {}
+    stroke(page)
+    page.fill("#prompt", "it's a DRESS")
+    page.fill("#seed", "7")
+    if shaped == "all":
+        page.fill("#n", "3")
+        slide(page, "#blend", .35)
+        slide(page, "[name=nano-canny]", .8)
+        slide(page, "[name=nano-silhouette]", .5)
+        settings |= {"n": 3, "to_seed": 1, "blend": .35}
+        made = {"also": ["nano-silhouette"], "strengths": [.8, .5]}
+    if shaped == "map":
+        page.click("#as-map")
+    name = {"silhouette": "nano-silhouette", "steps": str(student.with_name("student-4"))}.get(shaped, "nano-canny")
+    page.select_option("#model", name)
+    found = settled(page)
+    page.click("#code")
+    with page.expect_download() as download:
+        page.click("#save-drawing")
+    download.value.save_as(tmp_path / "drawing.png")
+    drawing = torch.from_numpy(np.array(Image.open(tmp_path / "drawing.png").convert("RGB"))).permute(2, 0, 1)
+    given = {"control_map" if shaped == "map" else "image": drawing}
+    expected = generator(name, **made)("it's a DRESS", **given, **settings).permute(0, 2, 3, 1).numpy()
+    most = np.abs(np.stack(found).astype(int) - expected).max()
+    assert most <= (1 if shaped != "steps" else 3), most  # the tiny student's weights are rounded to float16
+    assert expected.std() > 5
+
+
+def test_nothing_is_fetched_after_loading(page):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    before = settled(page)
+    stroke(page)
+    after = settled(page)
+    assert differ(before, after)
+    page.select_option("#model", "nano-silhouette")
+    page.fill("#prompt", "bag")
+    assert differ(after, settled(page))
+    assert asked == []
+
+
+def test_the_page_reaches_no_other_host(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    assert page.evaluate("fetch('https://example.org').then(() => 'reached', (error) => error.message)") \
+        .startswith("Failed to fetch")
+    assert not [url for url in asked if not url.startswith(address)]
+    page.close()
+
+
+def test_the_hand_is_followed_in_time(folder, tmp_path):
+    out = tmp_path / "pace.json"
+    script = Path(__file__).parents[2] / "benchmarks" / "app_pace.py"
+    done = subprocess.run([sys.executable, script, "--static", folder, "--seconds", "5", "--json", out],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    crowded = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)  # other work on the machine: whatever it leaves
+    assert found["pictures_per_second"] >= (1 if crowded else 10)
+    assert found["p95_ms"] <= (5000 if crowded else 150)
+
+
+def test_notes_and_limits_are_told(page):
+    expect(page.locator("#notice")).to_contain_text("The drawing is empty")
+    stroke(page)
+    settled(page)
+    expect(page.locator("#notice")).to_be_empty()
+    page.fill("#prompt", "a very long boot " * 12)
+    expect(page.locator("#notice")).to_contain_text("The prompt is long: the model does not read 'long boot a very")
+    page.fill("#prompt", "x" * 10_000)
+    expect(page.locator("#notice")).to_have_text("The words may have 1,000 characters, there are 10,000; shorten them.")
+    expect(page.locator("#compare")).to_be_hidden()
+    assert page.get_attribute("#n", "max") == "6"
+
+
+def test_a_host_may_unpack_the_program(browser, folder):
+    with pages.hosted(folder, unpacks=True) as address, opened(browser, address) as page:
+        before = settled(page)
+        stroke(page)
+        assert differ(before, settled(page))
+
+
+def said_at_start(page, address) -> str:
+    """The sentence of a page that does not start."""
+    page.goto(address)
+    expect(page.locator("#notice.error")).to_be_visible(timeout=60_000)
+    return page.inner_text("#notice")
+
+
+def test_a_browser_without_simd_is_told(address):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--js-flags=--no-enable-sse4-1 --no-enable-ssse3"])
+        said = said_at_start(browser.new_page(), address)
+        browser.close()
+    assert said == ("This browser has no WebAssembly SIMD, with which the model is computed; open this page in Chrome "
+                    "91, Firefox 114, Safari 16.4 or a newer one.")
+
+
+def test_a_missing_file_is_named(browser, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    next(copy.rglob("unet.onnx")).unlink()
+    with pages.hosted(copy) as address:
+        said = said_at_start(browser.new_page(), address)
+    assert said == "/models/nano-canny/unet.onnx is missing here (404); put the whole folder on the host."
+
+
+# What is refused
+
+
+def test_a_folder_with_files_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="already exists and is not empty; name a new folder"):
+        write_page(tmp_path, [], Limits(), print)
+
+
+def test_a_control_that_no_browser_measures_is_refused(runtime, student, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from jdm.controls import Canny\n\n\nclass Mine(Canny):\n    preprocessor = {'function': 'mine'}\n")
+    folder = shutil.copytree(student, tmp_path / "student")
+    card = json.loads((folder / "jdm.json").read_text()) | {"control": f"{file}:Mine"}
+    (folder / "jdm.json").write_text(json.dumps(card))
+    assert cli.main(["app", "--static", str(tmp_path / "out"), "--trust-code", str(folder)]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slow_model_beside_it_is_refused(tmp_path, capsys):
+    assert cli.main(["app", "--static", str(tmp_path / "out"), "--compare", "nano-controlnet"]) == 2
+    assert "a static page has no slow model to compare with; leave out --compare" in capsys.readouterr().err

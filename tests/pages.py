@@ -39,13 +39,21 @@ def served(*arguments: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def hosted(folder: Path, unpacks: bool = False) -> Iterator[str]:
-    """The address of a static host of a folder that runs within; `unpacks` lets browsers unpack files named .gz."""
+def hosted(folder: Path, unpacks: bool = False, isolates: bool = False) -> Iterator[str]:
+    """The address of a static host of a folder that runs within.
+
+    Args:
+        unpacks: it lets browsers unpack files named .gz.
+        isolates: it sends the headers with which browsers allow threads.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def end_headers(self):
             if unpacks and self.path.endswith(".gz"):
                 self.send_header("content-encoding", "gzip")
+            if isolates:
+                self.send_header("cross-origin-opener-policy", "same-origin")
+                self.send_header("cross-origin-embedder-policy", "require-corp")
             super().end_headers()
 
         def log_message(self, *_):

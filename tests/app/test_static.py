@@ -21,6 +21,7 @@ from jdm.cli import parser as cli
 from jdm.data import npm
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import generator
+from jdm.library import load_model
 from pages import differ, opened, settled, slide, stroke
 
 CHROMIUM = pages.chromium()
@@ -59,11 +60,18 @@ def address(folder):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def launch():
+    """launch(flags): a browser whose JavaScript has these flags."""
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+        yield lambda flags="": playwright.chromium.launch(executable_path=CHROMIUM,
+                                                          args=["--no-sandbox", f"--js-flags={flags}"])
+
+
+@pytest.fixture(scope="module")
+def browser(launch):
+    found = launch()
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -91,10 +99,10 @@ def test_pictures_are_those_of_python(page, shaped, student, tmp_path):
         slide(page, "[name=nano-silhouette]", .5)
         settings |= {"n": 3, "to_seed": 1, "blend": .35}
         made = {"also": ["nano-silhouette"], "strengths": [.8, .5]}
-    if shaped == "map":
-        page.click("#as-map")
     name = {"silhouette": "nano-silhouette", "steps": str(student.with_name("student-4"))}.get(shaped, "nano-canny")
     page.select_option("#model", name)
+    if shaped == "map":
+        page.click("#as-map")
     found = settled(page)
     page.click("#code")
     with page.expect_download() as download:
@@ -150,8 +158,11 @@ def test_notes_and_limits_are_told(page):
     stroke(page)
     settled(page)
     expect(page.locator("#notice")).to_be_empty()
-    page.fill("#prompt", "a very long boot " * 12)
-    expect(page.locator("#notice")).to_contain_text("The prompt is long: the model does not read 'long boot a very")
+    prompt = "a very long boot " * 12
+    page.fill("#prompt", prompt)
+    (unread,) = load_model("nano-canny").text().overlong([prompt.strip()]).values()
+    expect(page.locator("#notice")).to_have_text(
+        f"The prompt is long: the model does not read '{unread[:100]}', its end.")
     page.fill("#prompt", "x" * 10_000)
     expect(page.locator("#notice")).to_have_text("The words may have 1,000 characters, there are 10,000; shorten them.")
     expect(page.locator("#compare")).to_be_hidden()
@@ -165,6 +176,15 @@ def test_a_host_may_unpack_the_program(browser, folder):
         assert differ(before, settled(page))
 
 
+def test_threads_compute_where_headers_allow_them(browser, folder):
+    with pages.hosted(folder, isolates=True) as address, opened(browser, address) as page:
+        assert page.evaluate("crossOriginIsolated")
+        assert len(page.workers) >= min(4, os.cpu_count() or 1)
+        before = settled(page)
+        stroke(page)
+        assert differ(before, settled(page))
+
+
 def said_at_start(page, address) -> str:
     """The sentence of a page that does not start."""
     page.goto(address)
@@ -172,12 +192,10 @@ def said_at_start(page, address) -> str:
     return page.inner_text("#notice")
 
 
-def test_a_browser_without_simd_is_told(address):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[
-            "--no-sandbox", "--js-flags=--no-enable-sse4-1 --no-enable-ssse3"])
-        said = said_at_start(browser.new_page(), address)
-        browser.close()
+def test_a_browser_without_simd_is_told(launch, address):
+    old = launch("--no-enable-sse4-1 --no-enable-ssse3")  # without these instructions V8 has no vectors
+    said = said_at_start(old.new_page(), address)
+    old.close()
     assert said == ("This browser has no WebAssembly SIMD, with which the model is computed; open this page in Chrome "
                     "91, Firefox 114, Safari 16.4 or a newer one.")
 

@@ -83,7 +83,7 @@ def test_graphs_of_four_steps_equal_pytorch(exported, student):
     images = drawn(exported, model, z, control, noise)
     assert np.abs(images - expected(model, z, control, noise)).max() < TOLERANCE
     blank = drawn(exported, model, z, torch.zeros_like(control), noise)
-    assert np.abs(images - blank).max() > 10 * TOLERANCE, "a control that changes nothing would prove nothing"
+    assert np.abs(images - blank).max() > 3 * TOLERANCE, "a control that changes nothing would prove nothing"
 
 
 def test_the_readmes_code_needs_onnxruntime_alone(exported, student):
@@ -106,10 +106,11 @@ def test_the_readmes_code_needs_onnxruntime_alone(exported, student):
     assert np.abs(np.asarray(Image.open(exported / "picture.png"), float) - image).max() <= 1
 
 
-def test_files_hold_halved_weights_and_no_paths(exported, student):
-    folder = student.with_name("student-4")
-    weights = sum(file.stat().st_size for part in ("unet", "controlnet") for file in (folder / part).glob("*.safe*"))
-    assert (exported / "student.onnx").stat().st_size < 0.8 * weights
+def test_files_hold_halved_weights_and_no_paths(exported):
+    weights = onnx.load(exported / "student.onnx").graph.initializer
+    large = [weight for weight in weights if np.prod(weight.dims) >= graphs.SMALLEST]
+    assert len(large) > 20
+    assert {weight.data_type for weight in large} == {onnx.TensorProto.FLOAT16}
     assert {file.name for file in exported.iterdir()} - {"control.png", "picture.png"} == {
         "text_encoder.onnx", "student.onnx", "decoder.onnx", "tokenizer", "jdm.json", "README.md"}
     assert not [file for file in exported.glob("*.onnx") if b"site-packages" in file.read_bytes()]
@@ -149,11 +150,11 @@ def test_other_unets_graphs_equal_pytorch(kind, tmp_path):
 # Controls
 
 
-class Doubled(Silhouette):
-    """Reads a value in Python, where no tracer sees it."""
+class Either(Silhouette):
+    """What it computes depends on a value, which Python reads."""
 
     def h(self, images):
-        return super().h(images * images.flatten().tolist()[0])
+        return super().h(images) if images.mean() > 0.5 else super().h(1 - images)
 
 
 @pytest.mark.parametrize("control", [Silhouette(), Scribble(), ColourHints()], ids=lambda control: control.name)
@@ -165,7 +166,7 @@ def test_a_controls_graph_measures_the_same(control, student, tmp_path):
     assert np.abs(found - control.image(control.h(images)).numpy()).max() < 1e-4
 
 
-@pytest.mark.parametrize("control", [tiny.Canny(), Doubled()], ids=["canny", "doubled"])
+@pytest.mark.parametrize("control", [tiny.Canny(), Either()], ids=["canny", "either"])
 def test_a_control_of_python_gets_no_graph(control, student, tmp_path):
     assert not write_control(Parts("it", load_model(str(student))), control, tmp_path / "control.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -79,15 +79,15 @@ class _Written:
     def __init__(self, folder: Path, say: Callable[[str], object]):
         self.folder, self.say = folder, say
         self.shared: dict[int, dict[str, Any]] = {}  # by the UNet
-        self.controls: dict[tuple[int, str], dict[str, Any]] = {}  # by the ControlNet and the control
+        self.controls: dict[tuple[int, str], dict[str, Any]] = {}  # by the UNet and the ControlNet's name
 
     def student(self, student: Student) -> dict[str, Any]:
         """What the page must know to draw with a student."""
         parts = Parts(student.name, student.model)
+        controls = {named.model: self._control(named, parts) for named in student.controls}  # first: one may be refused
         key = id(student.model.backbone)
         if key not in self.shared:
             self.shared[key] = self._shared(student, parts)
-        controls = {named.model: self._control(named, parts) for named in student.controls}
         return {**self.shared[key], "controls": controls}
 
     def _shared(self, student: Student, parts: Parts) -> dict[str, Any]:
@@ -105,13 +105,13 @@ class _Written:
                 **{name: self._named(place / f"{name}.onnx") for name in graphs}}
 
     def _control(self, named: Named, parts: Parts) -> dict[str, Any]:
-        key = id(named.net), named.control.name
+        key = id(parts.model.backbone), named.model
         if key not in self.controls:
-            self.say(f"{named.model}: controlnet")
+            self.say(f"{named.model}: {named.control.name}")
             place = self._place(f"{named.model}-{named.control.name}")
+            measure = self._measure(named, parts, place / "control.onnx")
             write(parts.controlnet(named.net), place / "controlnet.onnx", half=True)
-            self.controls[key] = {"controlnet": self._named(place / "controlnet.onnx"),
-                                  **self._measure(named, parts, place / "control.onnx")}
+            self.controls[key] = {"controlnet": self._named(place / "controlnet.onnx"), **measure}
         return self.controls[key]
 
     def _measure(self, named: Named, parts: Parts, file: Path) -> dict[str, Any]:

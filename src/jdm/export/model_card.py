@@ -255,7 +255,7 @@ def _onnx_code(of: Subject) -> str:
     second = ', ids_2=ids("tokenizer_2")' if issubclass(of.family or StableDiffusion, StableDiffusionXL) else ""
     shown = (f'control = Image.open("control.png").convert("RGB").resize(({width}, {height}))\n'
              'shown = np.array(control, np.float32).transpose(2, 0, 1)[None] / 255\n'
-             'given |= {"map": shown, "strength": np.float32(1)}\n')
+             'given |= {"map": shown, "strength": np.array(1, np.float32)}\n')
     steps = """x = 0
 for k, step in enumerate(card["steps"]):
     noise = np.random.randn(1, *card["latents"])

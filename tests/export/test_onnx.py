@@ -61,15 +61,6 @@ def expected(model, z, control, noise):
         return unit(model.space.decode(x)).clamp(0, 1).numpy()
 
 
-def halved(model):
-    """A model whose larger weights are rounded to float16, as its graphs store them."""
-    for network in model.modules().values():
-        for weight in network.parameters():
-            if weight.numel() >= graphs.SMALLEST:
-                weight.copy_(weight.half().float())
-    return model
-
-
 def asked(model):
     """(noise, a control map, the noise of further steps) for three pictures."""
     shape = model.latent_shape(3, model.size)
@@ -78,7 +69,7 @@ def asked(model):
 
 
 def test_graphs_of_four_steps_equal_pytorch(exported, student):
-    model = halved(load_model(str(student.with_name("student-4"))))
+    model = tiny.halved(load_model(str(student.with_name("student-4"))))
     z, control, noise = asked(model)
     images = drawn(exported, model, z, control, noise)
     assert np.abs(images - expected(model, z, control, noise)).max() < TOLERANCE
@@ -96,7 +87,7 @@ def test_the_readmes_code_needs_onnxruntime_alone(exported, student):
     done = subprocess.run([sys.executable, "-c", f"{alone}import numpy; numpy.random.seed(3)\n{code}"], cwd=exported,
                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    model = halved(load_model(str(student.with_name("student-4"))))
+    model = tiny.halved(load_model(str(student.with_name("student-4"))))
     noise = np.random.RandomState(3)
     z = [torch.from_numpy(noise.randn(1, *model.latent_shape(1, 32)[1:])).float() for _ in range(4)]
     with torch.no_grad():

@@ -94,14 +94,19 @@ def needed(name: str) -> Any:
 
 
 def _trace(graph: Graph, file: Path, apart: bool) -> None:
-    rows = torch.export.Dim("n", min=1)
-    shapes = {"tensors": tuple({0: rows} if tensor.ndim > 1 and graph.rows else None
-                               for tensor in graph.inputs.values())}
+    optimizer = needed("onnxscript.optimizer")
+    # A named Dim would be traced twice: diffusers' UNets have a branch for 64 rows and more.
+    free = {0: torch.export.Dim.DYNAMIC}
+    shapes = {"tensors": tuple(free if tensor.ndim > 1 and graph.rows else None for tensor in graph.inputs.values())}
     with torch.no_grad(), _quiet():
         try:
             program: Any = torch.onnx.export(
                 _Traced(graph).eval(), tuple(graph.inputs.values()), dynamo=True, input_names=list(graph.inputs),
-                output_names=list(graph.outputs), dynamic_shapes=shapes, verbose=False)
+                output_names=list(graph.outputs), dynamic_shapes=shapes, verbose=False, optimize=False)
+            # Folded first, two thirds of the nodes are gone before the slow search for patterns.
+            optimizer.fold_constants(program.model)
+            optimizer.remove_unused_nodes(program.model)
+            program.optimize()
         except Exception as error:  # the exporter raises many kinds
             raise GraphError(f"{file.name} cannot be written: PyTorch does not trace it "
                              f"({in_short(error.__cause__ or error)})") from error

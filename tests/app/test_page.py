@@ -161,6 +161,29 @@ def test_what_is_shown_can_be_saved(page, tmp_path):
     assert np.array_equal(sheet[32:, :32], shown[2])
 
 
+def test_a_map_drawn_by_hand_is_not_measured(browser, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "strokes")
+    card = json.loads((folder / "jdm.json").read_text())
+    (folder / "jdm.json").write_text(json.dumps(card | {"control": "strokes"}))
+    with pages.served(str(folder)) as address, opened(browser, address) as page:
+        button, box = page.locator("#as-map"), ".control[data-label=strokes]"
+        expect(button).to_have_attribute("aria-pressed", "true")
+        stroke(page)
+        settled(page)
+        page.click("#code")
+        with page.expect_download() as download:
+            page.click("#save-drawing")
+        download.value.save_as(tmp_path / "drawing.png")
+        page.keyboard.press("Escape")
+        drawing = np.asarray(Image.open(tmp_path / "drawing.png").convert("RGB"))
+        assert 0 < (drawing > 128).mean() < 0.5, "white lines on black"
+        assert np.array_equal(pictures(page, box)[0], drawing)
+        drop(page, (tmp_path / "drawing.png").read_bytes(), "drawing.png")
+        expect(button).to_have_attribute("aria-pressed", "false")
+        settled(page)
+        assert not np.array_equal(pictures(page, box)[0], drawing), "its lines are measured"
+
+
 # Pictures from outside
 
 

@@ -91,7 +91,8 @@ def described(student: Student) -> Model:
     """A student as the page sees it."""
     height, width = height_width(student.model.size)
     slow = student.yardstick
-    controls = [Control(model=c.model, label=c.control.name, spec=c.spec) for c in student.controls]
+    controls = [Control(model=c.model, label=c.control.name, spec=c.spec, hand=c.control.by_hand)
+                for c in student.controls]
     return Model(name=student.name, width=width, height=height, steps=student.steps, controls=controls,
                  compare=None if slow is None else Compare(name=slow.name, steps=slow.steps),
                  page=(student.model.card or {}).get("page", {}))

@@ -37,9 +37,10 @@
  * @property {string} model    the name by which `jdm sample NAME` or `--also NAME` loads it; the key of its strength.
  * @property {string} label    what it measures, such as "canny".
  * @property {string | null} spec  its name for `jdm sample --control`, where the model's card does not say it.
+ * @property {boolean} hand    people draw its map itself, on black; the page starts so.
  *
  * @typedef {object} Page      every entry may be missing.
- * @property {string} [paper]  colour of an empty canvas, "#rrggbb"; white where missing.
+ * @property {string} [paper]  colour of an empty canvas, "#rrggbb"; where missing white, or black for a map.
  * @property {string} [ink]    colour of the brush at the start; black or white, whichever is far from the paper.
  * @property {Object<string, string>} [styles]  name of a style -> a prompt with "{prompt}" in it.
  * @property {string[]} [prompts]  prompts to try; the first one is filled in at the start.

@@ -1,6 +1,8 @@
 """How quickly the page follows the hand: pictures a second and latency, in a real browser against `jdm app`.
 
-    python benchmarks/app_pace.py [MODEL] [--seconds 10] [--screenshot FILE] [--json FILE]
+    python benchmarks/app_pace.py [MODEL] [--static FOLDER] [--seconds 10] [--screenshot FILE] [--json FILE]
+
+With --static the browser computes, from a folder that `jdm app --static FOLDER` wrote.
 
 Chromium draws a line without end, a point at each frame of its screen. Latency runs from the first change that a
 picture is the first to show until that picture is on the page.
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import http.server
 import json
 import math
 import os
@@ -18,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +46,16 @@ def served(*arguments: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextlib.contextmanager
+def hosted(folder: Path) -> Iterator[str]:
+    """The address of a static host of a folder that runs within."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 def measured(page: Page, seconds: float) -> list[float]:
@@ -85,11 +100,13 @@ def pictured(page: Page, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="nano-canny")
+    parser.add_argument("--static", type=Path, metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--screenshot", type=Path)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    with served(asked.model) as address, sync_playwright() as playwright:
+    place = hosted(asked.static) if asked.static else served(asked.model)
+    with place as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto(address)
@@ -98,9 +115,9 @@ def main() -> None:
             pictured(page, asked.screenshot)
         browser.close()
     cuts = statistics.quantiles(latencies, n=20)
-    row = {"model": asked.model, "seconds": asked.seconds, "pictures_per_second": len(latencies) / asked.seconds,
-           "median_ms": statistics.median(latencies), "p95_ms": cuts[18], "cores": os.cpu_count(),
-           "load": os.getloadavg()[0], "machine": platform.machine()}
+    row = {"model": str(asked.static or asked.model), "seconds": asked.seconds,
+           "pictures_per_second": len(latencies) / asked.seconds, "median_ms": statistics.median(latencies),
+           "p95_ms": cuts[18], "cores": os.cpu_count(), "load": os.getloadavg()[0], "machine": platform.machine()}
     print(json.dumps(row, indent=1))
     if asked.json:
         asked.json.write_text(json.dumps(row) + "\n")

@@ -1,7 +1,9 @@
-"""A server of `jdm app` and a browser before it: whatever the tests of the page share."""
+"""A server of `jdm app` and a hand in a browser: whatever the tests of the page share."""
 
 import base64
 import contextlib
+import functools
+import http.server
 import json
 import os
 import shutil
@@ -12,12 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 BROWSER = "a browser is needed: make browser"
+BOOT = [(.45, .15), (.47, .55), (.2, .7), (.2, .82), (.78, .82), (.8, .6), (.72, .15), (.45, .15)]
 
 
 @contextlib.contextmanager
@@ -32,6 +36,37 @@ def served(*arguments: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def hosted(folder: Path, unpacks: bool = False, isolates: bool = False) -> Iterator[str]:
+    """The address of a static host of a folder that runs within.
+
+    Args:
+        unpacks: it lets browsers unpack files named .gz.
+        isolates: it sends the headers with which browsers allow threads.
+    """
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def end_headers(self):
+            if unpacks and self.path.endswith(".gz"):
+                self.send_header("content-encoding", "gzip")
+            if isolates:
+                self.send_header("cross-origin-opener-policy", "same-origin")
+                self.send_header("cross-origin-embedder-policy", "require-corp")
+            super().end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as host:
+        thread = threading.Thread(target=host.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{host.server_port}/"
+        finally:
+            host.shutdown()
+            thread.join(timeout=30)
 
 
 @contextlib.contextmanager
@@ -94,3 +129,74 @@ def chromium() -> str | None:
             path = playwright.chromium.executable_path
             return path if os.path.exists(path) else None
     return None
+
+
+# A hand in the browser
+
+
+@contextlib.contextmanager
+def opened(browser, address, size=(1280, 800), **settings):
+    """The page, once it has drawn; nothing may be written to its console."""
+    from playwright.sync_api import expect
+
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **settings)
+    page = context.new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(address)
+    expect(page.locator("#pace")).to_contain_text("ms", timeout=180_000)
+    yield page
+    context.close()
+    assert said == []
+
+
+def stroke(page, path=BOOT, steps=6):
+    """Draws a line with the mouse through points in [0, 1]."""
+    box = page.locator("#canvas").bounding_box()
+    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in path]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for x, y in at[1:]:
+        page.mouse.move(x, y, steps=steps)
+    page.mouse.up()
+
+
+def pictures(page, box="#pictures") -> list[np.ndarray]:
+    """RGB of every picture in a box."""
+    found = page.evaluate("""(box) => [...document.querySelectorAll(`${box} canvas`)].map((canvas) => {
+        const { width, height } = canvas;
+        return [width, height, [...canvas.getContext('2d').getImageData(0, 0, width, height).data]];
+    })""", box)
+    return [np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for width, height, data in found]
+
+
+def settled(page, box="#pictures"):
+    """The pictures once they follow what was done last."""
+    page.evaluate("""async () => {
+        for (let quiet = 0; quiet < 4; quiet++) {
+            await new Promise((resolve) => setTimeout(resolve, 25));
+            if (document.querySelector("#pictures").ariaBusy === "true") quiet = 0;
+        }
+    }""")
+    return pictures(page, box)
+
+
+def differ(a, b) -> bool:
+    return len(a) != len(b) or any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def slide(page, selector, value):
+    page.locator(selector).evaluate("""(range, value) => {
+        range.value = value;
+        range.dispatchEvent(new Event("input"));
+    }""", value)
+
+
+def drop(page, content: bytes, name: str):
+    page.evaluate("""([content, name]) => {
+        const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], name));
+        document.body.dispatchEvent(new DragEvent("drop", { bubbles: true, dataTransfer: transfer }));
+    }""", [base64.b64encode(content).decode(), name])

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from jdm.controls import Canny
+from jdm.export.graphs import SMALLEST
 from jdm.loading import Loaded
 from jdm.methods.networks import Networks
 from jdm.models import nano
@@ -54,6 +55,15 @@ def with_controlnet(teacher: StableDiffusion) -> StableDiffusion:
     for parameter in controlnet.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return teacher.with_networks(controlnet=controlnet)
+
+
+def halved(model: StableDiffusion) -> StableDiffusion:
+    """A model whose larger weights are rounded to float16 in place, as its graphs store them."""
+    for network in model.modules().values():
+        for weight in network.parameters():
+            if weight.numel() >= SMALLEST:
+                weight.copy_(weight.half().float())
+    return model
 
 
 def student(teacher: StableDiffusion, folder: Path, levels: tuple[int, ...] = (625,)) -> Path:

@@ -52,7 +52,7 @@ def test_models_say_their_controls_and_yardstick(address, student, controlled):
     first, plain, slow = found["models"]
     assert first["name"] == str(student)
     assert (first["width"], first["height"], first["steps"]) == (32, 32, 1)
-    assert first["controls"] == [{"model": str(student), "label": "canny", "spec": None}]
+    assert first["controls"] == [{"model": str(student), "label": "canny", "spec": None, "hand": False}]
     assert first["compare"] == {"name": str(controlled), "steps": 50}
     assert plain["controls"] == []
     assert slow["compare"] is None

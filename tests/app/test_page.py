@@ -1,7 +1,6 @@
 """The page in a real browser: what a hand, a keyboard, a file and a camera do to it."""
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -16,13 +15,12 @@ import pytest
 from PIL import Image
 
 import pages
+from pages import differ, drop, opened, pictures, settled, slide, stroke
 
 CHROMIUM = pages.chromium()
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=pages.BROWSER)]
 if CHROMIUM:
     from playwright.sync_api import expect, sync_playwright
-
-BOOT = [(.45, .15), (.47, .55), (.2, .7), (.2, .82), (.78, .82), (.8, .6), (.72, .15), (.45, .15)]
 
 
 @pytest.fixture(scope="module")
@@ -40,58 +38,10 @@ def browser():
         found.close()
 
 
-@contextlib.contextmanager
-def opened(browser, address, size=(1280, 800), **settings):
-    """The page, once it has drawn; nothing may be written to its console."""
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **settings)
-    page = context.new_page()
-    said = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(address)
-    expect(page.locator("#pace")).to_contain_text("ms", timeout=60_000)
-    yield page
-    context.close()
-    assert said == []
-
-
 @pytest.fixture
 def page(browser, address):
     with opened(browser, address) as found:
         yield found
-
-
-def stroke(page, path=BOOT, steps=6):
-    """Draws a line with the mouse through points in [0, 1]."""
-    box = page.locator("#canvas").bounding_box()
-    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in path]
-    page.mouse.move(*at[0])
-    page.mouse.down()
-    for x, y in at[1:]:
-        page.mouse.move(x, y, steps=steps)
-    page.mouse.up()
-
-
-def pictures(page, box="#pictures") -> list[np.ndarray]:
-    """RGB of every picture in a box."""
-    found = page.evaluate("""(box) => [...document.querySelectorAll(`${box} canvas`)].map((canvas) => {
-        const { width, height } = canvas;
-        return [width, height, [...canvas.getContext('2d').getImageData(0, 0, width, height).data]];
-    })""", box)
-    return [np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for width, height, data in found]
-
-
-def settled(page, box="#pictures"):
-    """The pictures once they follow what was done last."""
-    page.evaluate("""() => new Promise((resolve) => {
-        let timer = setTimeout(resolve, 700);
-        document.addEventListener("drawn", () => { clearTimeout(timer); timer = setTimeout(resolve, 700); });
-    })""")
-    return pictures(page, box)
-
-
-def differ(a, b) -> bool:
-    return len(a) != len(b) or any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_picture_follows_the_hand(page):
@@ -154,13 +104,6 @@ def test_every_setting_is_live(page):
     page.click("#play")
 
 
-def slide(page, selector, value):
-    page.locator(selector).evaluate("""(range, value) => {
-        range.value = value;
-        range.dispatchEvent(new Event("input"));
-    }""", value)
-
-
 def test_comparison_shows_both_times(page):
     stroke(page)
     settled(page)
@@ -218,16 +161,30 @@ def test_what_is_shown_can_be_saved(page, tmp_path):
     assert np.array_equal(sheet[32:, :32], shown[2])
 
 
+def test_a_map_drawn_by_hand_is_not_measured(browser, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "strokes")
+    card = json.loads((folder / "jdm.json").read_text())
+    (folder / "jdm.json").write_text(json.dumps(card | {"control": "strokes"}))
+    with pages.served(str(folder)) as address, opened(browser, address) as page:
+        button, box = page.locator("#as-map"), ".control[data-label=strokes]"
+        expect(button).to_have_attribute("aria-pressed", "true")
+        stroke(page)
+        settled(page)
+        page.click("#code")
+        with page.expect_download() as download:
+            page.click("#save-drawing")
+        download.value.save_as(tmp_path / "drawing.png")
+        page.keyboard.press("Escape")
+        drawing = np.asarray(Image.open(tmp_path / "drawing.png").convert("RGB"))
+        assert 0 < (drawing > 128).mean() < 0.5, "white lines on black"
+        assert np.array_equal(pictures(page, box)[0], drawing)
+        drop(page, (tmp_path / "drawing.png").read_bytes(), "drawing.png")
+        expect(button).to_have_attribute("aria-pressed", "false")
+        settled(page)
+        assert not np.array_equal(pictures(page, box)[0], drawing), "its lines are measured"
+
+
 # Pictures from outside
-
-
-def drop(page, content: bytes, name: str):
-    page.evaluate("""([content, name]) => {
-        const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
-        const transfer = new DataTransfer();
-        transfer.items.add(new File([bytes], name));
-        document.body.dispatchEvent(new DragEvent("drop", { bubbles: true, dataTransfer: transfer }));
-    }""", [base64.b64encode(content).decode(), name])
 
 
 def test_a_broken_file_is_told(page):

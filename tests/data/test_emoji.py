@@ -1,13 +1,11 @@
 """The emoji data set: packages, things and their splits, captions, drawings, and the shards made of them."""
 
 import base64
-import hashlib
 import io
 import json
 import random
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +17,11 @@ from jdm.data.emoji.classes import GROUPS as CLASS_GROUPS
 from jdm.data.emoji.classes import STYLES as CLASS_STYLES
 from jdm.data.emoji.classes import classes_of
 from jdm.data.emoji.drawings import drawings, may_be_mirrored, vectors
-from jdm.data.emoji.packages import LICENCES, NAMES, STYLES, fetched, members, notice
+from jdm.data.emoji.packages import LICENCES, NAMES, STYLES, notice
 from jdm.data.emoji.things import Emoji, all_emoji, joined, normalised, split_of
 from jdm.data.sources import PACKAGED_EMOJI, load_pictures
 from jdm.errors import UsageError
+from registries import pinned, registry, tarball
 
 FOX = Emoji("1f98a", "fox", "animals & nature", "animal mammal", "fox")
 GROUPS = ["smileys & emotion", "people & body", "components", "animals & nature", "objects", "symbols", "flags"]
@@ -41,67 +40,12 @@ def things(*labelled, **more):
     return {one.thing for one in read(*labelled, **more).values()}
 
 
-def tarball(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return out.getvalue()
-
-
-def pinned(package, data):
-    return replace(package, sha512=base64.b64encode(hashlib.sha512(data).digest()).decode())
-
-
-def registry(**tarballs):
-    """URL -> contents of a registry that serves these, by package name."""
-    def get(url):
-        asked.append(url)
-        if url.startswith("https://mirror.example/npm/") and not url.endswith(".tgz"):
-            return json.dumps({"dist": {"tarball": f"https://files.example/{url.split('/')[-2]}.tgz"}}).encode()
-        return tarballs[Path(url).stem]
-
-    asked = get.asked = []
-    return get
-
-
 @pytest.fixture(autouse=True)
 def configured_registry(monkeypatch):
     monkeypatch.setenv("npm_config_registry", "https://mirror.example/npm/")
 
 
 # Packages
-
-
-def test_package_comes_from_configured_registry_and_stays(tmp_path):
-    package, get = pinned(NAMES, b"data"), registry(**{NAMES.name: b"data"})
-    assert fetched(package, tmp_path, get) == b"data"
-    assert get.asked == [f"https://mirror.example/npm/{NAMES.name}/17.0.0", f"https://files.example/{NAMES.name}.tgz"]
-    assert fetched(package, tmp_path, lambda url: pytest.fail("asked again")) == b"data"
-
-
-def test_tampered_package_is_refused_and_not_kept(tmp_path):
-    package = pinned(NAMES, b"data")
-    with pytest.raises(UsageError, match=r"SHA-512 is not that of emojibase-data@17\.0\.0"):
-        fetched(package, tmp_path, registry(**{NAMES.name: b"other"}))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / package.file).write_bytes(b"half")
-    with pytest.raises(UsageError, match=r"emojibase-data-17\.0\.0\.tgz: its SHA-512"):
-        fetched(package, tmp_path)
-
-
-@pytest.mark.parametrize("answer", [OSError("no route"), b"<html>", b"{}", b'{"dist": {"tarball": "file:///etc/hosts"}}'])
-def test_unreachable_registry_is_named_with_remedy(tmp_path, answer, monkeypatch):
-    def opened(url, timeout):
-        if isinstance(answer, Exception):
-            raise answer
-        return io.BytesIO(answer)
-
-    monkeypatch.setattr("urllib.request.urlopen", opened)
-    with pytest.raises(UsageError, match=r"mirror\.example/npm .*set npm_config_registry .* or put .*\.tgz"):
-        fetched(NAMES, tmp_path)
 
 
 def test_every_package_is_pinned_by_a_sha512():
@@ -281,11 +225,6 @@ def test_splits_share_no_thing_and_lookalikes_join(made):
 def test_folder_with_shards_is_not_overwritten(made):
     with pytest.raises(UsageError, match="holds shards already; remove them or name another folder"):
         making.make(made[0], 32, 1, lambda *_: None)
-
-
-def test_members_are_chosen_by_their_end():
-    data = tarball({"en/data.json": b"1", "de/data.json": b"2", "a.webp": b"3"})
-    assert members(data, "/en/data.json", ".webp") == {"en/data.json": b"1", "a.webp": b"3"}
 
 
 def test_missing_emoji_name_their_command(tmp_path, monkeypatch):

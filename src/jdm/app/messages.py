@@ -86,6 +86,7 @@ class Control(BaseModel):
     model: str = Field(description="The key of its strength.")
     label: str
     spec: str | None = Field(description="Its name for `jdm sample --control`, where the model does not say it.")
+    hand: bool = Field(description="People draw its map itself, on black; the page starts so.")
 
 
 class Compare(BaseModel):

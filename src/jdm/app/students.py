@@ -119,13 +119,26 @@ class Student:
 
 def load_students(names: Sequence[str], also: Sequence[str], control: str | None, compare: str | None,
                   device: str) -> list[Student]:
+    """`sharing_students`, each beside its slow yardstick.
+
+    Args:
+        compare: the slow model; by default one that fits among the models and the shipped ones.
+
+    Raises:
+        UsageError: a model cannot be loaded, or does not go together with these.
+    """
+    students = sharing_students(names, also, control, device)
+    _set_yardsticks(students, compare, device)
+    return students
+
+
+def sharing_students(names: Sequence[str], also: Sequence[str], control: str | None, device: str) -> list[Student]:
     """The students of the page; models of one UNet share it, and each can add the controls of the others.
 
     Args:
         names: models; the shipped students that draw to a control where there are none.
         also: further ControlNets for every model.
         control: control of the models whose card names none.
-        compare: the slow model; by default one that fits among the models and the shipped ones.
 
     Raises:
         UsageError: a model cannot be loaded, or does not go together with these.
@@ -144,7 +157,6 @@ def load_students(names: Sequence[str], also: Sequence[str], control: str | None
         student.controls += [_further(name, student.model, device) for name in also]
         student.controls += [named for other in students for named in own[other.name]
                              if other is not student and other.model.backbone is student.model.backbone]
-    _set_yardsticks(students, compare, device)
     return students
 
 

@@ -31,11 +31,9 @@ class Studio:
 
     def described(self) -> Models:
         """The models as the page sees them."""
-        limits = self.limits
         device = str(next(next(iter(self.students.values())).model.backbone.parameters()).device)
-        return Models(device=device, models=[_described(student) for student in self.students.values()],
-                      limits=Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes,
-                                    pixels=limits.pixels))
+        return Models(device=device, models=[described(student) for student in self.students.values()],
+                      limits=bounds(self.limits))
 
     def chosen(self, asked: Settings, compare: bool) -> Student:
         """The model of a request, its slow yardstick where that is to be compared with.
@@ -84,10 +82,17 @@ class Studio:
         return await self.worker.run(work, counted=False)
 
 
-def _described(student: Student) -> Model:
+def bounds(limits: Limits) -> Bounds:
+    """The limits that a page must know."""
+    return Bounds(prompt=limits.prompt, pictures=limits.pictures, bytes=limits.bytes, pixels=limits.pixels)
+
+
+def described(student: Student) -> Model:
+    """A student as the page sees it."""
     height, width = height_width(student.model.size)
     slow = student.yardstick
-    controls = [Control(model=c.model, label=c.control.name, spec=c.spec) for c in student.controls]
+    controls = [Control(model=c.model, label=c.control.name, spec=c.spec, hand=c.control.by_hand)
+                for c in student.controls]
     return Model(name=student.name, width=width, height=height, steps=student.steps, controls=controls,
                  compare=None if slow is None else Compare(name=slow.name, steps=slow.steps),
                  page=(student.model.card or {}).get("page", {}))

@@ -1,4 +1,4 @@
-"""`jdm app`: a page on this machine on which a drawing becomes pictures while the hand moves; prints its address."""
+"""`jdm app`: a page on which a drawing becomes pictures while the hand moves; prints its address, or its folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from jdm.app.limits import Limits
 from jdm.cli import checks
 from jdm.errors import UsageError
+from jdm.files import expanded
 
 if TYPE_CHECKING:
     from jdm.app.students import Student
@@ -30,6 +31,8 @@ def command(asked: argparse.Namespace) -> int:
         raise UsageError(f"jdm app needs {error.name}; run: pip install 'jdm[app]'") from None
     limits = Limits(bytes=asked.max_bytes, pixels=asked.max_pixels, pictures=asked.max_pictures,
                     waiting=asked.max_waiting, pages=asked.max_pages, seconds=asked.max_seconds)
+    if asked.static:
+        return _write(asked, limits)
     token = asked.token or (None if guard.is_local(asked.host) else secrets.token_urlsafe(16))
     worker = Worker(limits)
     with server.listening(asked.host, asked.port) as listener:
@@ -42,6 +45,20 @@ def command(asked: argparse.Namespace) -> int:
             server.server(server.application(studio, asked.host, token), limits).run([listener])
         finally:
             worker.close()
+    return 0
+
+
+def _write(asked: argparse.Namespace, limits: Limits) -> int:
+    """Writes the page that needs no server."""
+    from jdm.app.static import write_page
+    from jdm.app.students import sharing_students
+
+    if asked.compare:
+        raise UsageError("a static page has no slow model to compare with; leave out --compare")
+    out = expanded(asked.static)
+    students = sharing_students(asked.models, asked.also, asked.control, "cpu")
+    size = write_page(out, students, limits, lambda part: print(f"jdm app: {part}", file=sys.stderr, flush=True))
+    print(f"{out}: {size / 1e6:.1f} MB, ready for any static host; to try it: {sys.executable} -m http.server -d {out}")
     return 0
 
 

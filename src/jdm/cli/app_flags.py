@@ -24,6 +24,9 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "%(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads to compute with, at least 1 (default: one fewer "
                         "than there are cores, which leaves the browser one)")
+    parser.add_argument("--static", metavar="OUT", help="serve nothing: write the page to a new folder OUT for any "
+                        "static host, with the models as ONNX graphs that the browser computes; fetches the npm "
+                        "package onnxruntime-web once")
     where = parser.add_argument_group("where it is served")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
                        "needs a token, and one is made if none is given (default: %(default)s)")

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   jdm reproduce table1 --dry-run"""
 NARROWEST = 40  # columns that a help page is rendered for at least
 # Names that flags accept, written here too because the modules that own them import torch; tests compare them.
-FORMATS = ("diffusers", "single-file", "controlnet", "lora")  # of jdm.export.writers
+FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")  # of jdm.export.writers
 GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
 RECIPE_COMMANDS = ("train", "prepare", "estimate")  # whose flags are the recipe's fields
 RUN_COMMANDS = (*RECIPE_COMMANDS, "doctor")  # whose flags are those of a run
@@ -314,7 +314,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", type=Among(FORMATS), default="diffusers",
                         help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
                              "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
-                             "base, in both layouts (default: %(default)s)")
+                             "base, in both layouts; onnx: a student's graphs for onnxruntime (default: %(default)s)")
     parser.add_argument("--rank", type=positive, help="rank of the LoRA, at least 1 (default: 64)")
     parser.add_argument("--base", metavar="MODEL", help="model the LoRA is applied to (default: the run's teacher)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",

@@ -39,11 +39,14 @@ class Control:
     Attributes:
         name: one word for tables and file names.
         channels: channels of c; a single channel is repeated three times for the ControlNet.
+        by_hand: people draw c itself, on black, rather than give a picture that it is measured on; the page of
+            `jdm app` then starts so.
         temperature: standard deviation of the Gaussian likelihood, in units of c.
     """
 
     name: str = "control"
     channels: int = 1
+    by_hand: bool = False
     temperature: float = 0.1
 
     @property

@@ -37,6 +37,7 @@ class ColourHints(Control):
 
     name = "colour-hints"
     channels = 3
+    by_hand = True
 
     def __post_init__(self):
         for field in ("radius", "smoothing", "temperature"):

@@ -77,6 +77,7 @@ class Strokes(Control):
 
     name = "strokes"
     channels = 1
+    by_hand = True
 
     def __post_init__(self):
         if not 0 <= self.low <= self.high:

@@ -13,6 +13,7 @@ from typing import Any
 from jdm.evaluation.sampling import counted
 from jdm.library import FAMILIES
 from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import StockModel
 from jdm.size import Size, height_width, spelled
 
@@ -93,7 +94,7 @@ def model_card(of: Subject) -> str:
     parts = [_header(of), f"# {of.name}", _summary(of), _facts(of)]
     if code := snippet(of):
         parts += ["## Use", f"```python\n{code}```"]
-    if of.format != "diffusers":
+    if of.format not in ("diffusers", "onnx"):
         parts += ["## In ComfyUI and A1111", *_other_programs(of)]
     if of.errors:
         parts += ["## What the LoRA holds", *_lora(of)]
@@ -110,8 +111,9 @@ def model_card(of: Subject) -> str:
 
 
 def snippet(of: Subject) -> str:
-    """Python that draws a picture with stock diffusers, to run inside the folder; empty if diffusers cannot load it."""
-    draw = {"diffusers": _whole, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora_code}
+    """Python that draws a picture without this package, to run inside the folder; empty where nothing else can."""
+    draw = {"diffusers": _whole, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora_code,
+            "onnx": _onnx_code}
     return draw[of.format](of)
 
 
@@ -245,6 +247,45 @@ def _lora_code(of: Subject) -> str:
     base, load = _loading(public(of.base or "base"))
     return (f'{_imports(of, *used.values())}base = {json.dumps(base)}  # folder, file or hub id of the base model\n'
             f'{lines}pipe = {of.kind}.{load}(base{given})\npipe.load_lora_weights(".")\n{_call(of)}')
+
+
+def _onnx_code(of: Subject) -> str:
+    """Draws with onnxruntime and without PyTorch."""
+    height, width = height_width(of.pixels or 0)
+    second = ', ids_2=ids("tokenizer_2")' if issubclass(of.family or StableDiffusion, StableDiffusionXL) else ""
+    shown = (f'control = Image.open("control.png").convert("RGB").resize(({width}, {height}))\n'
+             'shown = np.array(control, np.float32).transpose(2, 0, 1)[None] / 255\n'
+             'given |= {"map": shown, "strength": np.array(1, np.float32)}\n')
+    steps = """x = 0
+for k, step in enumerate(card["steps"]):
+    noise = np.random.randn(1, *card["latents"])
+    x_t = step["alpha"] * x + step["sigma"] * noise if k else noise
+    x = draw("student", x_t=x_t.astype("float32"), step=np.array([k]), **given)["x"]
+""" if len(of.levels or ()) > 1 else """noise = np.random.randn(1, *card["latents"]).astype("float32")
+x = draw("student", x_t=noise, **given)["x"]
+"""
+    return f"""import json
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image
+from tokenizers import Tokenizer
+
+
+def draw(graph, **given):
+    session = InferenceSession(f"{{graph}}.onnx")
+    return dict(zip([output.name for output in session.get_outputs()], session.run(None, given)))
+
+
+def ids(tokenizer):
+    return np.array([Tokenizer.from_file(f"{{tokenizer}}/tokenizer.json").encode("your prompt").ids])
+
+
+card = json.load(open("jdm.json"))["onnx"]
+given = draw("text_encoder", ids=ids("tokenizer"){second})
+{shown * of.controlled}{steps}image = draw("decoder", x=x)["images"][0].transpose(1, 2, 0)
+Image.fromarray((255 * image).round().astype("uint8")).save("picture.png")
+"""
 
 
 def _absent(of: Subject) -> str:

@@ -26,6 +26,7 @@ from jdm.export.model_card import (
     Subject,
     model_card,
 )
+from jdm.export.onnx_folder import write_student
 from jdm.files import ASSETS, read_json, replaced
 from jdm.formats import lora_file, single_file, transformers
 from jdm.library import FAMILIES, SHIPPED, load_model, lone_controlnet
@@ -41,7 +42,7 @@ from jdm.size import height_width, sized
 from jdm.training import checkpoint
 from jdm.training.trainer import export_checkpoint
 
-FORMATS = ("diffusers", "single-file", "controlnet", "lora")
+FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")
 RANK = 64
 PICKLES = tuple(f"*{ending}" for ending in single_file.PICKLES)
 
@@ -104,7 +105,8 @@ def export(
         out: a new or empty folder; it is written whole or not at all.
         dtype: precision of the weights on disk. A stock loader still computes in the precision it is told to.
         format: diffusers, a folder for stock pipelines; single-file, for ComfyUI and A1111; controlnet, the ControlNet
-            alone in both layouts; lora, the backbone's difference from its base, in both layouts.
+            alone in both layouts; lora, the backbone's difference from its base, in both layouts; onnx, graphs of a
+            student.
         rank: rank of the LoRA; by default RANK.
         base: the model that the LoRA is applied to; by default the run's teacher.
         metrics: a file written by `jdm evaluate --json`, for the README.
@@ -114,7 +116,7 @@ def export(
         RunError: the disk cannot be written.
     """
     run, out = Path(run), Path(out)
-    _check(run, out, format, rank, base)
+    _check(run, out, dtype, format, rank, base)
     known = _metrics(Path(metrics)) if metrics else {}
     try:
         with replaced(out) as draft:
@@ -129,13 +131,15 @@ def export(
     return out
 
 
-def _check(run: Path, out: Path, format: str, rank: int | None, base: str | None) -> None:
+def _check(run: Path, out: Path, dtype: torch.dtype, format: str, rank: int | None, base: str | None) -> None:
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(FORMATS)}"
         raise UsageError(f"there is no format {format!r}; {hint}")
     if format != "lora" and (rank is not None or base is not None):
         raise UsageError(f"--{'base' if rank is None else 'rank'} is for a LoRA; leave it out or add --format lora")
+    if format == "onnx" and dtype == torch.bfloat16:
+        raise UsageError("ONNX graphs hold weights in fp32 or fp16, not bf16; choose --dtype fp16")
     if rank is not None and rank < 1:
         raise UsageError(f"LoRA rank must be at least 1, got {rank}")
     if out.name in ("", ".."):
@@ -294,8 +298,14 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
     return replace(subject, errors=found.errors, left_out=found.left_out, rank=found.lora.rank)
 
 
+def _onnx(source: Source, draft: Path, subject: Subject) -> Subject:
+    """Writes a student's graphs, tokenizers and card."""
+    write_student(str(source.name), source.model(), draft, half=subject.dtype == "float16")
+    return subject
+
+
 WRITERS: dict[str, Callable[[Source, Path, Subject], Subject]] = dict(
-    zip(FORMATS, (_diffusers, _single_file, _controlnet, _lora), strict=True))
+    zip(FORMATS, (_diffusers, _single_file, _controlnet, _lora, _onnx), strict=True))
 
 
 def _hints(model: StockModel, draft: Path, subject: Subject) -> Subject:

@@ -29,22 +29,37 @@ from jdm.space import channels_last
 ENCODER = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
 
 
+def _told(text: Text) -> dict[str, Any]:
+    """The text as arguments of a UNet or ControlNet."""
+    states, added = (text, None) if isinstance(text, Tensor) else text
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
+
+
 class UNetDenoiser(Denoiser):
     """A UNet2DConditionModel and ControlNetModels as one denoiser."""
 
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
-        x_t, control = channels_last(x_t), None if control is None else channels_last(control)
-        states, added = (text, None) if isinstance(text, Tensor) else text
-        told: dict[str, Any] = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
+        x_t = channels_last(x_t)
         if self.controlnet is None or control is None:
-            return self.backbone(x_t, timestep, **told)[0]
-        images = control.split(3, dim=1) if self.also else [control]
+            return self.with_residuals(x_t, timestep, text)
+        images = channels_last(control).split(3, dim=1) if self.also else [channels_last(control)]
         sums: list[Tensor] = []
         for net, image, strength in zip(self.controlnets, images, self.strengths, strict=True):
-            down, mid = net(x_t, timestep, controlnet_cond=image, conditioning_scale=strength, **told)
-            sums = [a + b for a, b in zip(sums, [*down, mid], strict=True)] if sums else [*down, mid]
-        return self.backbone(x_t, timestep, down_block_additional_residuals=tuple(sums[:-1]),
-                             mid_block_additional_residual=sums[-1], **told)[0]
+            more = self.residuals(net, x_t, timestep, text, image, strength)
+            sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+        return self.with_residuals(x_t, timestep, text, sums)
+
+    def residuals(self, net: nn.Module, x_t: Tensor, timestep: Tensor, text: Text, image: Tensor,
+                  strength: float | Tensor) -> list[Tensor]:
+        """What one ControlNet adds to the UNet's skips, and last to its middle, each times the strength."""
+        down, mid = net(x_t, timestep, controlnet_cond=image, conditioning_scale=strength, **_told(text))
+        return [*down, mid]
+
+    def with_residuals(self, x_t: Tensor, timestep: Tensor, text: Text, residuals: Sequence[Tensor] = ()) -> Tensor:
+        """The UNet's output like x_t, with these added where `residuals` says; nothing is added if there are none."""
+        added: dict[str, Any] = {} if not residuals else {"down_block_additional_residuals": tuple(residuals[:-1]),
+                                                          "mid_block_additional_residual": residuals[-1]}
+        return self.backbone(x_t, timestep, **added, **_told(text))[0]
 
     def feature_layers(self) -> list[nn.Module]:
         backbone = cast(UNet2DConditionModel, self.backbone)

@@ -78,7 +78,7 @@ class ThreeTextEncoders(TextEncoder):
         third = [] if self.third is None else [(self.third, self.tokenizer_3)]
         return [(self.model, self.tokenizer), (self.second, self.tokenizer_2), *third]
 
-    def encode(self, prompts: Prompts) -> list[tuple[Tensor, ...]]:  # type: ignore[override]
+    def encode(self, prompts: Prompts) -> list[tuple[Tensor, ...]]:
         """(CLIP's states [L, D1 + D2], pooled [P1 + P2]) for each prompt, and T5's states [T, D] where it is there.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,19 @@ class TextEncoder:
         """Bytes of the states of one prompt, on average over those that are remembered."""
         return self._held / max(1, len(self._memory))
 
-    def encode(self, prompts: Prompts) -> Tensor:
-        """Encodes prompts without the cache; differentiable if the text model trains."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=self.tokenizer.model_max_length).input_ids
-        return self.model(tokens.to(next(self.model.parameters()).device))[0]
+    def ids(self, prompts: Prompts) -> list[Tensor]:
+        """Token ids [B, L] by each tokenizer, padded to its length, on the text models' device."""
+        device = next(self.model.parameters()).device
+        return [own(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                    max_length=own.model_max_length).input_ids.to(device) for _, own in self.networks]
+
+    def states(self, ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The text models' outputs [B, ...] for what `ids` returns."""
+        return (self.model(ids[0])[0],)
+
+    def encode(self, prompts: Prompts) -> Any:
+        """The states of each prompt, without the cache; differentiable if the text model trains."""
+        return self.states(self.ids(prompts))[0]
 
     def batch(self, prompts: Prompts) -> Text:
         """The states of a batch without the cache; differentiable if the text models train."""
@@ -101,7 +109,11 @@ class TextEncoder:
 
     def stacked(self, rows: list[Any]) -> Text:
         """Stacks the states of single prompts to a batch."""
-        return torch.stack(rows)
+        return self.joined(*map(torch.stack, zip(*map(tensors_of, rows), strict=True)))
+
+    def joined(self, *states: Tensor) -> Text:
+        """What the network reads of a batch whose `states` these are."""
+        return states[0]
 
     def forget(self) -> None:
         """Clears the cache, for example before timing the whole path from prompt to picture."""
@@ -128,23 +140,21 @@ class TwoTextEncoders(TextEncoder):
     def networks(self) -> list[tuple[nn.Module, Any]]:
         return [*super().networks, (self.second, self.tokenizer_2)]
 
-    def encode(self, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def states(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(hidden states [B, L, D1 + D2], pooled [B, P])."""
+        outputs: list[Any] = [model(own, output_hidden_states=True)
+                              for (model, _), own in zip(self.networks, ids, strict=True)]
+        return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1][0]
+
+    def encode(self, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:
         """(hidden states [L, D1 + D2], pooled [P]) for each prompt."""
-        states, pooled = [], torch.empty(0)
-        for model, tokenizer in self.networks:
-            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                               max_length=tokenizer.model_max_length).input_ids
-            output: Any = model(tokens.to(next(model.parameters()).device), output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-            pooled = output[0]
-        rows = zip(prompts, torch.cat(states, dim=-1), pooled, strict=True)
+        rows = zip(prompts, *self.states(self.ids(prompts)), strict=True)
         return [(h * 0, p * 0) if self.zeros and not prompt else (h, p) for prompt, h, p in rows]
 
-    def stacked(self, rows: list[Any]) -> Text:
-        states, pooled = (torch.stack(part) for part in zip(*rows, strict=True))
-        height, width = self.size
-        ids = pooled.new_tensor([height, width, 0, 0, height, width]).expand(len(rows), -1)
-        return states, {"text_embeds": pooled, "time_ids": ids}
+    def joined(self, *states: Tensor) -> Text:
+        (height, width), (hidden, pooled) = self.size, states
+        ids = pooled.new_tensor([height, width, 0, 0, height, width]).expand(pooled.shape[0], -1)
+        return hidden, {"text_embeds": pooled, "time_ids": ids}
 
 
 def tensors_of(row: Any) -> tuple[Tensor, ...]:

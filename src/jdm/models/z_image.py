@@ -103,7 +103,7 @@ class ChatTextEncoder(TextEncoder):
         super().__init__(model, tokenizer, capacity, one_by_one)
         self.tokens = tokens
 
-    def encode(self, prompts: Prompts) -> list[Tensor]:  # type: ignore[override]
+    def encode(self, prompts: Prompts) -> list[Tensor]:
         """The states [L, D] of each prompt, of its own length."""
         chats = [self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                     add_generation_prompt=True, enable_thinking=True)

@@ -5,8 +5,9 @@
  * engine's. `index.html` names the engine's file in <meta name="engine" content="./server.js">, whose default export is
  * a function `open()`. Another engine is another file with the same export; nothing else of the page changes.
  *
- *   open(): Promise<Engine>
- *       Rejects with an Error whose message is one sentence for the user.
+ *   open(progress: (share: number) => void): Promise<Engine>
+ *       While it loads it may say which share, in [0, 1], is there. Rejects with an Error whose message is one sentence
+ *       for the user.
  *
  * @typedef {object} Engine
  * @property {Model[]} models  at least one; the first is shown at the start.
@@ -36,9 +37,10 @@
  * @property {string} model    the name by which `jdm sample NAME` or `--also NAME` loads it; the key of its strength.
  * @property {string} label    what it measures, such as "canny".
  * @property {string | null} spec  its name for `jdm sample --control`, where the model's card does not say it.
+ * @property {boolean} hand    people draw its map itself, on black; the page starts so.
  *
  * @typedef {object} Page      every entry may be missing.
- * @property {string} [paper]  colour of an empty canvas, "#rrggbb"; white where missing.
+ * @property {string} [paper]  colour of an empty canvas, "#rrggbb"; where missing white, or black for a map.
  * @property {string} [ink]    colour of the brush at the start; black or white, whichever is far from the paper.
  * @property {Object<string, string>} [styles]  name of a style -> a prompt with "{prompt}" in it.
  * @property {string[]} [prompts]  prompts to try; the first one is filled in at the start.

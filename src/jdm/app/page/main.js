@@ -7,7 +7,8 @@ import { columned, Pace, saved, shown } from "./show.js";
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#000000", "#ffffff", "#7a7a7a", "#e5484d", "#f5a524", "#f7d154", "#46a758", "#3e7bfa", "#8e4ec6", "#8d5a3b"];
-const FAR = { "#000000": "#ffffff" }; // ink for a paper; black on others
+const BLACK = COLOURS[0];
+const FAR = { [BLACK]: "#ffffff" }; // ink for a paper; black on others
 
 const board = new Board($("canvas"), () => { $("hint").hidden = true; changed(); });
 const camera = new Camera();
@@ -19,6 +20,7 @@ let latest = null; // the newest result
 let since = Infinity; // when the oldest change was made that no request has yet; Infinity if there is none
 let unseen = Infinity; // the same of the requests that newer ones replaced
 let refused = -Infinity; // when the newest error was said: pictures asked for earlier do not replace it
+let waiting = 0; // requests without an answer
 
 // The request
 
@@ -49,8 +51,20 @@ function request() {
 /** Something is another: at the next frame of the screen the engine is asked again. */
 function changed() {
   if (!engine) return;
-  if (since === Infinity) requestAnimationFrame(draw);
+  if (since === Infinity) requestAnimationFrame(follow);
   since = Math.min(since, performance.now());
+  busy();
+}
+
+function busy() {
+  $("pictures").ariaBusy = since < Infinity || waiting > 0;
+}
+
+async function follow() {
+  waiting++;
+  await draw();
+  waiting--;
+  busy();
 }
 
 async function draw() {
@@ -141,7 +155,7 @@ function compareLabel() {
 function choose(name) {
   model = engine.models.find((each) => each.name === name) ?? engine.models[0];
   const { page, controls } = model;
-  const paper = page.paper ?? "#ffffff";
+  const paper = page.paper ?? (controls[0]?.hand ? BLACK : "#ffffff");
   strengths[model.name] ??= Object.fromEntries(controls.map((control, i) => [control.model, i ? 0 : 1]));
   board.fit(model.width, model.height, paper);
   ink(page.ink ?? FAR[paper] ?? "#000000");
@@ -152,7 +166,7 @@ function choose(name) {
   $("style-row").hidden = !page.styles;
   $("prompts").replaceChildren(...(page.prompts ?? []).map((value) => Object.assign(new Option(), { value })));
   if (!$("prompt").value) $("prompt").value = page.prompts?.[0] ?? "";
-  $("controls").replaceChildren(...controls.map(slider), ...(controls.length ? [asMap(controls[0])] : []));
+  $("controls").replaceChildren(...controls.map(slider), ...(controls.length ? [asMap(controls[0], paper)] : []));
   compareLabel();
   changed();
 }
@@ -186,11 +200,12 @@ function slider(control) {
   return box;
 }
 
-function asMap(control) {
+/** The button for it; pressed at the start where people draw the map, and the paper is a map's. */
+function asMap(control, paper) {
   const button = Object.assign(document.createElement("button"), { id: "as-map", className: "quiet", type: "button" });
   button.textContent = "Draw the map itself";
   button.title = `What is drawn is taken as the ${control.label} map, and nothing is measured on it`;
-  button.setAttribute("aria-pressed", "false");
+  pressed(button, control.hand && paper === BLACK);
   button.addEventListener("click", () => toggle(button) || changed());
   return button;
 }
@@ -231,6 +246,7 @@ async function take(file) {
   try {
     stopCamera();
     const picture = await pictureOf(file, engine.limits);
+    measured();
     board.place(picture, picture.width, picture.height);
     picture.close();
   } catch (error) {
@@ -238,11 +254,17 @@ async function take(file) {
   }
 }
 
+/** A picture from outside is no map that somebody drew. */
+function measured() {
+  if (model.controls[0]?.hand) pressed($("as-map"), false);
+}
+
 async function toggleCamera() {
   if (camera.on) return stopCamera();
   try {
     board.keep();
     await camera.start((video) => board.place(video, video.videoWidth, video.videoHeight, { keep: false, mirrored: true }));
+    measured();
     pressed($("camera"), true);
   } catch (error) {
     say(error.message, true);
@@ -356,7 +378,7 @@ async function start() {
   say("Loading …");
   try {
     const { open } = await import(document.querySelector("meta[name=engine]").content);
-    engine = await open();
+    engine = await open((share) => say(`Loading … ${Math.round(100 * share)}%`));
   } catch (error) {
     return say(error.message, true);
   }

@@ -21,8 +21,9 @@ import numpy as np
 
 from jdm.data.emoji.captions import captions
 from jdm.data.emoji.drawings import drawings, vectors
-from jdm.data.emoji.packages import NAMES, STYLES, Package, fetched, members, notice
+from jdm.data.emoji.packages import NAMES, STYLES, Package, notice
 from jdm.data.emoji.things import Emoji, all_emoji, joined, normalised, split_of
+from jdm.data.npm import fetched, members
 from jdm.errors import UsageError
 from jdm.files import write
 

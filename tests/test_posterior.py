@@ -7,7 +7,8 @@ from jdm.directions import condition_alignment
 from jdm.posterior import Posterior
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
-from worlds import LinearGaussianWorld, MixtureWorld, cubature, tensor
+from mixtures import MixtureWorld
+from worlds import LinearGaussianWorld, cubature, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 WORLD = LinearGaussianWorld.example(SCHEDULE)

@@ -20,7 +20,8 @@ from jdm.models.execution import picture_by_picture
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
 from jdm.terms import Fidelity, NoisyTerm
-from worlds import LinearGaussianWorld, MixtureWorld, tensor
+from mixtures import MixtureWorld
+from worlds import LinearGaussianWorld, tensor
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 WORLD = LinearGaussianWorld.example(SCHEDULE)

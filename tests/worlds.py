@@ -1,8 +1,7 @@
 """Worlds where every quantity of the papers has a closed form: the oracles of the tests.
 
 All in float64. `LinearGaussianWorld`: x and c are jointly Gaussian and a student is linear, so the bound of
-Lemma 3.1, its gap and its optimum are known. `MixtureWorld`: x is a Gaussian mixture and c its label,
-discrete as Lemma 3.1 asks.
+Lemma 3.1, its gap and its optimum are known. A world of discrete c is in mixtures.py.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ class Gaussian:
 
     def score(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Estimate:
         """-(alpha^2 cov + sigma^2 I)^-1 (x_t - alpha mean), as an Estimate; a jdm.score.Score."""
-        alpha, sigma = _levels(self.schedule, t)
+        alpha, sigma = levels(self.schedule, t)
         gain = self._spectral(t, lambda s, a, b: b / (a**2 * s + b**2))
-        return Estimate(x_t, _times(gain, x_t - alpha * self.mean), alpha, sigma)
+        return Estimate(x_t, times(gain, x_t - alpha * self.mean), alpha, sigma)
 
     def posterior_gain(self, t: Tensor) -> Tensor:
         """K = alpha cov (alpha^2 cov + sigma^2 I)^-1, [B, d, d]: E[x | x_t] = mean + K (x_t - alpha mean)."""
@@ -69,7 +68,7 @@ class Gaussian:
 
     def through(self, gain: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """mean + gain (x_t - alpha mean): any of the linear maps above."""
-        return self.mean + _times(gain, x_t - _levels(self.schedule, t)[0] * self.mean)
+        return self.mean + times(gain, x_t - levels(self.schedule, t)[0] * self.mean)
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Tensor:
         """E[x | x_t]."""
@@ -82,7 +81,7 @@ class Gaussian:
     def _spectral(self, t: Tensor, of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """U diag(of(s, alpha, sigma)) U^T for cov = U diag(s) U^T; [B, d, d]."""
         s, U = torch.linalg.eigh(self.cov)
-        alpha, sigma = _levels(self.schedule, t)
+        alpha, sigma = levels(self.schedule, t)
         return (U * of(s, alpha, sigma).unsqueeze(1)) @ U.T
 
 
@@ -240,7 +239,7 @@ class LinearGaussianWorld:
     def seeing_fake(self, student: Student, c: Tensor) -> Callable[..., Estimate]:
         """Score of the student's x_t given c, [B, k]: the fake score of the exact joint KL."""
         def score(x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Estimate:
-            alpha, _ = _levels(self.schedule, t)
+            alpha, _ = levels(self.schedule, t)
             rest = Gaussian(torch.zeros_like(student.b), student.spread, self.schedule)
             blind = rest.score(x_t - alpha * (c @ student.B.T + student.b), t)
             return Estimate(x_t, blind.eps, blind.alpha, blind.sigma)
@@ -249,11 +248,11 @@ class LinearGaussianWorld:
     def fidelity(self, student: Student, t: Tensor) -> Tensor:
         """KL( p_theta(x_t) || p(x_t) ) per t, [T] nats: all of Diff-Instruct."""
         mean, cov = self._moments(student)
-        return _kl(mean, cov, self.data.mean, self.data.cov, *_levels(self.schedule, t))
+        return _kl(mean, cov, self.data.mean, self.data.cov, *levels(self.schedule, t))
 
     def bound(self, student: Student, t: Tensor) -> Tensor:
         """Lemma 3.1 per t: E_theta[ -log p(c | x_t) p(x_t) + log p_theta(x_t) ], [T] nats; differentiable."""
-        alpha, sigma = (v.unsqueeze(2) for v in _levels(self.schedule, t))
+        alpha, sigma = (v.unsqueeze(2) for v in levels(self.schedule, t))
         AK, Q = self.A @ self.data.posterior_gain(t), self._c_cov(t)
         offset = -alpha * AK @ (self._moments(student)[0] - self.data.mean).unsqueeze(1)
         of_c = torch.eye(len(Q[0])).double() - alpha * AK @ student.B
@@ -269,7 +268,7 @@ class LinearGaussianWorld:
         shift = torch.cat([mean - self.data.mean, torch.zeros_like(self.c_mean)])
         ours = _blocks(cov, student.B @ self.c_cov, self.c_cov)
         theirs = _blocks(self.data.cov, self.data.cov @ self.A.T, self.c_cov)
-        alpha, sigma = _levels(self.schedule, t)
+        alpha, sigma = levels(self.schedule, t)
         d, k = len(mean), len(self.c_mean)
         scale = torch.cat([alpha.expand(-1, d), torch.ones(len(t), k).double()], 1)
         noise = torch.cat([sigma.expand(-1, d), torch.zeros(len(t), k).double()], 1)
@@ -277,7 +276,7 @@ class LinearGaussianWorld:
 
     def control_entropy(self, student: Student, t: Tensor) -> Tensor:
         """H_theta(c | x_t) per t, [T] nats: the gap of Lemma 3.1; can be below 0, c being continuous."""
-        alpha, sigma = (v.unsqueeze(2) for v in _levels(self.schedule, t))
+        alpha, sigma = (v.unsqueeze(2) for v in levels(self.schedule, t))
         x_t_cov = alpha**2 * self._moments(student)[1] + sigma**2 * torch.eye(len(student.b)).double()
         cross = alpha * (student.B @ self.c_cov)
         left = self.c_cov - cross.mT @ torch.linalg.solve(x_t_cov, cross)
@@ -300,85 +299,12 @@ class LinearGaussianWorld:
         return mean, student.B @ self.c_cov @ student.B.T + student.spread
 
 
-@dataclass(frozen=True)
-class MixtureWorld:
-    """x ~ sum_k weights_k N(means_k, variances_k I); c = k, the label of the component x came from."""
-
-    weights: Tensor
-    means: Tensor
-    variances: Tensor
-    schedule: NoiseSchedule
-
-    @classmethod
-    def example(cls, schedule: NoiseSchedule) -> MixtureWorld:
-        return cls(tensor([0.5, 0.3, 0.2]), tensor([[-1.0, 0.2], [1.2, 1.0], [0.5, -1.5]]),
-                   tensor([0.15, 0.3, 0.08]), schedule)
-
-    def log_joint(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(x_t, c = k), [B, K]."""
-        offset, variance = self._offsets(x_t, t)
-        normal = -0.5 * (offset.square().sum(2) / variance + x_t.shape[1] * torch.log(2 * math.pi * variance))
-        return self.weights.log() + normal
-
-    def log_density(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(x_t), [B]."""
-        return self.log_joint(x_t, t).logsumexp(1)
-
-    def log_prob(self, c: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(c | x_t), [B] nats; t = 0 is log p(c | x)."""
-        return self.log_joint(x_t, t).log_softmax(1).gather(1, c[:, None]).squeeze(1)
-
-    def score(self, x_t: Tensor, t: Tensor, y: Prompts | None = None) -> Estimate:
-        """sum_k p(k | x_t) of the components' scores, as an Estimate; a jdm.score.Score."""
-        offset, variance = self._offsets(x_t, t)
-        parts = -offset / variance.unsqueeze(2)
-        score = (self.log_joint(x_t, t).softmax(1).unsqueeze(2) * parts).sum(1)
-        alpha, sigma = _levels(self.schedule, t)
-        return Estimate(x_t, -sigma * score, alpha, sigma)
-
-    def condition_gradient(self, c: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Gradient over x_t of log p(c | x_t): the component's score minus the mixture's."""
-        offset, variance = self._offsets(x_t, t)
-        rows = torch.arange(len(c))
-        return -offset[rows, c] / variance[rows, c, None] - self._score(x_t, t)
-
-    def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p(x | x_t) is a mixture: its weights [B, K], means [B, K, d], variances [B, K]."""
-        alpha, sigma = _levels(self.schedule, t)
-        offset, variance = self._offsets(x_t, t)
-        means = self.means + (alpha * self.variances / variance).unsqueeze(2) * offset
-        return self.log_joint(x_t, t).softmax(1), means, sigma**2 * self.variances / variance
-
-    def posterior_moments(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [B, d] and covariance [B, d, d] of p(x | x_t)."""
-        weights, means, variances = self.posterior(x_t, t)
-        mean = (weights.unsqueeze(2) * means).sum(1)
-        apart = means - mean.unsqueeze(1)
-        within = (weights * variances).sum(1)[:, None, None] * torch.eye(x_t.shape[1]).double()
-        return mean, within + torch.einsum("bk,bki,bkj->bij", weights, apart, apart)
-
-    def plug_in_gradient(self, c: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """(alpha / sigma^2) Cov[x | x_t] times the gradient of log p(c | x) at E[x | x_t]."""
-        alpha, sigma = _levels(self.schedule, t)
-        mean, cov = self.posterior_moments(x_t, t)
-        return _times(cov, self.condition_gradient(c, mean, torch.zeros_like(t))) * alpha / sigma**2
-
-    def _score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        offset, variance = self._offsets(x_t, t)
-        return -(self.log_joint(x_t, t).softmax(1).unsqueeze(2) * offset / variance.unsqueeze(2)).sum(1)
-
-    def _offsets(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t - alpha means [B, K, d] and alpha^2 variances + sigma^2 [B, K]."""
-        alpha, sigma = _levels(self.schedule, t)
-        return x_t.unsqueeze(1) - alpha.unsqueeze(2) * self.means, alpha**2 * self.variances + sigma**2
-
-
-def _levels(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+def levels(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma, [B, 1] float64."""
     return schedule.alpha(t).double().unsqueeze(1), schedule.sigma(t).double().unsqueeze(1)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.einsum("bij,bj->bi", matrix, vector)
 
 

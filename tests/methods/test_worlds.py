@@ -9,7 +9,8 @@ import torch
 from jdm.directions import ascend, condition_alignment, distribution_matching
 from jdm.schedule import NoiseSchedule
 from jdm.terms import NoisyTerm
-from worlds import Gaussian, LinearGaussianWorld, MixtureWorld, Student, ascended, coarse_schedule, tensor
+from mixtures import MixtureWorld
+from worlds import Gaussian, LinearGaussianWorld, Student, ascended, coarse_schedule, tensor
 
 FINE = NoiseSchedule.scaled_linear()
 COARSE = coarse_schedule()

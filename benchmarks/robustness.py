@@ -1,4 +1,4 @@
-"""Writes docs/robustness.md: kinds of hostile and broken input, how many were tried, and how many hold.
+"""Writes docs/robustness.md: hostile and broken input by kind, how many were tried and hold; mistakes tests notice.
 
     python benchmarks/robustness.py [--out FILE.md] [--seeds 3] [TESTS ...]
 
@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import mistakes  # noqa: E402
 
 from hostile import KINDS  # noqa: E402
 
@@ -33,6 +35,13 @@ input does no harm and the result is right. A traceback, "failed unexpectedly" o
 
 | kind | inputs tried | hold | tested in |
 |---|---|---|---|
+"""
+MISTAKES = """
+## Mistakes that a test notices
+
+Each was made in a copy of the source, one at a time, by `python benchmarks/mistakes.py`; its test fails there, and
+passes without the mistake.
+
 """
 
 
@@ -83,7 +92,7 @@ def page(rows: dict[str, Row], command: str, seeds: int, seconds: float) -> str:
     text += f"| all | {tried:,} | {held:,} | files of `tests` |\n"
     if faults := [name for row in rows.values() for name in row.faults]:
         text += "\nWhat does not hold:\n\n" + "".join(f"- `{name}`\n" for name in faults)
-    return text
+    return text + MISTAKES + mistakes.table()
 
 
 def _commit() -> str:

@@ -229,7 +229,7 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
 
 
-def _pickles(_: str, names: list[str]) -> set[str]:
+def _pickles(_: Any, names: list[str]) -> set[str]:
     """The names, of a folder that is copied, which are of pickles or of an index of them."""
     return {name for name in names if name.lower().endswith((*single_file.PICKLES, ".bin.index.json"))}
 

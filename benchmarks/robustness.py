@@ -36,6 +36,7 @@ input does no harm and the result is right. A traceback, "failed unexpectedly" o
 | kind | inputs tried | hold | tested in |
 |---|---|---|---|
 """
+STOPPED = "The run was stopped before its end: tests that it had not reached are not counted.\n"
 MISTAKES = """
 ## Mistakes that a test notices
 
@@ -115,7 +116,10 @@ def main() -> None:
                         *(str(ROOT / name) for name in asked.tests)], plugins=[counting])
     command = " ".join(["python benchmarks/robustness.py", f"--seeds {asked.seeds}",
                         *(asked.tests if asked.tests != ["tests"] else [])])
-    asked.out.write_text(page(counting.rows, command, asked.seeds, time.monotonic() - start))
+    text = page(counting.rows, command, asked.seeds, time.monotonic() - start)
+    if code == pytest.ExitCode.INTERRUPTED:
+        text = text.replace("while the tests run.\n", f"while the tests run.\n{STOPPED}", 1)
+    asked.out.write_text(text)
     print(asked.out)
     raise SystemExit(int(code))
 

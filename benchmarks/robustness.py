@@ -1,4 +1,4 @@
-"""Writes docs/robustness.md: kinds of hostile and broken input, how many were tried, and how many hold.
+"""Writes docs/robustness.md: hostile and broken input by kind, how many were tried and hold; mistakes tests notice.
 
     python benchmarks/robustness.py [--out FILE.md] [--seeds 3] [TESTS ...]
 
@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import mistakes  # noqa: E402
 
 from hostile import KINDS  # noqa: E402
 
@@ -33,6 +35,14 @@ input does no harm and the result is right. A traceback, "failed unexpectedly" o
 
 | kind | inputs tried | hold | tested in |
 |---|---|---|---|
+"""
+STOPPED = "The run was stopped before its end: tests that it had not reached are not counted.\n"
+MISTAKES = """
+## Mistakes that a test notices
+
+Each was made in a copy of the source, one at a time, by `python benchmarks/mistakes.py`; its test fails there, and
+passes without the mistake.
+
 """
 
 
@@ -83,7 +93,7 @@ def page(rows: dict[str, Row], command: str, seeds: int, seconds: float) -> str:
     text += f"| all | {tried:,} | {held:,} | files of `tests` |\n"
     if faults := [name for row in rows.values() for name in row.faults]:
         text += "\nWhat does not hold:\n\n" + "".join(f"- `{name}`\n" for name in faults)
-    return text
+    return text + MISTAKES + mistakes.table()
 
 
 def _commit() -> str:
@@ -106,7 +116,10 @@ def main() -> None:
                         *(str(ROOT / name) for name in asked.tests)], plugins=[counting])
     command = " ".join(["python benchmarks/robustness.py", f"--seeds {asked.seeds}",
                         *(asked.tests if asked.tests != ["tests"] else [])])
-    asked.out.write_text(page(counting.rows, command, asked.seeds, time.monotonic() - start))
+    text = page(counting.rows, command, asked.seeds, time.monotonic() - start)
+    if code == pytest.ExitCode.INTERRUPTED:
+        text = text.replace("while the tests run.\n", f"while the tests run.\n{STOPPED}", 1)
+    asked.out.write_text(text)
     print(asked.out)
     raise SystemExit(int(code))
 

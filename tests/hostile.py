@@ -44,10 +44,13 @@ def hold(outcomes: Iterable[tuple[str, str]], record_property: Callable[[str, ob
     assert not faults, "\n".join(faults)
 
 
-def fault_of(arguments: Iterable[object], capture, codes: tuple[int, ...] = (0, 2)) -> str:
+def fault_of(arguments: Iterable[object], capture, codes: tuple[int, ...] = (0, 2), words: str = "") -> str:
     """What is wrong with how a command ended: it needs no traceback, a known exit code, and a last line that says why.
 
-    Lines before that are remarks, such as that captions are cut.
+    Lines before that are remarks, such as that captions are cut. 1 is doctor's code, whose findings are its output.
+
+    Args:
+        words: what a refusal must say; empty where the command may also end well.
     """
     capture.readouterr()
     for stream in (sys.stdout, sys.stderr):
@@ -58,11 +61,13 @@ def fault_of(arguments: Iterable[object], capture, codes: tuple[int, ...] = (0, 
         code = end.code
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
-    said = capture.readouterr().err
+    out, said = capture.readouterr()
     if "Traceback" in said or "failed unexpectedly" in said or code not in codes:
         return f"exit code {code}, {said[-300:]}"
+    if words and (not code or words not in out + said):
+        return f"exit code {code}, not refused with {words!r}: {said[-300:]}"
     last = (said.splitlines() or [""])[-1]
-    if code and (not last.startswith("jdm: ") or len(last) > 2000):
+    if code not in (0, 1) and (not last.startswith("jdm: ") or len(last) > 2000):
         return f"exit code {code}, its last line: {last[:300]}"
     return ""
 

@@ -138,6 +138,28 @@ def test_arguments_name_code_in_many_forms(words):
         trust.refuse_data("b.py")
 
 
+@pytest.mark.parametrize("words", [["theirs", "--prompt", "x"], ["theirs", "out"], ["--model", "theirs"],
+                                   ["--model=theirs"], ["x", "--also", "theirs"], ["x", "--prompt", "a boot,theirs"]])
+@pytest.mark.hostile("code")
+def test_a_folders_name_trusts_no_package(words):
+    trust.start(words)
+    trust.note_data({"control": "theirs:Mine"}, "theirs/jdm.json")
+    with pytest.raises(UsageError, match=r"theirs/jdm\.json names code, the module theirs"):
+        trust.refuse_data("theirs")
+
+
+@pytest.mark.hostile("code")
+def test_a_model_that_is_a_package(theirs, monkeypatch, capsys):
+    """Python imports from the working folder, as under `python -m jdm`."""
+    monkeypatch.chdir(theirs.parent)
+    monkeypatch.syspath_prepend(str(theirs.parent))
+    (theirs / "x.py").rename(theirs / "__init__.py")
+    card = json.loads((theirs / "jdm.json").read_text())
+    (theirs / "jdm.json").write_text(json.dumps({**card, "control": "theirs:Mine"}))
+    assert main(["sample", "theirs", "--prompt", "x", "--n", "1", "--image", "photo.png", "--out", "out"]) == 2
+    assert "jdm.json names code, the module theirs, which is not run" in capsys.readouterr().err
+    assert not (theirs / "RAN").exists()
+
 
 @pytest.mark.parametrize("target", ["secret", ".", "missing"])
 @pytest.mark.hostile("pickle")

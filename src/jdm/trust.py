@@ -37,10 +37,18 @@ def start(arguments: Iterable[str]) -> None:
 
 
 def trust(arguments: Iterable[str]) -> None:
-    """Trust the code that these name: FILE.py, FILE.py:NAME, --flag=FILE.py:NAME, or several between commas."""
+    """Trust the code that these name: FILE.py, FILE.py:NAME, --flag=FILE.py:NAME, or several between commas.
+
+    A word alone names a model or a folder, which may hold a Python package of that name.
+    """
     for argument in arguments:
         for word in (part for half in (argument, argument.partition("=")[2]) for part in half.split(",")):
-            _trusted.update({word, word.rpartition(":")[0]})
+            _trusted.add(word if word.endswith(".py") else word.rpartition(":")[0])
+
+
+def trust_source(source: str) -> None:
+    """Trust FILE.py, or a module by its name, which a person asked for."""
+    _trusted.add(source)
 
 
 def refuse_data(source: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from jdm.errors import UsageError, in_short
 from jdm.files import expanded
 from jdm.size import Size, height_width
-from jdm.trust import refuse_data, trust
+from jdm.trust import refuse_data, trust_source
 
 OWN = "_jdm_"  # what the names of modules begin with that are files of a user's
 
@@ -27,7 +27,7 @@ def imported(source: str) -> ModuleType:
     """
     refuse_data(source)
     module = _module(source)
-    trust([source])
+    trust_source(source)
     return module
 
 

@@ -167,6 +167,16 @@ def test_what_the_source_is_must_be_plain(tmp_path, capsys):
     assert "03.jpg and 03.png could both be meant; say which files are: --data.pictures" in text
 
 
+@pytest.mark.hostile("data")
+def test_a_training_split_without_pictures(tmp_path, teacher, capsys):
+    place = various(tmp_path / "d", 7)  # so few that none is held out
+    words = ("--recipe", "nano-canny", "--model", teacher, "--data.split", "test[:64]")
+    code, text, rows = doctor(capsys, place, *words)
+    assert code == 1
+    assert f"{place}, split test[:64]: no pictures; give a wider slice" in text
+    assert rows["pictures"] == ["0", "0", "0"]
+
+
 def test_misuse_of_the_doctor_ends_with_two(tmp_path, capsys):
     place = various(tmp_path / "d", 7)
     for words in (("absent",), (place, "--data.colour", "1"), (place, "--recipe", "nano-cany"),

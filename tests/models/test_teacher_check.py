@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+import families
 import tiny
 from jdm.data.sources import load_pictures
 from jdm.errors import TeacherWarning, UsageError
@@ -97,6 +98,26 @@ def test_predictions_that_are_not_finite_are_refused(teacher, pictures):
         doubted(teacher.with_parts(unet=huge), pictures)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.hostile("weights")
+def test_a_layer_that_is_not_finite(part, value, teacher, pictures):
+    """Reading a folder refuses it too (`weights.refuse_unsound`); the check sees what was changed since."""
+    broken = copy.deepcopy(getattr(teacher, part))
+    names = {"vae": "encoder.conv_in.weight", "unet": "conv_in.weight"}
+    broken.get_parameter(names.get(part) or next(iter(dict(broken.named_parameters())))).data.view(-1)[:] = value
+    with pytest.raises(UsageError, match="not finite"):
+        doubted(teacher.with_parts(**{part: broken}), pictures)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21-v", "sdxl", "sd3", "sd35", "z-image"])
+def test_untrained_families_are_doubted_not_refused(kind, pictures):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = families.made(kind)
+    assert doubted(model, pictures)
+
+
 def test_random_weights_are_doubted_and_run(pictures):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -107,9 +128,17 @@ def test_random_weights_are_doubted_and_run(pictures):
 
 
 def test_the_check_draws_from_no_shared_stream(teacher, pictures):
-    before, start = torch.get_rng_state(), time.perf_counter()
+    before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_misfit("a copy", teacher, pictures)
     assert torch.equal(torch.get_rng_state(), before)
-    assert time.perf_counter() - start < 10  # a tenth of a second where the machine is free
+
+
+def test_the_check_takes_less_than_a_second(teacher):
+    def seconds() -> float:
+        start = time.thread_time()  # whatever else the machine does
+        warn_of_misfit("a copy", teacher)
+        return time.thread_time() - start
+
+    assert min(seconds() for _ in range(3)) < 1

@@ -101,6 +101,9 @@ def examined(run: Run, progress: Progress) -> Findings:
                 raise
             found.refuse("what the pictures are", str(error))
             continue
+        if title == "train" and not len(pictures) and not pictures.report.refused:
+            found.refuse("what the pictures are", f"{run.data.source}, split {split}: no pictures; give a wider slice "
+                         "or more pictures")
         for kind, refused in pictures.report.refused.items():
             for message in refused.messages:
                 found.refuse(kind, message, refused.count if len(refused.messages) == 1 else 1)

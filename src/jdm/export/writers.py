@@ -44,7 +44,6 @@ from jdm.training.trainer import export_checkpoint
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")
 RANK = 64
-PICKLES = tuple(f"*{ending}" for ending in single_file.PICKLES)
 
 
 @dataclass(frozen=True)
@@ -230,9 +229,14 @@ def _subject(source: Source, name: str, format: str, dtype: torch.dtype) -> Subj
     return replace(found, sigma=((1 - signal) / signal) ** 0.5, same_levels=same)
 
 
+def _pickles(_: Any, names: list[str]) -> set[str]:
+    """The names, of a folder that is copied, which are of pickles or of an index of them."""
+    return {name for name in names if name.lower().endswith((*single_file.PICKLES, ".bin.index.json"))}
+
+
 def _diffusers(source: Source, draft: Path, subject: Subject) -> Subject:
     """Writes a copy of the folder."""
-    shutil.copytree(source.folder, draft, ignore=shutil.ignore_patterns(*PICKLES))
+    shutil.copytree(source.folder, draft, ignore=_pickles)
     return subject
 
 
@@ -249,8 +253,9 @@ def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
         return _hints(model, draft, replace(subject, comfyui={CHECKPOINT_FILE.format(name=subject.name):
                                                               "models/diffusion_models"}))
     draft.mkdir()
-    no_weights = shutil.ignore_patterns("*.safetensors", *PICKLES, CARD, "training", "*.md")
-    shutil.copytree(source.folder, draft / "config", ignore=no_weights)
+    others = shutil.ignore_patterns("*.safetensors", CARD, "training", "*.md")
+    shutil.copytree(source.folder, draft / "config",
+                    ignore=lambda folder, names: {*_pickles(folder, names), *others(folder, names)})
     single_file.save(single_file.checkpoint_tensors(model), draft / CHECKPOINT_FILE.format(name=subject.name))
     _keep_card(source, draft)
     return _hints(model, draft, subject)
@@ -292,7 +297,7 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
         subject = replace(subject, comfyui={COMFYUI_FILE.format(name=subject.name): "models/loras"})
     for part in ("scheduler", "controlnet"):
         if (source.folder / part).is_dir():
-            shutil.copytree(source.folder / part, draft / part)
+            shutil.copytree(source.folder / part, draft / part, ignore=_pickles)
     subject = _hints(model, draft, subject)
     _keep_card(source, draft)
     return replace(subject, errors=found.errors, left_out=found.left_out, rank=found.lora.rank)

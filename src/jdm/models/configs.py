@@ -30,6 +30,7 @@ Unit = Annotated[float, Meta(ge=0, le=1)]
 Component = tuple[str | None, str | None] | None
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None
 NULL = ("joint_attention_dim",)  # of ControlNets that read no text, whatever their class declares
+NAMES = {"_class_name": str | None, "architectures": list[str] | None}  # of a network's class, in a config.json
 SIMPLE = {int: Whole, float: Real, bool: bool, str: str}
 
 
@@ -140,6 +141,9 @@ def check(found: Any, name: str, where: str, kind: Any = None) -> dict:
         _update(found)
     kind = (kind or PARTS.get(file.parent.name)) if file.name == "config.json" else None
     fitted(found, {diffusers.UNet2DConditionModel: UNet, diffusers.AutoencoderKL: VAE}.get(kind, dict), where, REMEDY)
+    for key, hint in NAMES.items() if kind else ():
+        if key in found:
+            fitted(found[key], hint, where, REMEDY, key)
     for key, hint in _fields(kind).items() if kind else ():
         if key in found:
             fitted(found[key], hint, where, REMEDY, key)

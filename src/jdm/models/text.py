@@ -100,7 +100,7 @@ class TextEncoder:
     def overlong(self, prompts: Prompts) -> dict[str, str]:
         """Prompt -> its end that no text model reads, of those longer than the tokenizers' limits."""
         found: dict[str, str] = {}
-        for _, tokenizer in self.networks:
+        for _, tokenizer in self.networks if prompts else ():  # tokenizers fail on no prompt
             longest = tokenizer.model_max_length
             for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
                 if len(ids) > longest:

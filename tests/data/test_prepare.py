@@ -61,8 +61,7 @@ def losses(run: Run) -> list[dict]:
 @pytest.fixture
 def photos(tmp_path):
     """A folder of 30 noisy PNG files with captions: 26 of them train."""
-    folder = folder_of(tmp_path / "photos", count=30)
-    rng = np.random.default_rng(0)
+    folder, rng = folder_of(tmp_path / "photos", count=30), np.random.default_rng(0)
     for file in folder.glob("*.png"):
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(file, compress_level=0)
     return folder
@@ -393,7 +392,7 @@ def test_the_command_prints_parts_and_the_next_command(teacher, tmp_path, capsys
     assert main(["prepare", "nano-posterior", *flags, "--out", folder]) == 0
     *parts, command = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in parts] == ["latents", "pictures", "text", "in"]
-    assert parts[1].split()[1:] == [f"{8 * 3 * 32 * 32 + 128 + len(json.dumps({})) + 1:,}", "bytes"]
+    assert parts[1].split()[1:] == [f"{8 * 3 * 32 * 32 + 131:,}", "bytes"]  # a header of 128, {} and a line's end
     assert command.startswith("jdm train nano-posterior --model ")
     assert command.endswith(f" --data.prepared {folder}")
     assert main(["train", "nano-posterior", *flags, "--data.prepared", folder, "--out", str(tmp_path / "run")]) == 0

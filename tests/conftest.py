@@ -24,7 +24,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("--fuzz-seeds")))
 
 
+# Files of a minute and more come first, so that no process is left with one at the end.
+LONG = ("training/test_every_recipe.py", "training/test_distributed.py", "app/test_page.py", "app/test_static.py",
+        "cost/test_estimate.py", "models/test_backbone.py", "export/test_onnx.py", "formats/test_single_file.py",
+        "formats/test_single_file_import.py", "cli/test_demo.py", "data/test_prepare.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((n for n, file in enumerate(LONG) if item.path.match(file)), len(LONG)))
     for item in items:
         for mark in item.iter_markers("hostile"):
             assert mark.args[0] in hostile.KINDS, f"{item.nodeid}: no such kind of hostile input"

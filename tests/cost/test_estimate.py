@@ -36,7 +36,7 @@ class Untracked(nullcontext):
     parents = ("Global",)
 
 
-@pytest.fixture(scope="module", params=["nano-canny", "mid-size", "wide"])
+@pytest.fixture(scope="module", params=["nano-canny", pytest.param("mid-size", marks=pytest.mark.slow), "wide"])
 def measured(request, tmp_path_factory):
     """(estimate, trainer after a step, FLOPs of its second step, bytes autograd saved in its generator phase)."""
     place = tmp_path_factory.mktemp("estimated")

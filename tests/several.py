@@ -40,16 +40,16 @@ from jdm.training.trainer import Trainer
 from tiny import nano_canny, nano_diff_instruct
 
 STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third step
-# In turn, what one process, then two, then four, and then one again compute: one folder for each name.
+# In turn, what one process, then two, and then one again compute: one folder for each name.
 # A process's first optimiser step on a new mesh costs seconds (DTensor plans it), so actions of one mesh stay together.
 ALL = [
     (1, ["critic:1:gan", "gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
     (2, ["critic:1:gan", "critic:2:gan",
          "gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
          "trained:1:replicated", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
-    (4, ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four"]),
     (1, ["trained:1:two-to-one"]),
 ]
+FOUR = ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four", "trained:4:sharded-over-four"]  # for four
 GRADIENTS = [(1, ["gradients:1:full", "gradients:1:lora"]), (2, ["gradients:2:full", "gradients:2:lora"]),
              (4, ["gradients:4:full"])]
 IN_DOUBLE = ("gradients", "trained")

@@ -12,8 +12,9 @@ demo: $(VENV)/.run
 	$(BIN)/jdm demo
 
 # A page on which a drawing becomes pictures; it is opened in this machine's browser.
+MODELS ?= weights/emoji-strokes nano-canny
 app: $(VENV)/.app
-	$(BIN)/jdm app --open
+	$(BIN)/jdm app $(MODELS) --open
 
 # Chromium for the tests of that page, where there is none.
 browser: $(VENV)/.dev

@@ -1,6 +1,7 @@
 """How quickly the page follows the hand: pictures a second and latency, in a real browser against `jdm app`.
 
-    python benchmarks/app_pace.py [MODEL] [--static FOLDER] [--seconds 10] [--screenshot FILE] [--json FILE]
+    python benchmarks/app_pace.py [MODEL] [--static FOLDER] [--seconds 10] [--screenshot FILE]
+        [--drawing NAME] [--json FILE]
 
 With --static the browser computes, from a folder that `jdm app --static FOLDER` wrote.
 
@@ -79,13 +80,20 @@ def measured(page: Page, seconds: float) -> list[float]:
     return found
 
 
-def pictured(page: Page, file: Path) -> None:
-    """Draws a boot by hand and writes what the page shows."""
+def sketch(name: str) -> list[list[tuple[float, float]]]:
+    """Lines of a sketch of docs/drawings, in [0, 1] of the canvas."""
+    read = json.loads((Path(__file__).parents[1] / "docs" / "drawings" / "drawings.json").read_text())
+    (found,) = (one for one in read["drawings"] if one["name"] == name)
+    return [[(x / read["canvas"], y / read["canvas"]) for x, y in line] for line in found["strokes"]]
+
+
+def pictured(page: Page, file: Path, lines: list[list[tuple[float, float]]]) -> None:
+    """Draws the lines by hand and writes what the page shows."""
     box = page.locator("#canvas").bounding_box()
     assert box is not None
     page.click("#clear")
     page.fill("#n", "4")
-    for line in BOOT:
+    for line in lines:
         points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
         page.mouse.move(*points[0])
         page.mouse.down()
@@ -103,6 +111,7 @@ def main() -> None:
     parser.add_argument("--static", type=Path, metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--screenshot", type=Path)
+    parser.add_argument("--drawing", help="sketch of docs/drawings to draw for it, by name; a boot without one")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     place = hosted(asked.static) if asked.static else served(asked.model)
@@ -112,7 +121,7 @@ def main() -> None:
         page.goto(address)
         latencies = measured(page, asked.seconds)
         if asked.screenshot:
-            pictured(page, asked.screenshot)
+            pictured(page, asked.screenshot, sketch(asked.drawing) if asked.drawing else BOOT)
         browser.close()
     cuts = statistics.quantiles(latencies, n=20)
     row = {"model": str(asked.static or asked.model), "seconds": asked.seconds,

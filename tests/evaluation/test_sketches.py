@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from hand_drawings import DRAWINGS, drawn  # noqa: E402
 
 
-@pytest.mark.skipif(not (ROOT / "weights").is_dir(), reason="the weights beside the package lie in the repository alone")
+@pytest.mark.skipif(not (ROOT / "weights").is_dir(), reason="these weights lie in the repository, not in the package")
 def test_a_sketchs_lines_are_in_its_picture():
     read, control = json.loads(DRAWINGS.read_text()), Strokes()
     model = load_model(str(ROOT / "weights" / "emoji-strokes"))

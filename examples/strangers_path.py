@@ -104,8 +104,8 @@ def main(out: Path, steps: int = 200) -> None:
     steps_logged = [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps_logged == sorted(set(steps_logged)), "a resumed log repeats steps"
     assert steps_logged[-1] == steps
-    jdm("evaluate", run / "model", "--control", control, "--n", 15, "--seed", 0, "--json", out / "measured.json",
-        "--data.source", folder, *layout[2:])
+    jdm("evaluate", run / "model", "--control", control, "--n", 15, "--quick", "--seed", 0, "--json",
+        out / "measured.json", "--data.source", folder, *layout[2:])
     jdm("export", run / "model", out / "exported", "--format", "diffusers")
     map_ = next(folder.glob("p100.png"))
     (out / "stock.py").write_text(STOCK)

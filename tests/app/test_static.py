@@ -37,6 +37,7 @@ if CHROMIUM:
     pytest.importorskip("onnx", reason="pip install 'jdm[onnx]'")
 
 
+# A folder takes half a minute to make, so most of these tests are slow ones.
 @pytest.fixture(scope="module")
 def runtime():
     """The tarball of onnxruntime-web."""
@@ -105,6 +106,7 @@ def page(browser, address):
         yield found
 
 
+@pytest.mark.slow
 def test_shipped_students_will_fit_in_25_mb(folder):
     """All but the graphs, and the weights of two students of one UNet."""
     own = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and "models" not in file.parts)
@@ -142,12 +144,14 @@ def same(page, name, place, tmp_path, shaped="plain"):
     assert expected.std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shaped"), [("canny", "plain"), ("canny", "map"), ("silhouette", "plain"),
                                               ("canny", "all")])
 def test_pictures_are_those_of_python(page, name, shaped, models, tmp_path):
     same(page, name, f"{models}/", tmp_path, shaped)
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_after_loading(page):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -164,6 +168,7 @@ def test_nothing_is_fetched_after_loading(page):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_notes_and_limits_are_told(page, models):
     page.click("#clear")
     page.fill("#prompt", "bag")
@@ -183,6 +188,7 @@ def test_notes_and_limits_are_told(page, models):
     page.fill("#prompt", "bag")
 
 
+@pytest.mark.slow
 def test_a_host_may_unpack_and_allow_threads(browser, folder):
     with pages.hosted(folder, unpacks=True, isolates=True) as address, opened(browser, address) as page:
         assert page.evaluate("crossOriginIsolated")
@@ -192,6 +198,7 @@ def test_a_host_may_unpack_and_allow_threads(browser, folder):
         assert differ(before, settled(page))
 
 
+@pytest.mark.slow
 def test_the_page_reaches_no_other_host(browser, address):
     page = browser.new_page()
     page.route("**/browser.js", lambda route: route.fulfill(status=404))  # without its engine it loads no graph
@@ -211,6 +218,7 @@ def said_at_start(page, address) -> str:
     return page.inner_text("#notice")
 
 
+@pytest.mark.slow
 def test_a_browser_without_simd_is_told(launch, address):
     old = launch("--no-enable-sse4-1 --no-enable-ssse3")  # without these instructions V8 has no vectors
     said = said_at_start(old.new_page(), address)
@@ -219,6 +227,7 @@ def test_a_browser_without_simd_is_told(launch, address):
                     "91, Firefox 114, Safari 16.4 or a newer one.")
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_named(browser, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "models" / "canny" / "unet.onnx").unlink()

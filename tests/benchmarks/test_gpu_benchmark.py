@@ -30,6 +30,7 @@ def step(seconds, memory, estimate=None):
                       else {})
 
 
+@pytest.mark.slow
 def test_smoke_takes_every_part_through(tmp_path):
     done = subprocess.run([sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--smoke", "--commit", "abc"],
                           capture_output=True, text=True)

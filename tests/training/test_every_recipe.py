@@ -28,16 +28,17 @@ STILL["nano-flow-teacher"] = ("transformer.pos_embed.pos_embed", *(
 
 
 # SD1.5's overlays are nano's at other rates, in bfloat16 and with a LoRA for the fake score. These stand for the rest,
-# which `make test-slow` trains too.
+# which `make test-slow` trains too, and so it does the ablations.
 SD15 = ("canny", "canny-4", "canny-lora", "controlnet", "controlled-fake", "ddmd-4", "hed", "joint", "nct", "shared",
         "sr", "text-both")
 
 
 def trained() -> list:
-    """Every recipe; slow, those of SD1.5 that have a twin of nano's and are not in `SD15`."""
+    """Every recipe; slow, the ablations, and those of SD1.5 that have a twin of nano's and are not in `SD15`."""
     def is_slow(name: str) -> bool:
         scale, _, overlay = name.partition("-")
-        return scale == "sd15" and overlay not in SD15 and f"nano-{overlay}" in RECIPES
+        twin = scale == "sd15" and overlay not in SD15 and f"nano-{overlay}" in RECIPES
+        return twin or (entries()[name].module == "jdm.recipes.ablations" and overlay not in SD15)
 
     return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in sorted(entries())]
 

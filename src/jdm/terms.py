@@ -6,6 +6,7 @@ Terms on x_t are score-like: they reach x times alpha_t lambda_t, in `NoisyTerm.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -192,7 +193,7 @@ class Guided:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithModule:
+class WithModule(ABC):
     """A term with a network of its own, which a phase of its own trains; a base class of a `CleanTerm` or `NoisyTerm`.
 
     Attributes:
@@ -205,13 +206,15 @@ class WithModule:
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(lr=1e-4, betas=(0.0, 0.95)))
     clip: Positive = 1.0
 
+    @abstractmethod
     def module(self, networks: Any) -> nn.Module:
         """Makes the network, given `methods.networks.Networks`."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def loss(self, at: Any) -> Tensor:
         """What the network descends; scalar."""
-        raise NotImplementedError
+        ...
 
 
 # The papers' terms

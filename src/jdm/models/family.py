@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
@@ -22,7 +23,7 @@ from jdm.space import Space
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A backbone, alone or with ControlNets: (x_t, timestep, text, control) -> output like x_t. Families subclass it.
 
     Args:
@@ -54,8 +55,9 @@ class Denoiser(nn.Module):
         with switched_on(self.adapters), computing(x_t.device, self.autocast):
             return self._denoised(x_t, timestep, text, control).contiguous()
 
+    @abstractmethod
     def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        ...
 
     def features(self, x_t: Tensor, timestep: Tensor, text: Text) -> list[Tensor]:
         """Outputs [B, C, h, w] of the `feature_layers` on the way to the denoiser's own; differentiable in x_t."""
@@ -76,17 +78,19 @@ class Denoiser(nn.Module):
         """A feature layer's output as a picture [B, C, h, w]."""
         return output if isinstance(output, Tensor) else output[0]
 
+    @abstractmethod
     def feature_layers(self) -> list[nn.Module]:
         """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""
-        raise NotImplementedError
+        ...
 
     def linears(self) -> list[nn.Linear]:
         """The linear layers of the backbone's blocks, whose frozen weights may be kept in 8 bits; none by default."""
         return []
 
+    @abstractmethod
     def shard_units(self) -> list[nn.Module]:
         """The modules FSDP2 shards, each as a unit: a network's blocks, then the network itself."""
-        raise NotImplementedError
+        ...
 
 
 class ManySteps(Protocol):
@@ -203,7 +207,7 @@ class Family(Protocol):
 
     @property
     def prediction(self) -> Prediction:
-        """Which quantity the backbone predicts."""
+        """The quantity that the backbone predicts, as diffusers names it, or flow."""
         ...
 
     def score_of(self, text: TextEncoder, net: Denoiser, guidance: float = 1.0) -> ScoreModel[Denoiser]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,10 @@ class TransformerDenoiser(Denoiser):
         return [layer for block in self.backbone.modules() if type(block).__name__ in kinds
                 for key, layer in block.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in key]
 
+    @abstractmethod
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """A network's transformer blocks, and what else is sharded as a unit of its own."""
-        raise NotImplementedError
+        ...
 
     def shard_units(self) -> list[nn.Module]:
         return [unit for net in (*self.controlnets, self.backbone) for unit in (*self.blocks(net), net)]
@@ -81,7 +83,7 @@ class EulerSteps:
 
     @classmethod
     def of(cls, scheduler: Any, schedule: FlowSchedule) -> Self:
-        """Of a scheduler whose timesteps are set."""
+        """The sampler of a diffusers scheduler whose timesteps are set."""
         sigmas = scheduler.sigmas[:-1].double()
         return cls(scheduler, list(schedule.nearest(-2 * torch.logit(sigmas))))
 
@@ -155,9 +157,10 @@ class FlowModel(StockModel):
         return self._own_size if self.pixels is None else self.pixels
 
     @property
+    @abstractmethod
     def _own_size(self) -> Size:
         """Size of its pictures where none is noted."""
-        raise NotImplementedError
+        ...
 
     def at(self, size: Size) -> Self:
         """The same weights with another picture size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class Part:
                    kind)
 
 
-class StockModel:
+class StockModel(ABC):
     """A model in a diffusers folder. Families subclass it as frozen dataclasses with a field for each part."""
 
     NAME: ClassVar[str]
@@ -177,9 +178,10 @@ class StockModel:
 
     NETWORK: ClassVar[str]  # the backbone, in a sentence
 
+    @abstractmethod
     def _refuse_widths(self, path: str) -> None:
         """UsageError where the backbone does not read what the text encoders write."""
-        raise NotImplementedError
+        ...
 
     def _refuse_tokenizers(self, path: str) -> None:
         for network, own in self.text().networks:
@@ -224,19 +226,23 @@ class StockModel:
         return self.backbone.config["in_channels"]
 
     @property
+    @abstractmethod
     def schedule(self) -> NoiseSchedule:
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def prediction(self) -> Prediction:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def text(self, one_by_one: bool = False) -> TextEncoder:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
                  adapters: Sequence[Any] = (), also: Sequence[nn.Module] = ()) -> Denoiser:
-        raise NotImplementedError
+        ...
 
     @property
     def levels(self) -> tuple[int, ...] | None:
@@ -300,25 +306,31 @@ class StockModel:
         return {}
 
     @staticmethod
+    @abstractmethod
     def asked(levels: Sequence[int] | None, guidance: float, n: int, controlled: bool = False,
               size: Size | None = None) -> dict[str, Any]:
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def size(self) -> Size:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def at(self, size: Size) -> Self:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def new_controlnet(self, backbone: nn.Module | None = None) -> nn.Module:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def step_scheduler(self, levels: Sequence[int]) -> dict:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def many_steps(self, steps: int) -> ManySteps:
-        raise NotImplementedError
+        ...
 
     @property
     def clip(self) -> float:

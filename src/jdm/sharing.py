@@ -1,4 +1,4 @@
-"""Which part of a step's global batch is computed here, and means over all parts and processes."""
+"""Shares of a step's global batch: the one that is computed here, and means over all parts and processes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class SampleError(UsageError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which files of a sample are meant: endings such as jpg and canny.png, and the key of a .json."""
+    """The files of a sample that flags mean: endings such as jpg and canny.png, and the key of a .json."""
 
     pictures: str = ""
     captions: str = ""

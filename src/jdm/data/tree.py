@@ -74,7 +74,7 @@ def _add(found: dict[str, Stamp], path: str, name: str, report: Report) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which files a flag means, and what each of them has in common with the others of its picture.
+    """The files that a flag means, and what each of them has in common with the others of its picture.
 
     Attributes:
         value: "" for every file with one of the endings; "*_mask.png", a pattern whose one * stands for that common

@@ -64,12 +64,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As `--cells` has it."""
+        """The cell's name, as `--cells` takes it: column/row."""
         return f"{self.column}/{self.row.key}"
 
     @property
     def control(self) -> str:
-        """Empty for text-to-image."""
+        """The column's control; empty for text-to-image."""
         return "" if self.column == TEXT else self.column
 
     def on(self, setup: Setup) -> Cell:

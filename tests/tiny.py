@@ -91,6 +91,11 @@ def run(recipe: Run, out: Path, teacher: Path, steps: int = 2, **changes) -> Run
     return replace(whole, **changes)
 
 
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def cached(run: Run, folder: Path, out: Path | None = None) -> Run:
     """The run on what `jdm prepare` left in the folder."""
     return replace(run, out=out or run.out, data=replace(run.data, prepared=str(folder)))

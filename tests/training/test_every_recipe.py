@@ -14,6 +14,7 @@ from jdm.recipes import all_recipes, entries, recorded
 from jdm.run import Optimiser, described
 from jdm.training import checkpoint
 from jdm.training.loop import train
+from tiny import same
 
 RECIPES = all_recipes()
 pytestmark = pytest.mark.usefixtures("untrained_judge")
@@ -91,10 +92,6 @@ def merged(lora: dict[str, torch.Tensor], base: dict[str, torch.Tensor], precisi
         path, b = key.partition(".lora_A.")[0], lora[key.replace(".lora_A.", ".lora_B.")]
         whole[f"{path}.weight"] += (b.flatten(1) @ lora[key].flatten(1)).view_as(whole[f"{path}.weight"])
     return whole
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def exported(folder: Path, part: str) -> dict[str, torch.Tensor]:

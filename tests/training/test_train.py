@@ -24,6 +24,7 @@ from jdm.run import Needs, Product, Run, Task
 from jdm.training import checkpoint
 from jdm.training.loop import train
 from jdm.training.trainer import Trainer
+from tiny import same
 
 RECIPES = all_recipes()
 pytestmark = pytest.mark.usefixtures("untrained_judge")
@@ -37,10 +38,6 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     place = checkpoint.last(out)
     assert place is not None
     return load_file(place / "state.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_record_makes_the_same_run_again(teacher, tmp_path):

@@ -48,7 +48,7 @@ def test_rooms_import_downward_alone(file):
 
 @pytest.mark.parametrize("noun", NOUNS)
 def test_nouns_import_torch_alone(noun):
-    own = {"jdm", "torch", "__future__", "collections", "contextlib", "dataclasses", "functools", "itertools", "math",
+    own = {"jdm", "torch", "__future__", "abc", "collections", "contextlib", "dataclasses", "functools", "itertools", "math",
            "pathlib", "typing"}
     assert {package for package, _ in imports(SOURCE / f"{noun}.py")} <= own
 

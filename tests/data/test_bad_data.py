@@ -94,6 +94,8 @@ SHARDS = {  # name -> (members, what is said)
     "no caption": ([("0.jpg", JPEG)], r"0\.jpg has no caption; put 0\.txt beside it"),
     "twice": ([("0.jpg", JPEG), ("0.jpg", JPEG), ("0.txt", b"a")], r"0\.jpg appears twice; write the shard again"),
     "captions apart": ([("0.jpg", JPEG), ("1.jpg", JPEG), ("0.txt", b"a"), ("1.txt", b"b")], r"next to it in"),
+    "twice, apart": ([(f"{i}.{end}", data) for i in (0, 1, 0) for end, data in (("jpg", JPEG), ("txt", b"a"))],
+                     r"a\.tar: 0 comes twice, or its files do not lie side by side"),
     "one or several": ([("0.jpg", JPEG), ("0.txt", b"a"), ("0.b.jpg", JPEG), ("0.b.txt", b"b")], r"or several"),
     "no JSON": ([("0.jpg", JPEG), ("0.json", b"{")], r"0\.json is not JSON"),
     "a list": ([("0.jpg", JPEG), ("0.json", b"[]")], r"0\.json is not a JSON object; write one"),

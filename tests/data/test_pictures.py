@@ -169,6 +169,20 @@ def test_a_picture_with_corrupt_bytes_is_refused(tmp_path):
 
 
 @pytest.mark.hostile("data")
+def test_one_wrong_bit_of_a_png_is_noticed(tmp_path):
+    path = saved(Image.fromarray(np.full((40, 40, 3), 90, np.uint8)), tmp_path / "a.png")
+    whole, right = path.read_bytes(), load_picture(path, 16)
+    for bit in range(8 * whole.index(b"IDAT"), 8 * whole.index(b"IEND")):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert torch.equal(load_picture(path, 16), right), bit
+        except UsageError as error:
+            assert "damaged or incomplete" in str(error) or "not a picture" in str(error)
+
+
+@pytest.mark.hostile("data")
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, recwarn):
     path = saved(Image.new("L", (50, 40)), tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500)

@@ -76,7 +76,7 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size, mo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large but allowed pictures and odd metadata
-            with Image.open(source, formats=FORMATS) as image:
+            with _opened(source) as image:
                 _check_size(path, image)
                 if most is not None and image.width * image.height > most:
                     raise UsageError(f"{path}: {image.width} x {image.height} are more than {most:,} pixels, the limit "
@@ -100,6 +100,15 @@ def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size, mo
         raise UnreadableError(f"{path}: damaged or incomplete ({in_short(error)}); "
                               "copy or save it again") from error
     return _covering(rgb, size)
+
+
+def _opened(source: Path | BinaryIO) -> Image.Image:
+    """The picture, before it is decoded. A PNG's checksums are compared, which decoding does not do for its pixels."""
+    image = Image.open(source, formats=FORMATS)
+    if image.format != "PNG":
+        return image
+    image.verify()
+    return Image.open(source, formats=["PNG"])
 
 
 def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:

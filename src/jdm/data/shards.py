@@ -31,7 +31,7 @@ from jdm.size import Size
 
 RANGE, MOST_SHARDS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}"), 100_000
 READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
-LAYOUT = 2  # of the table; increase when its columns or the rules of samples change, so that shards are read again
+LAYOUT = 3  # of the table; increase when its columns or the rules of samples change, so that shards are read again
 REFUSED = "samples that cannot be read as they were meant"
 HEADER = 65_536  # bytes in which a picture says its size
 
@@ -203,11 +203,16 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
     empty = {"start": 0, "captions": [], "map_start": 0, "map_bytes": 0}
     for index, shard, _ in shards:
         left: Left = {}
+        seen: set[str] = set()
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 members = (m for m in _files(tar, file) if not _hidden(m.name, left))
                 for key, files in groupby(members, key=lambda m: sample_key(m.name)):
                     try:
+                        if key in seen:
+                            raise SampleError(f"{key} comes twice, or its files do not lie side by side; write the "
+                                              "shard again, each sample once and its files together")
+                        seen.add(key)
                         for sample in list(samples(tar, key, list(files), asked, left)):
                             yield {"shard": index, "rule": "", **sample}
                     except SampleError as error:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
-from jdm.methods.engine import Declared, Distillation
+from jdm.methods.declared import Declared
+from jdm.methods.engine import Distillation
 from jdm.methods.networks import Fake, Student
 from jdm.recipes import find
 from jdm.regularisers import Adversarial

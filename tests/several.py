@@ -36,6 +36,7 @@ from jdm.recipes import find
 from jdm.regularisers import Adversarial
 from jdm.run import Optimiser, Run
 from jdm.training import checkpoint, distributed
+from jdm.training.product import write_model
 from jdm.training.trainer import Trainer
 from tiny import nano_canny, nano_diff_instruct
 
@@ -141,7 +142,7 @@ def exported(out: Path, teacher: Path, shard: int, name: str) -> None:
     """A step in float32 with its probe and preview, exported; and the averages that should be in the folder."""
     trainer = Trainer(replace(run_of(out / name, teacher, shard), steps=1, probe_every=1, preview_every=1))
     trainer.step(0)
-    trainer.export()
+    write_model(trainer)
     keep(out, name, {f"{n}.{k}": v for n, average in trainer.averages.items() for k, v in average.items()})
 
 

@@ -143,6 +143,16 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).mean()
 
 
+def rms(direction: Tensor) -> Tensor:
+    """Root mean square, over samples and components; for the log."""
+    return direction.square().mean().sqrt()
+
+
+def health(x: Tensor) -> dict[str, Tensor]:
+    """For the log: std of x [B, ...] over all of it, the share beyond 4, and its std over the samples of the batch."""
+    return {"std_x": x.std(), "saturation": (x.abs() > 4).float().mean(), "spread_x": x.std(0, correction=0).mean()}
+
+
 def together(parts: Mapping[str, Tensor], bounds: Mapping[str, float],
              batch_mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The parts, those with a bound clipped to it, in units of the mean norm of the sum of the others.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
-from jdm.schedule import NoiseSchedule, precise
+from jdm.schedule import NoiseSchedule, matched, precise
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTIONS = get_args(Prediction)
@@ -144,6 +144,19 @@ class ScoreModel(Generic[Net]):
             return self(x_t, t, y, control)
         cond, uncond = self.conditional_and_unconditional(x_t, t, y, control)
         return replace(cond, output=uncond.output + self.guidance * (cond.output - uncond.output))
+
+    def guidance_on(self, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, y: Prompts) -> tuple[Estimate, Estimate]:
+        """The two halves of guidance for an x_t of another schedule, read at that schedule's (alpha, sigma).
+
+        Two schedules meet at equal signal-to-noise ratio: the network sees x_t rescaled to its own alpha there. Its
+        levels are discrete, so the ratios agree to half a level.
+        """
+        alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
+        own = matched(self.schedule, schedule, t)
+        scale = self.schedule.alpha(own, x_t) / alpha
+        cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma)
+                        for e in self.conditional_and_unconditional(x_t * scale, own, y))
+        return cond, uncond
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters()) if isinstance(self.net, nn.Module) else []

@@ -15,7 +15,6 @@ from jdm.loading import Loaded
 from jdm.methods.diff_instruct import DiffInstruct
 from jdm.methods.engine import Distillation
 from jdm.methods.networks import Fake, Student, guide
-from jdm.methods.step import guidance_of
 from jdm.methods.text_to_image import TextToImage
 from jdm.models.execution import picture_by_picture
 from jdm.models.folder import save_pipeline
@@ -100,7 +99,7 @@ def test_matched_levels_agree_to_half_a_level():
 def test_a_self_guided_teacher_keeps_its_own_guidance():
     step, model = rows(), gaussian(0, OURS).model()
     x_t, t, _ = step.noised("", OURS, 0, 1)
-    ours = guidance_of(model, OURS, x_t, t, list(step.y))
+    ours = model.guidance_on(OURS, x_t, t, list(step.y))
     own = model.conditional_and_unconditional(x_t, t, list(step.y))
     for a, b in zip(ours, own, strict=True):
         torch.testing.assert_close(a.score, b.score)
@@ -110,7 +109,7 @@ def test_a_self_guided_teacher_keeps_its_own_guidance():
 def test_a_guide_on_another_schedule_gives_its_score():
     step, guide = rows(), gaussian(1, THEIRS, velocity=True)
     x_t, t, _ = step.noised("", OURS, 0, 1)
-    ours = guidance_of(guide.model(), OURS, x_t, t, list(step.y))
+    ours = guide.model().guidance_on(OURS, x_t, t, list(step.y))
     for estimate, text in zip(ours, (meant(step.y), 0 * meant(step.y)), strict=True):
         alpha = OURS.alpha(t).double()[:, None]
         exact = Gaussian(guide.mean, guide.cov, OURS).score(x_t - alpha * text, t)
@@ -128,7 +127,7 @@ def test_a_guide_is_exact_where_levels_match():
     step = rows()
     t = OURS.t(2 * (torch.arange(60) * 8) + 1)
     x_t = OURS.noised(step.x, t, step.eps)
-    cond, _ = guidance_of(guide.model(), OURS, x_t, t, list(step.y))
+    cond, _ = guide.model().guidance_on(OURS, x_t, t, list(step.y))
     exact = Gaussian(guide.mean, guide.cov, OURS).score(x_t - OURS.alpha(t).double()[:, None] * meant(step.y), t)
     torch.testing.assert_close(cond.score, exact.score, atol=1e-4, rtol=1e-4)
 
@@ -179,7 +178,7 @@ def test_another_teachers_guidance_replaces_only_the_guidance():
     ours, _ = direction(text(2.0, teacher="other"), step, guides={"guide other": other})
     x_t, t, _ = step.noised("", OURS, 0, 1)
     alpha = OURS.alpha(t, x_t)
-    theirs = cfg_augmentation(*guidance_of(other, OURS, x_t, t, list(step.y)))
+    theirs = cfg_augmentation(*other.guidance_on(OURS, x_t, t, list(step.y)))
     before = cfg_augmentation(*gaussian(0, OURS).model().conditional_and_unconditional(x_t, t, step.y))
     torch.testing.assert_close(ours - own, 2 * alpha * (theirs - before), atol=1e-4, rtol=1e-4)
 

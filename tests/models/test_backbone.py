@@ -15,6 +15,7 @@ from jdm.models.family import with_merged
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.training import checkpoint
 from jdm.training.loop import train
+from jdm.training.product import write_model
 from jdm.training.trainer import Trainer
 from tiny import nano_canny, nano_diff_instruct, nano_text_reward
 
@@ -251,7 +252,7 @@ def test_the_exported_unet_is_the_averaged_adapter_merged(tmp_path, teacher):
     trainer = Trainer(shared(tmp_path, teacher, steps=3))
     for step in range(3):
         trainer.step(step)
-    exported = load_model(str(trainer.export()))
+    exported = load_model(str(write_model(trainer)))
     base = load_model(str(teacher)).unet.state_dict()
     average = trainer.averages["unet"]
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -20,6 +20,7 @@ from jdm.models.folder import save_pipeline
 from jdm.run import Task
 from jdm.space import unit
 from jdm.training import distributed
+from jdm.training.product import write_model
 from jdm.training.trainer import Trainer
 from tiny import nano_canny
 
@@ -125,7 +126,7 @@ def test_v_without_terminal_signal_trains_and_exports(model, tmp_path):
                      fake=replace(run.method.fake, low=0.999, high=1.0))
     trainer = Trainer(replace(run, method=method))
     trainer.step(0)
-    student = load_model(str(trainer.export()))
+    student = load_model(str(write_model(trainer)))
     assert (student.levels, student.prediction) == ((999,), "v_prediction")
     assert student.schedule.alphas_cumprod[-1] == 0
     z, control = starting_noise(student.latent_shape(2, 32), 0), torch.zeros(2, 3, 32, 32)

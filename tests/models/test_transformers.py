@@ -31,6 +31,7 @@ from jdm.run import Run
 from jdm.space import unit
 from jdm.training import checkpoint
 from jdm.training.loop import train
+from jdm.training.product import write_model
 from jdm.training.trainer import Trainer
 
 pytestmark = [pytest.mark.usefixtures("untrained_judge"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -147,8 +148,8 @@ def test_every_method_trains_on_it(family, name, tmp_path):
     trainer.step(1)
     after = {k: v for m in trainer.task.modules.values() for k, v in checkpoint.trained(m).items()}
     assert any(not torch.equal(v, before[k]) for k, v in after.items())
-    assert load_model(str(trainer.export())).levels == ({"nano-ddmd-4": FOUR, "nano-text-reward": (625,), "nano-nct":
-                                                         (999,)}.get(name))
+    levels = {"nano-ddmd-4": FOUR, "nano-text-reward": (625,), "nano-nct": (999,)}.get(name)
+    assert load_model(str(write_model(trainer))).levels == levels
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -287,7 +288,7 @@ def test_frozen_weights_in_eight_bits_still_train(kind, tmp_path):
     logs = trainer.step(0)
     assert all(torch.isfinite(torch.tensor(float(logs[f"{p}/gradient"]))) for p in ("fake", "posterior", "generator"))
     whole = load_model(str(teacher)).transformer.state_dict()
-    exported = load_model(str(trainer.export())).transformer.state_dict()
+    exported = load_model(str(write_model(trainer))).transformer.state_dict()
     apart = max(float((exported[k] - whole[k]).norm() / whole[k].norm().clamp(min=1e-3)) for k in whole
                 if whole[k].ndim == 2)
     assert 0 < apart < 0.1, "three bits of mantissa"

@@ -17,7 +17,7 @@ from jdm.errors import UsageError, plural
 from jdm.files import ASSETS
 from jdm.library import SHIPPED, load_model
 from jdm.loading import Loaded
-from jdm.methods.engine import Declared
+from jdm.methods.declared import Declared
 from jdm.methods.refusals import refuse_distilled, refuse_impossible
 from jdm.models import hub
 from jdm.models.family import Family

@@ -40,7 +40,7 @@ from jdm.run import Record
 from jdm.schedule import NoiseSchedule
 from jdm.size import height_width, sized
 from jdm.training import checkpoint
-from jdm.training.trainer import export_checkpoint
+from jdm.training.product import export_checkpoint
 
 FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")
 RANK = 64

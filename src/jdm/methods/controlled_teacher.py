@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from jdm.errors import UsageError
 from jdm.loading import Loaded
-from jdm.methods.engine import Declared, Distillation
+from jdm.methods.declared import Declared
+from jdm.methods.engine import Distillation
 from jdm.methods.networks import Branch, Fake, Student
 from jdm.run import Optimiser, Task
 from jdm.terms import Fidelity

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jdm.levels import RENOISING
-from jdm.methods.engine import Declared, Distillation
+from jdm.methods.declared import Declared
+from jdm.methods.engine import Distillation
 from jdm.methods.networks import Fake, Student
 from jdm.regularisers import MMD, Adversarial, Anchor, MeanVariance
 from jdm.terms import CFGAugmentation, Fidelity

@@ -7,18 +7,18 @@ score, phase "posterior" trains p(x | x_t) on x, and phase "generator" moves x a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from jdm.directions import ascend, cosine, sum_of, together
-from jdm.errors import UsageError
+from jdm.data.batches import Batches
+from jdm.directions import ascend, cosine, health, rms, sum_of, together
 from jdm.levels import Levels
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Fake, Networks, Student
-from jdm.methods.refusals import refuse_distilled, refuse_impossible
-from jdm.methods.step import Step, View, fake_estimate, steps_of
+from jdm.methods.refusals import refuse_distilled, refuse_impossible, refuse_several
+from jdm.methods.step import Step, View, fake_estimate
 from jdm.posterior import ConsistencyPosterior, FrozenPosterior
 from jdm.run import Needs, Phase, Product, Run, Task
 from jdm.sharing import batch_mean
@@ -77,9 +77,7 @@ class Distillation:
         return list(dict.fromkeys(t.model for t in self.terms.values() if isinstance(t, Rewarded)))
 
     def needs(self, run: Run) -> Needs:
-        if len(self.rewards) > 1:
-            raise UsageError(f"a run can climb one reward only, got {' and '.join(self.rewards)}; combine them in a "
-                             "function of your own")
+        refuse_several(self.rewards)
         models = {"teacher": self.teacher or run.model, "start": self.student.start,
                   "controlnet": self.branch.start if self.branch else "",
                   **{f"guide {name}": name for name in self.guides},
@@ -109,8 +107,10 @@ class Distillation:
         for phase in phases[1:]:
             phase.start = self.fake.warm_up if self.fake else 0
         scores = [] if self.fake else [networks.real, *(guide.net for guide in networks.guides.values())]
-        return Task(phases, steps_of(networks, control), networks.modules, self._product(networks),
-                    networks.probe(), [*networks.running, *scores], networks.preview(self.guidance))
+        batches = Batches(loaded.pictures, loaded.run.batch, loaded.run.seed)
+        return Task(phases, lambda step: Step(networks, batches, control, step), networks.modules,
+                    self._product(networks), networks.probe(), [*networks.running, *scores],
+                    networks.preview(self.guidance))
 
     def direction(self, networks: Networks, step: Step) -> tuple[Tensor, dict[str, Any]]:
         """The sum of the terms on x [B, ...], detached, and what to log."""
@@ -157,43 +157,6 @@ class Distillation:
         return networks.product(self.name, self.control, **({} if self.control else extra))
 
 
-class Declared:
-    """A method whose `distillation` declares all of it; its class is a frozen dataclass of nested settings."""
-
-    def distillation(self) -> Distillation:
-        """The declaration of these settings."""
-        raise UsageError(f"{type(self).__name__} does not declare a distillation")
-
-    def plus(self, **terms: Term) -> Any:
-        """These settings with further terms, which are summed, logged and set by flags under their names.
-
-        Raises:
-            UsageError: a name is that of a field already.
-        """
-        kind: Any = type(self)
-        if taken := terms.keys() & vars(self).keys():
-            raise UsageError(f"{kind.__name__} has a field `{min(taken)}` already; give the term another name")
-        made = [(name, type(term), field(default=term)) for name, term in terms.items()]
-
-        def distillation(self: Any) -> Distillation:
-            declared = kind.distillation(self)
-            return replace(declared, terms={**declared.terms, **{name: getattr(self, name) for name in terms}})
-
-        texts = "".join(f"\n        {name}: a further term." for name in terms)
-        text = f"{kind.__name__} with further terms.\n\n    Attributes:{texts}"
-        body = {"distillation": distillation, "__doc__": text}
-        return make_dataclass(kind.__name__, made, bases=(kind,), namespace=body, frozen=True)(**vars(self))
-
-    def needs(self, run: Run) -> Needs:
-        return self.distillation().needs(run)
-
-    def product(self, loaded: Loaded) -> Product:
-        return self.distillation().product(loaded)
-
-    def task(self, loaded: Loaded) -> Task:
-        return self.distillation().task(loaded)
-
-
 def fake_phase(networks: Networks, fake: Fake) -> Phase:
     """Trains the fake score on the student's samples: E || eps_psi(x_t, t, y) - eps ||^2 (JDM Eq. 6), or its `loss`."""
     def loss(step: Step, repeat: int) -> tuple[Tensor, dict]:
@@ -216,13 +179,3 @@ def posterior_phase(networks: Networks, settings: ConsistencyPosterior) -> Phase
 
     lora = list(networks.adapters["posterior"].parameters())
     return Phase("posterior", [(lora, settings.optimiser)], loss, clip=settings.clip)
-
-
-def health(x: Tensor) -> dict[str, Tensor]:
-    """For the log: std of x [B, ...] over all of it, the share beyond 4, and its std over the samples of the batch."""
-    return {"std_x": x.std(), "saturation": (x.abs() > 4).float().mean(), "spread_x": x.std(0, correction=0).mean()}
-
-
-def rms(direction: Tensor) -> Tensor:
-    """Root mean square, over samples and components; for the log."""
-    return direction.square().mean().sqrt()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jdm.methods.engine import Declared, Distillation
+from jdm.methods.declared import Declared
+from jdm.methods.engine import Distillation
 from jdm.methods.networks import Branch, Fake, Student
 from jdm.terms import CFGAugmentation, CleanCondition, Condition, Fidelity
 

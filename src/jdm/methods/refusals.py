@@ -35,6 +35,13 @@ def refuse_impossible(declared: Distillation, schedule: NoiseSchedule, steps_of_
             _refuse_levels(name, term.levels, steps, schedule)
 
 
+def refuse_several(rewards: Sequence[str]) -> None:
+    """UsageError where terms climb different rewards."""
+    if len(rewards) > 1:
+        raise UsageError(f"a run can climb one reward only, got {' and '.join(rewards)}; combine them in a function of "
+                         "your own")
+
+
 def _refuse_shares(name: str, shares: Sequence[float]) -> None:
     """Shares of further teachers that leave the first a negative one."""
     if not all(share > 0 for share in shares) or sum(shares) > 1:

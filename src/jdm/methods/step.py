@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jdm.controls import Control
 from jdm.controls.base import control_of
@@ -18,11 +18,12 @@ from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.directions import condition_alignment
 from jdm.levels import Levels
+from jdm.methods.material import Material
 from jdm.methods.networks import Fake, Networks
-from jdm.schedule import NoiseSchedule, matched, precise
-from jdm.score import Estimate, ScoreModel
+from jdm.schedule import NoiseSchedule
+from jdm.score import Estimate
 from jdm.space import from_bytes, unit
-from jdm.terms import AnyPosterior, CFGAugmentation, Term
+from jdm.terms import AnyPosterior, CFGAugmentation
 
 if TYPE_CHECKING:
     from jdm.methods.engine import Distillation
@@ -74,12 +75,10 @@ class Step:
         """
         graph = torch.is_grad_enabled()
         if self._x is None or (graph and not self._has_graph):
-            self._x, self._has_graph = self._drawn(), graph
+            self._has_graph = graph
+            self._x = self._networks.generator.rollout(self.z, self.y, self.shown, self.last,
+                                                       lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
         return self._x
-
-    def _drawn(self) -> Tensor:
-        return self._networks.generator.rollout(self.z, self.y, self.shown, self.last,
-                                                lambda k: self.noise.normal(f"eps/level/{k}", self.z.shape))
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """A value of this step, computed where it is first asked for."""
@@ -95,20 +94,12 @@ class Step:
         return schedule.noised(x, t, eps), t, eps
 
 
-def steps_of(networks: Networks, control: Control | None) -> Callable[[int], Step]:
-    """step number -> its Step."""
-    run = networks.loaded.run
-    batches = Batches(networks.loaded.pictures, run.batch, run.seed)
-    return lambda step: Step(networks, batches, control, step)
-
-
-class View:
+class View(Material):
     """The `jdm.terms.View` of one term's levels: the step's sample there; each estimate of it is computed once."""
 
     def __init__(self, step: Step, networks: Networks, distillation: Distillation, levels: Levels | None):
-        self.step, self.networks, self.of = step, networks, distillation
-        self.x, self.y, self.logs = step.x.detach(), step.y, {}
-        self._estimates: dict[Any, Any] = {}
+        super().__init__(step, networks, distillation)
+        self.x, self.logs = step.x.detach(), {}
         if levels is not None:
             self.x_t, self.t, _ = step.noised(levels.stream, networks.schedule, levels.low,
                                               levels.highest(step.content))
@@ -122,13 +113,13 @@ class View:
 
     def real(self, guidance: float | None = None, teacher: str = "") -> Estimate:
         w = self.of.guidance if guidance is None else guidance
-        return self._once(("real", w, teacher), lambda: self._other(w, teacher) if teacher else self._real(w))
+        return self.once(("real", w, teacher), lambda: self._other(w, teacher) if teacher else self._real(w))
 
     def fake(self) -> Estimate:
-        return self._once("fake", self._fake)
+        return self.once("fake", self._fake)
 
     def guidance_pair(self, teacher: str) -> tuple[Estimate, Estimate]:
-        return self._once(("pair", teacher), lambda: self._pair(teacher))
+        return self.once(("pair", teacher), lambda: self._pair(teacher))
 
     def likelihood(self, reference: bool) -> Callable[[Tensor], Tensor]:
         step, networks, control = self.step, self.networks, self.networks.control
@@ -158,41 +149,6 @@ class View:
         noises = [self.step.noise.normal(f"eps/draw/{k}", self.x_t.shape) for k in range(draws)]
         return condition_alignment(value, f, self.x_t, self.t, self.y, self.networks.schedule, noises)
 
-    @property
-    def first(self) -> bool:
-        """Whether x is the output of the student's first step."""
-        return self.step.last == 0
-
-    def module(self, term: Term) -> nn.Module:
-        """The module that this term brings."""
-        return self.networks.parts[next(name for name, t in self.of.terms.items() if t is term)]
-
-    def features(self, x_t: Tensor) -> list[Tensor]:
-        """The teacher's features of an x_t at this t, differentiable in it."""
-        return self.networks.references.features(x_t, self.t, self.y)
-
-    def pictures(self) -> Tensor:
-        """x of the step's real pictures."""
-        return self._once("pictures", lambda: self.networks.teacher.space.encode(2 * self.step.images - 1))
-
-    def noised(self, x: Tensor, name: str) -> Tensor:
-        """x_t of another x at this t, with noise of that name."""
-        return self.networks.schedule.noised(x, self.t, self.step.noise.normal(f"eps/{name}", x.shape))
-
-    def teacher_samples(self, steps: int, guidance: float, n: int | None = None, taken: int | None = None) -> Tensor:
-        """x0 of the teacher after `taken` of `steps` DDIM steps, from the first n of the student's z and prompts."""
-        return self.networks.references.sampled(self.step.z[:n], self.y[:n], steps, guidance, taken)
-
-    def data_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the data's components."""
-        return self.networks.references.moments
-
-    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        if key not in self._estimates:
-            with torch.no_grad():
-                self._estimates[key] = compute()
-        return self._estimates[key]
-
     def _real(self, guidance: float) -> Estimate:
         score, blind = self.networks.real_score(guidance), self.of.fake is not None and not self.of.fake.prompt
         if self._paired and (blind or guidance == 1):
@@ -218,7 +174,8 @@ class View:
         if not teacher:
             score = self.networks.real_score(1.0)
             return score.conditional_and_unconditional(self.x_t, self.t, self.y, self._shown)
-        return guidance_of(self.networks.guides[f"guide {teacher}"], self.networks.schedule, self.x_t, self.t, self.y)
+        guide = self.networks.guides[f"guide {teacher}"]
+        return guide.guidance_on(self.networks.schedule, self.x_t, self.t, self.y)
 
     @property
     def _shown(self) -> Tensor | None:
@@ -230,18 +187,3 @@ def fake_estimate(networks: Networks, fake: Fake, step: Step, x_t: Tensor, t: Te
     """The fake score's estimate of x_t, given what it is trained with: the prompt, the control, or neither."""
     y = step.y if fake.prompt else [""] * len(x_t)
     return networks.fake(x_t, t, y, step.shown if networks.fake_sees_control else None)
-
-
-def guidance_of(guide: ScoreModel, schedule: NoiseSchedule, x_t: Tensor, t: Tensor,
-                y: list[str]) -> tuple[Estimate, Estimate]:
-    """A guide's conditional and unconditional estimates of x_t, read at this schedule's (alpha, sigma).
-
-    Two schedules meet at equal signal-to-noise ratio: the guide sees x_t rescaled to its own alpha there. Its levels
-    are discrete, so the ratios agree to half a level.
-    """
-    alpha, sigma = schedule.alpha(t, x_t), schedule.sigma(t, x_t)
-    own = matched(guide.schedule, schedule, t)
-    scale = guide.schedule.alpha(own, x_t) / alpha
-    both = guide.conditional_and_unconditional(x_t * scale, own, y)
-    cond, uncond = (Estimate(precise(x_t), e.eps, alpha, sigma) for e in both)
-    return cond, uncond

@@ -78,7 +78,17 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
-def finite(held: nn.Module | Mapping[str, Tensor]) -> bool:
+def refuse_not_finite(state: State, out: Path, step: int) -> None:
+    """RunError where a weight or an average is not finite, in any process; the checkpoint before stays the last."""
+    networks = {**state.modules, **{f"{name}'s average": held for name, held in state.averages.items()}}
+    bad = next((name for name, held in networks.items() if not _finite(held)), "")
+    if distributed.agreed(bool(bad)):
+        raise RunError(f"the weights{f' of {bad}' if bad else ''} are not finite (NaN or infinity) after step {step}; "
+                       f"last good checkpoint: {last(out) or 'none yet'}; lower the learning rates or raise their "
+                       "warm-up, and run again")
+
+
+def _finite(held: nn.Module | Mapping[str, Tensor]) -> bool:
     """Whether every number that training changes is finite, in this process's part of it."""
     tensors = (trained(held) if isinstance(held, nn.Module) else held).values()
     return all(bool(distributed.local(t.detach()).isfinite().all()) for t in tensors if t.is_floating_point())

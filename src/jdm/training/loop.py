@@ -13,6 +13,7 @@ from jdm.run import Run
 from jdm.training import checkpoint, distributed
 from jdm.training.folder import claimed
 from jdm.training.memory import out_of_memory
+from jdm.training.product import write_model
 from jdm.training.trainer import Trainer
 
 
@@ -54,7 +55,7 @@ def _trained(run: Run, progress: Callable[[int, dict], None] | None) -> Path:
                     if distributed.agreed(terminator.asked):
                         raise TerminatedError(f"asked to end; saved {trainer.save(step + 1)}, from which the same "
                                               "command resumes")
-            return trainer.export()
+            return write_model(trainer)
     except UnreadableError as error:  # before any phase of its step moved anything
         if trainer is None or step == trainer.start or distributed.size() > 1:
             raise

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from jdm.errors import RunError, UsageError, plural
-from jdm.files import replaced
 from jdm.loading import Loaded
 from jdm.models.execution import settle
 from jdm.run import Phase, Run
@@ -25,7 +22,6 @@ from jdm.sharing import Means, batch_mean, part_of, sharing
 from jdm.training import checkpoint, distributed
 from jdm.training.averages import averaged, copied_state, move
 from jdm.training.best import Best
-from jdm.training.folder import MODEL
 from jdm.training.monitors import Monitors
 from jdm.training.optimiser import adamw
 from jdm.training.previews import refuse_unseen
@@ -68,8 +64,7 @@ class Trainer:
         distributed.barrier()  # the log is cut back before anyone reads it
         self.best = Best(run, self.log.path, bool(self.task.probe))
         self.saved = place
-        self.monitors = Monitors(self.log.path)
-        self.watching = Watching(run, self.task, self.start, self.log, self.monitors)
+        self.watching = Watching(run, self.task, self.start, self.log, Monitors(self.log.path))
         self.averaged = partial(averaged, self.task.modules, self.averages)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -86,8 +81,7 @@ class Trainer:
             logs |= {f"probe/{k}": v for k, v in measured.items()}
         if probed or done % run.log_every == 0 or done == run.steps:
             self.log.write(done, logs | {"seconds": time.perf_counter() - clock})
-            for warning in self.monitors.note(logs, done):
-                self.warn(warning)
+            self.watching.warn(logs, done)
         self.skipped.note(done)
         last = done == run.steps or self.best.ended
         self.watching.show(done, last, self.averaged)
@@ -103,36 +97,10 @@ class Trainer:
         """
         if self.saved is not None and self.saved.name == checkpoint.name_of(done):
             return self.saved
-        networks = {**self.task.modules, **{f"{name}'s average": a for name, a in self.averages.items()}}
-        bad = next((name for name, held in networks.items() if not checkpoint.finite(held)), "")
-        if distributed.agreed(bool(bad)):
-            raise RunError(f"the weights{f' of {bad}' if bad else ''} are not finite (NaN or infinity) after step "
-                           f"{done}; last good checkpoint: {checkpoint.last(self.run.out) or 'none yet'}; lower the "
-                           "learning rates or raise their warm-up, and run again")
+        checkpoint.refuse_not_finite(self.state, self.run.out, done)
         self.saved = checkpoint.save(self.state, self.run.out, done)
         self.watching.page()
         return self.saved
-
-    def warn(self, text: str) -> None:
-        """Prints a warning, once for all processes."""
-        if distributed.first():
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    def export(self) -> Path:
-        """The trained model, averaged, as a folder in the run's: the last one, or the best by run.best.
-
-        Where networks are sharded the first process builds it from its checkpoint, by itself.
-        """
-        folder, best = self.run.out / MODEL, self.best.place
-        if distributed.size() == 1:
-            if best:
-                checkpoint.load(checkpoint.State({}, {}, self.averages, {}), best)
-            with self.averaged() as modules, replaced(folder) as draft:
-                self.task.product.write(draft, modules)
-        elif distributed.first():
-            export_checkpoint(self.run, folder, best)
-        distributed.barrier()
-        return folder
 
     def _phases(self, step: int) -> dict[str, Any]:
         logs: dict[str, Any] = {}
@@ -191,23 +159,9 @@ class Trainer:
 
     def _not_finite(self, phase: Phase, step: int, norm: float) -> RunError:
         what = "gradients that are" if not math.isfinite(norm) else "a loss that is"
-        return RunError(
-            f"phase {phase.name} gave {what} not finite at step {step}; last good checkpoint: "
-            f"{checkpoint.last(self.run.out) or 'none yet'}; lower its learning rate "
-            f"({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
-
-
-def export_checkpoint(run: Run, folder: Path, place: Path | None = None) -> Path:
-    """The averaged model of a run's last checkpoint, or the one given, built on the CPU, as a folder."""
-    place = place or checkpoint.newest_whole(run.out)
-    assert place is not None
-    product = run.method.product(Loaded(replace(run, device="cpu")))
-    averages = {name: module.eval() for name, module in product.modules.items()}
-    checkpoint.load(checkpoint.State({}, {}, {k: checkpoint.trained(m) for k, m in averages.items()}, {}), place,
-                    alone=True)
-    with replaced(folder) as draft:
-        product.write(draft, averages)
-    return folder
+        good = checkpoint.last(self.run.out) or "none yet"
+        return RunError(f"phase {phase.name} gave {what} not finite at step {step}; last good checkpoint: {good}; "
+                        f"lower its learning rate ({phase.groups[0][1].lr:g}) or raise its warm-up, and run again")
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +56,12 @@ class Watching:
             for tracker in self.log.trackers:
                 tracker.picture(done, drawn)
             self.page()
+
+    def warn(self, logs: Mapping[str, Any], step: int) -> None:
+        """Prints what the monitors find in a logged step, once for all processes."""
+        for warning in self.monitors.note(logs, step):
+            if distributed.first():
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
 
     def page(self) -> None:
         """Writes report.html; says why where a file that it reads is damaged, which the training does not need."""

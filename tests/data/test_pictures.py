@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jdm.data.pictures import grid, load_picture, save_pictures
+from jdm.data.pictures import UnreadableError, grid, load_picture, save_pictures
 from jdm.errors import RunError, UsageError
 
 
@@ -177,9 +177,10 @@ def test_one_wrong_bit_of_a_png_is_noticed(tmp_path):
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         try:
-            assert torch.equal(load_picture(path, 16), right), bit
-        except UsageError as error:
-            assert "damaged or incomplete" in str(error) or "not a picture" in str(error)
+            read = load_picture(path, 16)
+        except UnreadableError:
+            continue
+        assert torch.equal(read, right), bit
 
 
 @pytest.mark.hostile("data")

@@ -85,6 +85,22 @@ def serving(studio: Any, host: str = "127.0.0.1", token: str | None = None) -> I
             thread.join(timeout=30)
 
 
+@contextlib.contextmanager
+def shown(*models: str) -> Iterator[str]:
+    """The address of `serving` over these models."""
+    from jdm.app.limits import Limits
+    from jdm.app.students import load_students
+    from jdm.app.studio import Studio
+    from jdm.app.worker import Worker
+
+    worker = Worker(Limits())
+    try:
+        with serving(Studio(load_students(list(models), [], None, None, "cpu"), worker, Limits())) as address:
+            yield address
+    finally:
+        worker.close()
+
+
 def asked(address: str, path: str, body: Any = None, headers: dict[str, str] | None = None,
           raw: bytes | None = None) -> tuple[int, Any, dict[str, str]]:
     """(status, JSON or text, headers) of a request; a POST where there is a body."""

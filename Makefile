@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP ?= $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: app browser demo test test-slow test-gpu test-versions lint dist sbom clean
+.PHONY: app browser demo test test-slow test-gpu test-versions lint docs dist sbom clean
 
 demo: $(VENV)/.run
 	$(BIN)/jdm demo
@@ -50,6 +50,10 @@ test-versions: $(VENV)/.release
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The documentation as a site in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The source archive, and the wheel that is built from it.
 dist: $(VENV)/.release

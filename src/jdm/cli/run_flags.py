@@ -64,7 +64,7 @@ def changed(run: Run, arguments: Sequence[str], prog: str, own: Parser | None = 
         UsageError: an unknown flag, with the nearest; a value that does not fit.
     """
     known = [*flags_of(run), "--help"]
-    arguments = [_whole(argument, known) for argument in arguments]
+    arguments = [in_full(argument, known) for argument in arguments]
     refuse_unknown(arguments, known, prog)
     if own and not {"-h", "--help"}.isdisjoint(arguments):
         print(own.format_help())
@@ -119,7 +119,7 @@ def flags_of(value: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _whole(argument: str, known: Iterable[str]) -> str:
+def in_full(argument: str, known: Iterable[str]) -> str:
     """A flag in full: `--condition.weight 2` means `--method.condition.weight 2` if no other flag ends like that."""
     if not argument.startswith("--"):
         return argument

@@ -74,7 +74,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Points the links at the places on the site."""
     uri = page.file.src_uri
-    source = uri.replace(".ipynb.md", ".ipynb").removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"
+    outside = uri.startswith("repository/")
+    source = uri.removeprefix("repository/").replace(".ipynb.md", ".ipynb") if outside else f"docs/{uri}"
 
     def moved(match):
         before, link, after = match.groups()

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from jdm.ranges import Side
 
 Size = Side | tuple[Side, Side]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is seen of a picture that is resized to cover `size`, keeping its proportions.
+
+    Attributes:
+        across, down: shares of what does not fit that are cut at the left and at the top, in [0, 1]; 0.5 keeps the
+            middle.
+    """
+
+    size: Size
+    across: float = 0.5
+    down: float = 0.5
 
 
 def height_width(size: Size) -> tuple[int, int]:

@@ -43,8 +43,10 @@ class Shapes(Loaded):
 
     def split(self, split: str) -> Pictures:
         n, size = self.run.batch, self.run.data.size
-        return Pictures(lambda rows: torch.zeros(len(rows), 3, *height_width(size), dtype=torch.uint8),
-                        (("a picture",),) * n, None, torch.arange(n), size, self.run.data.source)
+        height, width = height_width(size)
+        return Pictures(lambda rows, frames=None: torch.zeros(len(rows), 3, height, width, dtype=torch.uint8),
+                        (("a picture",),) * n, None, torch.arange(n), size, self.run.data.source,
+                        sides=lambda rows: [(width, height)] * len(rows))
 
     @cached_property
     def held_out(self) -> Pictures:

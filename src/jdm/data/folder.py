@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from jdm.data.texts import few, file_text, shown
 from jdm.data.tree import PICTURE_ENDINGS, Choice, ending_of, files_below, split_tops, stem_of
 from jdm.errors import UsageError
 from jdm.run import Data
-from jdm.size import Size
+from jdm.size import Frame, Size
 
 TEXTS = frozenset((".txt", ".caption"))
 OTHER_FORMATS = (".heic", ".heif", ".svg", ".psd", ".exr", ".hdr", ".jxl", ".cr2", ".nef", ".dng", ".ico", ".eps",
@@ -47,9 +47,14 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
     def paths(rows: torch.Tensor) -> list[str]:
         return [os.path.join(root, entries[i].name) for i in rows.tolist()]
 
-    def maps(rows: torch.Tensor) -> torch.Tensor:
+    def images(rows: torch.Tensor, frames: Sequence[Frame] | None = None) -> torch.Tensor:
+        asked = zip(paths(rows), frames or [size] * len(rows), strict=True)
+        return read_all(lambda one: load_picture(*one), list(asked))
+
+    def maps(rows: torch.Tensor, frames: Sequence[Frame] | None = None) -> torch.Tensor:
         drawn = [os.path.join(root, entries[i].control) for i in rows.tolist()]
-        return read_all(lambda pair: _map(pair[0], pair[1], size), list(zip(drawn, paths(rows), strict=True)))
+        asked = zip(drawn, paths(rows), frames or [size] * len(rows), strict=True)
+        return read_all(lambda one: _map(*one), list(asked))
 
     def stamps_of(rows: torch.Tensor) -> list[Stamp]:
         used = [name for i in rows.tolist() for name in (entries[i].name, entries[i].control) if name]
@@ -59,7 +64,7 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
         return [folder / name for i in rows.tolist() for name in (entries[i].name, entries[i].control) if name]
 
     return Pictures(
-        images=lambda rows: read_all(lambda file: load_picture(file, size), paths(rows)),
+        images=images,
         captions=tuple(entry.captions for entry in entries),
         labels=None,
         indices=torch.arange(len(entries)),
@@ -76,7 +81,7 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
     )
 
 
-def _map(file: str, picture: str, size: Size) -> torch.Tensor:
+def _map(file: str, picture: str, size: Size | Frame) -> torch.Tensor:
     refuse_other_aspect(Path(file), Path(picture), shown(file))
     return load_picture(file, size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from jdm.data.tree import SPLITS
 from jdm.errors import UsageError, in_short
 from jdm.models import hub
 from jdm.run import Data
-from jdm.size import Size
+from jdm.size import Frame, Size
 
 HELD_OUT = 5000  # at most so many training pictures, and at most a tenth, stand for a split that a set lacks
 PICTURES = ("image", "img", "picture")
@@ -60,8 +61,16 @@ def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
     labels, captions, kept = _labels(whole, name) if labelled else _texts(whole, text, name)
     for row in sorted(set(range(first, last)) - kept):
         report.leave_out(f"row {row}", "rows without a caption")
+
+    def read(rows: Tensor, frames: Sequence[Frame] | None = None) -> Tensor:
+        asked = zip(whole[rows.tolist()][picture], frames or [size] * len(rows), strict=True)
+        return read_all(lambda one: _held(one[0], name, one[1]), list(asked))
+
+    def maps(rows: Tensor, frames: Sequence[Frame] | None = None) -> Tensor:
+        return _maps(whole[rows.tolist()], picture, drawn, name, frames or [size] * len(rows))
+
     return Pictures(
-        images=lambda rows: read_all(lambda file: _held(file, name, size), whole[rows.tolist()][picture]),
+        images=read,
         captions=tuple(captions),
         labels=labels,
         indices=torch.tensor([i for i in range(first, last) if i in kept], dtype=torch.long),
@@ -69,7 +78,7 @@ def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
         source=f"{name}/{split}",
         files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
         slow=True,
-        controls=(lambda rows: _maps(whole[rows.tolist()], picture, drawn, name, size)) if drawn else None,
+        controls=maps if drawn else None,
         report=report,
         unread=Unread(how.unreadable),
         stamps=lambda rows: [(str(whole._fingerprint), len(rows), 0)],
@@ -162,14 +171,14 @@ def phrase(template: str, noun: str) -> str:
     return re.sub(r"\ba ([aeiou])", r"an \1", template.format(noun))
 
 
-def _maps(rows: Any, picture: str, drawn: str, name: str, size: Size) -> Tensor:
-    def one(pair: tuple[Any, Any]) -> Tensor:
-        found = [_opened(file) for file in pair]
+def _maps(rows: Any, picture: str, drawn: str, name: str, sizes: Sequence[Size | Frame]) -> Tensor:
+    def one(asked: tuple[Any, Any, Size | Frame]) -> Tensor:
+        found = [_opened(file) for file in asked[:2]]
         if all(found):
             refuse_other_aspect(found[0], found[1], f"{name}: a map in {drawn}")  # type: ignore[arg-type]
-        return _held(pair[0], name, size)
+        return _held(asked[0], name, asked[2])
 
-    return read_all(one, list(zip(rows[drawn], rows[picture], strict=True)))
+    return read_all(one, list(zip(rows[drawn], rows[picture], sizes, strict=True)))
 
 
 def _sides(files: list[Any]) -> list[tuple[int, int]]:
@@ -183,7 +192,7 @@ def _opened(file: Any) -> io.BytesIO | Path | None:
     return Path(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"])
 
 
-def _held(file: Any, name: str, size: Size) -> Tensor:
+def _held(file: Any, name: str, size: Size | Frame) -> Tensor:
     """A picture of a hub dataset: its bytes, its path, or a picture that is open already."""
     if file is None:
         raise UnreadableError(f"{name}: a row has no picture; remove it")

@@ -19,7 +19,7 @@ from torch import Tensor
 from jdm.data.texts import shown
 from jdm.errors import UsageError, in_short, plural, remedy
 from jdm.files import expanded, write
-from jdm.size import Size, height_width
+from jdm.size import Frame, Size, height_width
 
 SMALLEST_SIDE = 8
 ASPECT = 0.05  # by how much the proportions of a control map may differ from its picture's
@@ -42,13 +42,13 @@ class UnreadableError(UsageError):
         self.at = {0: message} if at is None else dict(at)
 
 
-def load_picture(path: str | Path, size: Size) -> Tensor:
+def load_picture(path: str | Path, size: Size | Frame) -> Tensor:
     """Reads the picture at `path` as uint8 RGB [3, H, W] of the given size.
 
     It is rotated by its EXIF orientation; transparency is composited over black; grey is repeated to three
     channels; 16-bit grey is divided by 257 and float grey in [0, 1] multiplied by 255, both rounded; only
     the first frame is read. The picture is then resized to cover `size`, keeping its proportions (Lanczos,
-    antialiased), and cropped at the centre. Colour profiles are not applied.
+    antialiased), and cropped at the centre, or where a Frame says. Colour profiles are not applied.
 
     Raises UsageError if the file does not exist or may not be read, and UnreadableError, which is one, if Pillow
     cannot read it as a whole picture, a side is below 8 pixels, or it has more pixels than Pillow's limit against
@@ -66,7 +66,8 @@ def load_picture(path: str | Path, size: Size) -> Tensor:
     return read_picture(path, shown(path), path.stat().st_size, size)
 
 
-def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size, most: int | None = None) -> Tensor:
+def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size | Frame,
+                 most: int | None = None) -> Tensor:
     """`load_picture` for an open file or a path.
 
     Args:
@@ -111,7 +112,7 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
     return Image.open(source, formats=["PNG"])
 
 
-def decoded(image: Image.Image, size: Size, name: str = "a picture") -> Tensor:
+def decoded(image: Image.Image, size: Size | Frame, name: str = "a picture") -> Tensor:
     """`load_picture` for an image that is already open: uint8 RGB [3, H, W]."""
     _check_size(name, image)
     return _covering(_rgb(name, ImageOps.exif_transpose(image)), size)
@@ -223,14 +224,15 @@ def grid(images: Tensor, columns: int, scale: int = 1, pad: int = 2) -> Image.Im
     return sheet
 
 
-def _covering(rgb: Image.Image, size: Size) -> Tensor:
-    height, width = height_width(size)
+def _covering(rgb: Image.Image, size: Size | Frame) -> Tensor:
+    frame = size if isinstance(size, Frame) else Frame(size)
+    height, width = height_width(frame.size)
     across, down = float(rgb.width), float(rgb.height)
     if across * height > down * width:
         across = down * width / height
     else:
         down = across * height / width
-    left, top = (rgb.width - across) / 2, (rgb.height - down) / 2
+    left, top = (rgb.width - across) * frame.across, (rgb.height - down) * frame.down
     # `box` instead of a crop: the filter reads beyond its border, so the result is that of resizing and then
     # cropping, without the large intermediate picture that a panorama would need.
     part = rgb.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))

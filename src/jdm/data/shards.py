@@ -12,7 +12,8 @@ import io
 import math
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,7 @@ from jdm.data.split import Pictures, Stamp, Unread, share_of
 from jdm.data.texts import shown
 from jdm.errors import UsageError, in_short
 from jdm.run import Data
-from jdm.size import Size
+from jdm.size import Frame, Size
 
 RANGE, MOST_SHARDS = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}"), 100_000
 READERS = 32  # requests in parallel: an object store has a high latency, but serves many at once
@@ -50,7 +51,7 @@ def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = F
     of = [split] * n if own else share_of(n, parts[1:], shards.report)
     shards.report.splits |= {part: of.count(part) for part in parts}
     return Pictures(
-        images=lambda rows: shards.images(rows, size),
+        images=lambda rows, frames=None: shards.images(rows, frames or [size] * len(rows)),
         captions=tuple(shards.captions),
         labels=None,
         indices=torch.tensor([i for i, part in enumerate(of) if part == split], dtype=torch.long),
@@ -58,7 +59,7 @@ def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = F
         source=f"{shown(source.rsplit('/', 1)[-1])}/{split}",
         files=lambda rows: shards.files(),
         slow=True,
-        controls=(lambda rows: shards.maps(rows, size)) if how.controls else None,
+        controls=(lambda rows, frames=None: shards.maps(rows, frames or [size] * len(rows))) if how.controls else None,
         report=shards.report,
         unread=Unread(how.unreadable),
         stamps=shards.stamps,
@@ -114,21 +115,23 @@ class Shards:
         return ([one] if self.store.exists(one) else self.store.glob(one) or
                 self.store.glob(f"{glob.escape(folder)}{slash}{last}") or [one])
 
-    def images(self, rows: Tensor, size: Size) -> Tensor:
-        """Indices [B] -> uint8 [B, 3, H, W]."""
-        return read_all(lambda row: self._image(row, "start", "bytes", size), self._rows(rows), READERS)
+    def images(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
+        """Indices [B] and a size or frame for each -> uint8 [B, 3, H, W]."""
+        return read_all(lambda one: self._image(one[0], "start", "bytes", one[1]),
+                        list(zip(self._rows(rows), sizes, strict=True)), READERS)
 
-    def maps(self, rows: Tensor, size: Size) -> Tensor:
-        """Indices [B] -> control maps, uint8 [B, 3, H, W]."""
+    def maps(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
+        """Indices [B] and a size or frame for each -> control maps, uint8 [B, 3, H, W]."""
 
-        def one(row: dict[str, Any]) -> Tensor:
+        def one(asked: tuple[dict[str, Any], Size | Frame]) -> Tensor:
+            row, size = asked
             found = self._image(row, "map_start", "map_bytes", size)
             heads = [io.BytesIO(self._bytes(row, start, min(row[length], HEADER)))
                      for start, length in (("map_start", "map_bytes"), ("start", "bytes"))]
             refuse_other_aspect(heads[0], heads[1], f"{self.shards[row['shard']]}:{row['name']}")
             return found
 
-        return read_all(one, self._rows(rows), READERS)
+        return read_all(one, list(zip(self._rows(rows), sizes, strict=True)), READERS)
 
     def name_of(self, index: int) -> str:
         """The shard and the picture's name in it."""
@@ -137,7 +140,9 @@ class Shards:
 
     def sides(self, rows: Tensor) -> list[tuple[int, int]]:
         """(width, height) of pictures, from their headers."""
-        return sides_of([io.BytesIO(self._bytes(row, "start", min(row["bytes"], HEADER))) for row in self._rows(rows)])
+        with ThreadPoolExecutor(READERS) as readers:
+            heads = readers.map(lambda row: self._bytes(row, "start", min(row["bytes"], HEADER)), self._rows(rows))
+            return sides_of([io.BytesIO(head) for head in heads])
 
     def stamps(self, rows: Tensor) -> list[Stamp]:
         """Name and size of pictures; the version of a shard stands for its time."""
@@ -167,7 +172,7 @@ class Shards:
             raise UsageError(f"{where} could not be read ({in_short(error)}); run the same command again to resume "
                              "from the last checkpoint") from None
 
-    def _image(self, row: dict[str, Any], start: str, length: str, size: Size) -> Tensor:
+    def _image(self, row: dict[str, Any], start: str, length: str, size: Size | Frame) -> Tensor:
         data = self._bytes(row, start, row[length])
         return read_picture(io.BytesIO(data), f"{self.shards[row['shard']]}:{row['name']}", len(data), size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from jdm.data.pictures import UnreadableError
 from jdm.data.report import Report
 from jdm.data.texts import few
-from jdm.size import Size
+from jdm.size import Frame, Size
 
 if TYPE_CHECKING:
     from jdm.space import Space
@@ -55,7 +56,7 @@ class Pictures:
     """A split: uint8 pictures by index, their captions, and class labels if the source has them.
 
     Attributes:
-        images: indices [B] -> uint8 [B, 3, H, W].
+        images: indices [B] -> uint8 [B, 3, H, W] of `size`; given a Frame for each as well, what these show.
         captions: for each picture, or each label, the tuple of captions to draw from.
         labels: class of each picture, by index, or None if unknown. With labels, `captions` is indexed by label.
         classes: class of each picture, by index, where each has captions of its own; None if unknown.
@@ -65,7 +66,7 @@ class Pictures:
         files: indices [B] -> files these pictures are read from: one for each, or the files that hold all of them.
         latents: space -> latents [N, C, h, w] of the split, or None if they are not prepared (cache.py).
         slow: True if a picture is opened and decoded on access, so that a run should read ahead (batches.py).
-        controls: indices [B] -> control maps, uint8 [B, 3, H, W]; None where the source has none of its own.
+        controls: as `images`, control maps; None where the source has none of its own.
         report: what was found, and what each rule left out.
         unread: pictures that could not be read so far.
         stamps: indices [B] -> name, bytes and time or version of each picture and map; None if unknown.
@@ -73,7 +74,7 @@ class Pictures:
         sides: indices [B] -> (width, height) of each picture as it lies in the source, from its header alone.
     """
 
-    images: Callable[[Tensor], Tensor]
+    images: Callable[..., Tensor]
     captions: tuple[tuple[str, ...], ...]
     labels: Tensor | None
     indices: Tensor
@@ -82,7 +83,7 @@ class Pictures:
     files: Callable[[Tensor], list[Path]] | None = None
     latents: Callable[[Space], Tensor] | None = None
     slow: bool = False
-    controls: Callable[[Tensor], Tensor] | None = None
+    controls: Callable[..., Tensor] | None = None
     report: Report = field(default_factory=lambda: Report(""))
     unread: Unread = field(default_factory=Unread)
     stamps: Callable[[Tensor], list[Stamp]] | None = None
@@ -93,41 +94,47 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """Pictures of rows [B] of this split: uint8 [B, 3, H, W]; UnreadableError if one of them cannot be read."""
-        return self.images(self.indices[rows])
+    def batch(self, rows: Tensor, *frames: Sequence[Frame]) -> Tensor:
+        """Pictures of rows [B] of this split: uint8 [B, 3, H, W]; UnreadableError if one of them cannot be read.
 
-    def maps(self, rows: Tensor) -> Tensor | None:
+        Args:
+            frames: what is seen of each, of one size; the middle of `size` where it is left out.
+        """
+        return self.images(self.indices[rows], *frames)
+
+    def maps(self, rows: Tensor, *frames: Sequence[Frame]) -> Tensor | None:
         """Control maps of rows [B]: uint8 [B, 3, H, W], or None where the source has none of its own."""
-        return None if self.controls is None else self.controls(self.indices[rows])
+        return None if self.controls is None else self.controls(self.indices[rows], *frames)
 
-    def sound(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def sound(self, rows: Tensor, *frames: Sequence[Frame],
+              among: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(rows [B], their pictures, their maps), each row that cannot be read replaced by the next that can.
+
+        Args:
+            frames: as in `batch`.
+            among: rows of the split, rising, that a replacement is looked for in first; all of them where None.
 
         Raises:
             UnreadableError: more pictures cannot be read than the share that may be.
         """
         while True:
-            rows = self.replaced(rows)
+            rows = self.replaced(rows, among)
             try:
-                return rows, self.batch(rows), self.maps(rows)
+                return rows, self.batch(rows, *frames), self.maps(rows, *frames)
             except UnreadableError as error:
                 indices = self.indices[rows].tolist()
                 self.unread.note({indices[place]: reason for place, reason in error.at.items()}, len(self))
 
-    def replaced(self, rows: Tensor) -> Tensor:
-        """Rows [B], with those that are known to be unreadable replaced."""
+    def replaced(self, rows: Tensor, among: Tensor | None = None) -> Tensor:
+        """Rows [B], with those that are known to be unreadable replaced, as `sound` says."""
         if not self.unread.found:
             return rows
         good = [index not in self.unread.found for index in self.indices.tolist()]
         if not any(good):
             raise UnreadableError(f"{self.source}: none of {len(self)} pictures can be read; give other pictures", {})
-        kept = rows.tolist()
-        for place, row in enumerate(kept):
-            while not good[row]:
-                row = (row + 1) % len(self)
-            kept[place] = row
-        return torch.tensor(kept)
+        fit = [row for row in ([] if among is None else among.tolist()) if good[row]]
+        fit = fit or [row for row, sound in enumerate(good) if sound]
+        return torch.tensor([row if good[row] else fit[bisect(fit, row) % len(fit)] for row in rows.tolist()])
 
     def label(self, rows: Tensor) -> Tensor | None:
         """Classes of rows [B], or None if unknown."""

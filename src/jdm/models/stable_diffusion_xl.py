@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from jdm.models.adapters import Adapter
 from jdm.models.folder import tokenizer
-from jdm.models.stable_diffusion import StableDiffusion
+from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.stock import Part
-from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders
+from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders, time_ids
+from jdm.score import Text
 from jdm.size import height_width
+
+
+class SDXLDenoiser(UNetDenoiser):
+    """A UNet that is told the size of the very pictures it denoises, which differs between aspect buckets.
+
+    Attributes:
+        downscale: pixels per latent, along one side.
+    """
+
+    downscale: int
+
+    def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
+        assert isinstance(text, tuple)
+        hidden, added = text
+        height, width = (side * self.downscale for side in x_t.shape[2:])
+        told = {**added, "time_ids": time_ids(added["text_embeds"], height, width)}
+        return super()._denoised(x_t, timestep, (hidden, told), control)
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,12 @@ class StableDiffusionXL(StableDiffusion):
         assert self.tokenizer_2 is not None
         return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
                                height_width(self.size), self.zeros, one_by_one=one_by_one)
+
+    def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
+                 adapters: Sequence[Adapter] = (), also: Sequence[nn.Module] = ()) -> SDXLDenoiser:
+        made = SDXLDenoiser(backbone or self.unet, controlnet, also, adapters)
+        made.downscale = self.downscale
+        return made
 
     def _of_pipeline(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False}

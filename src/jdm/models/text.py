@@ -126,7 +126,8 @@ class TwoTextEncoders(TextEncoder):
 
     Args:
         second: a CLIP text model with projection; its pooled output is text_embeds.
-        size: height and width in pixels, given to SDXL as both the original and the target size, without a crop.
+        size: height and width in pixels, given to SDXL as both the original and the target size, without a crop, where
+            its denoiser does not know better (`SDXLDenoiser`).
         zeros: encode the empty prompt as zeros, as in the training of the base model. Stock pipelines do so for the
             negative prompt, but encode an empty prompt.
     """
@@ -153,8 +154,15 @@ class TwoTextEncoders(TextEncoder):
 
     def joined(self, *states: Tensor) -> Text:
         (height, width), (hidden, pooled) = self.size, states
-        ids = pooled.new_tensor([height, width, 0, 0, height, width]).expand(pooled.shape[0], -1)
-        return hidden, {"text_embeds": pooled, "time_ids": ids}
+        return hidden, {"text_embeds": pooled, "time_ids": time_ids(pooled, height, width)}
+
+
+def time_ids(pooled: Tensor, height: int, width: int) -> Tensor:
+    """What SDXL is told of pictures beside their prompts: original size, place of the crop, target size; [B, 6].
+
+    Original and target are the size that is drawn, and nothing is cut: as stock pipelines tell it by default.
+    """
+    return pooled.new_tensor([height, width, 0, 0, height, width]).expand(pooled.shape[0], -1)
 
 
 def tensors_of(row: Any) -> tuple[Tensor, ...]:

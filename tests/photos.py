@@ -18,6 +18,24 @@ def folder_of(place, count: int = 3, captions: bool = True):
     return place
 
 
+SHAPES = [(40, 40), (60, 30), (30, 60), (40, 40), (41, 40)]  # width, height
+
+
+def of_three_shapes(place, count: int = 20, captions=("a coat",), maps: bool = False):
+    """`count` noisy pictures of SHAPES in turn; with `maps` each has itself as its control map."""
+    place.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        width, height = SHAPES[i % len(SHAPES)]
+        image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
+        image.save(place / f"{i:02}.png")
+        (place / f"{i:02}.txt").write_text(captions[i % len(captions)])
+        if maps:
+            (place / "maps").mkdir(exist_ok=True)
+            image.save(place / "maps" / f"{i:02}.png")
+    return place
+
+
 def picture(path, value: int = 100, size=(40, 24), mode: str = "RGB"):
     """A plain picture of one grey value, `size` is width and height; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)

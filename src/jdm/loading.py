@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from jdm.controls import Control, checked, load_control
 from jdm.controls.base import NAMED
+from jdm.data.batches import Batches
+from jdm.data.buckets import bucket_sizes
 from jdm.data.cache import Cache, distinct
 from jdm.data.latents import encoded
 from jdm.data.sources import Pictures, load_pictures
@@ -43,6 +45,8 @@ class Loaded:
 
     def __init__(self, run: Run, needs: Needs | None = None):
         self.run, self.needs = run, needs or run.method.needs(run)
+        self.sizes = bucket_sizes(run.data.size, run.data.buckets)
+        self._refuse_cuts()
         self._models: dict[str, Family] = {}
         self.texts: dict[str, TextEncoder] = {}
 
@@ -50,6 +54,7 @@ class Loaded:
         """The model of a role, at the run's picture size and on its device."""
         if role not in self._models:
             model = self._model(role, self.needs.models[role]).at(self.run.data.size)
+            self._refuse_buckets(model)
             if role == "teacher" or role in self.needs.prompts:
                 model.to(self.run.device, texts=not self.prepared)
             else:  # nothing else of it runs
@@ -112,6 +117,10 @@ class Loaded:
         """The validation split."""
         return self.split(self.run.data.validation)
 
+    def batches(self) -> Batches:
+        """The batches of the training split."""
+        return Batches(self.pictures, self.run.batch, self.run.seed, self.run.data)
+
     def latents(self) -> Tensor:
         """The latents of the whole training split, [N, C, h, w] on the CPU."""
         return encoded(self.space, self.pictures)
@@ -125,7 +134,16 @@ class Loaded:
     @cached_property
     def control(self) -> Control | None:
         """The control, tried at the size it will see; None where the run needs none."""
-        return self._control(self.needs.control, self.run.data.size) if self.needs.control else None
+        if not self.needs.control:
+            return None
+        found, data = self._control(self.needs.control, self.run.data.size), self.run.data
+        if data.buckets:
+            for size in (self.sizes[0], self.sizes[-1]):
+                checked(found, size)
+        if data.flip and data.controls and found.handed:
+            raise UsageError(f"--data.flip {data.flip:g} would mirror the maps of --data.controls, and a mirrored "
+                             f"{found.name} map is not the map of the mirrored picture; leave --data.flip out")
+        return found
 
     @property
     def preprocessor(self) -> dict | None:
@@ -183,6 +201,24 @@ class Loaded:
         probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.run.device) * 2 - 1
         a, b = self.teacher.space.encode(probe), self.model(role).space.encode(probe)
         return float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-6))
+
+    def _refuse_cuts(self) -> None:
+        """UsageError where the run's data are cut or mirrored anew in each step, and its method needs them as they are.
+        """
+        data, needs = self.run.data, self.needs
+        flags = {f"--data.buckets {data.buckets}": data.buckets, f"--data.flip {data.flip:g}": data.flip,
+                 f"--data.crop {data.crop}": data.crop != "centre"}
+        why = needs.whole or ("this recipe encodes every picture once, and keeps its latents" if needs.latents else "")
+        if why and (given := [flag for flag, on in flags.items() if on]):
+            raise UsageError(f"{given[0]} shows pictures in another way from step to step, and {why}; leave it out")
+
+    def _refuse_buckets(self, model: Family) -> None:
+        """UsageError where a model cannot draw pictures of every bucket."""
+        for size in self.sizes if self.run.data.buckets else ():
+            try:
+                model.latent_shape(1, size)
+            except UsageError as error:
+                raise UsageError(f"--data.buckets {self.run.data.buckets}: {error}; give other multiples") from None
 
     # How each is read
 

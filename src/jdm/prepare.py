@@ -103,9 +103,10 @@ class Draft(Cache):
         """Make every part that the run needs."""
         needs, run, loaded = self.needed.needs, self.needed.run, self.needed.pictures
         rows = torch.arange(len(loaded)).split(AT_ONCE)
-        part = self._part("pictures", [run.data.size, self.content], len(loaded),
-                          ((loaded.sound(r)[1],) for r in rows), loaded.unread.found)
-        self.manifest["pictures"] = {"part": part}
+        if not run.data.recut:  # else each step cuts them anew, from the source
+            part = self._part("pictures", [run.data.size, self.content], len(loaded),
+                              ((loaded.sound(r)[1],) for r in rows), loaded.unread.found)
+            self.manifest["pictures"] = {"part": part}
         for role in [role for role in needs.prompts if role in needs.models]:
             self._text(self.needed.text(role))
         if needs.latents:

@@ -138,6 +138,8 @@ class Needs:
         pictures: the training pictures, or their captions, are read.
         latents: every training picture is encoded once.
         autoencoder: folder of the autoencoder that encodes them; empty for the teacher's.
+        whole: why pictures must be seen whole, at one size and as they are, by which buckets, crops and mirrors are
+            refused; empty where batches are read through `Batches`. Latents that are encoded once are such a reason.
     """
 
     models: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class Needs:
     pictures: bool = True
     latents: bool = False
     autoencoder: str = ""
+    whole: str = ""
 
 
 class Method(Protocol):
@@ -193,6 +196,13 @@ class Data:
         unreadable: Largest share of the pictures that may turn out unreadable in a run: each is skipped, counted and
             named, and one beyond the share ends the run.
         changed: Go on with a run although its pictures or captions changed since it began; run.json then lists both.
+        buckets: Pixels of which both sides of an aspect bucket are multiples, such as 64: each picture is cut to the
+            bucket nearest its proportions, about as large as `size` in area, and a batch is of one bucket. 0 cuts all
+            pictures to `size`.
+        flip: Share of the training pictures that are mirrored left to right, drawn anew in every step, in [0, 1].
+            Pictures whose caption says left or right are not mirrored.
+        crop: Where a training picture is cut that does not have the proportions it is cut to: at its centre, or at a
+            place drawn at random in every step.
     """
 
     source: str = "fashion-mnist"
@@ -208,6 +218,14 @@ class Data:
     splits: Literal["", "folders", "held-out"] = ""
     unreadable: Share = 0.05
     changed: bool = False
+    buckets: Whole = 0
+    flip: Share = 0.0
+    crop: Literal["centre", "random"] = "centre"
+
+    @property
+    def recut(self) -> bool:
+        """Whether what a step sees of a picture differs from the middle of `size`, a mirror apart."""
+        return bool(self.buckets) or self.crop != "centre"
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,15 @@ class Control:
         channels: channels of c; a single channel is repeated three times for the ControlNet.
         by_hand: people draw c itself, on black, rather than give a picture that it is measured on; the page of
             `jdm app` then starts so.
+        handed: left and right mean different things in c, as in a pose whose limbs have a side's colour, so that a
+            mirrored map is not the map of the mirrored picture; maps of one's own are then never mirrored.
         temperature: standard deviation of the Gaussian likelihood, in units of c.
     """
 
     name: str = "control"
     channels: int = 1
     by_hand: bool = False
+    handed: bool = False
     temperature: float = 0.1
 
     @property

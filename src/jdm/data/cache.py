@@ -65,7 +65,7 @@ class Manifest(TypedDict):
     recipe: str
     data: Prepared
     text: list[TextPart]
-    pictures: PicturePart
+    pictures: PicturePart | None
     latents: list[LatentPart]
 
 
@@ -85,13 +85,18 @@ class Cache:
         return cls(folder, read_json(folder / MANIFEST, Manifest, remedy))
 
     def pictures(self, data: Data, loaded: Pictures) -> Pictures:
-        """Returns the split with pictures, and latents if prepared, memory-mapped from disk."""
+        """Returns the split with pictures, and latents if prepared, memory-mapped from disk.
+
+        Pictures that each step cuts anew (`Data.recut`) are read from the source, as if they were not prepared.
+        """
         self._check(data, loaded)
+        if data.recut or self.manifest["pictures"] is None:
+            return loaded
         part = self.manifest["pictures"]["part"]
         stored, place = self._arrays(part, len(loaded))[0], places(loaded.indices)
         unread = read_json(self.folder / part / UNREAD, dict[str, str], self._remedy, needed=True)
         loaded.unread.found |= {int(index): why for index, why in unread.items()}
-        return replace(loaded, images=lambda chosen: stored[place[chosen]], latents=self.latents,
+        return replace(loaded, images=lambda chosen, frames=None: stored[place[chosen]], latents=self.latents,
                        slow=loaded.controls is not None)
 
     def text(self, encoder: TextEncoder) -> Mapping[str, Any]:

@@ -13,15 +13,23 @@ from torch import Tensor
 from jdm.sharing import Share, share
 
 
-def rows_at(n: int, batch: int, seed: int, step: int) -> Tensor:
-    """This share's rows of batch `step`. Batches are consecutive pieces of a new permutation of n in every epoch."""
+def rows_at(n: int, batch: int, seed: int, step: int, bucket: str = "") -> Tensor:
+    """This share's rows of batch `step`. Batches are consecutive pieces of a new permutation of n in every epoch.
+
+    Args:
+        bucket: name of the part of a split that the n rows are; each has permutations of its own.
+    """
     places = torch.arange(step * batch, (step + 1) * batch)[share().rows(batch)]
-    return torch.stack([_permutation(n, seed, int(p) // n)[int(p) % n] for p in places])
+    order = _bucket_permutation if bucket else _permutation
+    return torch.stack([order(n, seed, int(p) // n, f"order{bucket}")[int(p) % n] for p in places])
 
 
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=keyed_generator(seed, epoch, "order"))
+def _drawn(n: int, seed: int, epoch: int, stream: str) -> Tensor:
+    return torch.randperm(n, generator=keyed_generator(seed, epoch, stream))
+
+
+_permutation = lru_cache(maxsize=4)(_drawn)
+_bucket_permutation = lru_cache(maxsize=64)(_drawn)  # of the parts of a split, which are smaller
 
 
 def keyed_generator(seed: int, step: int, stream: str) -> torch.Generator:

@@ -101,6 +101,10 @@ def _refuse_layout(source: str, how: Data) -> None:
         if getattr(how, name):
             raise UsageError(f"--data.{name} is for a source of your own, and {source} is packaged; leave it out, or "
                              "name your source with --data.source")
+    if how.recut:
+        flag = f"--data.buckets {how.buckets}" if how.buckets else f"--data.crop {how.crop}"
+        raise UsageError(f"{flag} is for pictures that are cropped, and those of {source} are square and shown whole; "
+                         "leave it out, or name your source with --data.source")
 
 
 # Sources
@@ -120,7 +124,7 @@ def _fashion_mnist(split: str, size: Size) -> Pictures:
     bounds = {"train": (0, cut), "validation": (cut, len(grey)), "test": (0, len(grey))}[split]
     captions = tuple(tuple(phrase(t, n) for n in names for t in TEMPLATES) for names in FASHION_CLASSES)
     return Pictures(
-        images=lambda rows: grey[rows].expand(-1, 3, -1, -1),
+        images=lambda rows, frames=None: grey[rows].expand(-1, 3, -1, -1),
         captions=captions,
         labels=torch.from_numpy(labels.astype(np.int64)),
         indices=torch.arange(*bounds),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdm.data.noise import Noise, rows_at
+from jdm.data.noise import Noise
 from jdm.data.sources import Pictures
 from jdm.evaluation.preview import preview
 from jdm.evaluation.questions import Questions
@@ -21,6 +21,7 @@ from jdm.models.family import placed
 from jdm.models.nano import VAEConfig
 from jdm.ranges import NotNegative, Positive
 from jdm.run import Needs, Optimiser, Phase, Product, Run, Task
+from jdm.size import size_of
 from jdm.space import from_bytes, to_bytes
 
 
@@ -54,13 +55,12 @@ class Autoencoder:
         return Product({"vae": placed(nano.vae(self.network, loaded.run.data.size), loaded.run.device)}, write)
 
     def task(self, loaded: Loaded) -> Task:
-        run, pictures, product = loaded.run, loaded.pictures, self.product(loaded)
+        run, batches, product = loaded.run, loaded.batches(), self.product(loaded)
         vae: Any = product.modules["vae"]
-        shape = self.network.latent_shape(run.data.size)
 
         def begin(step: int) -> tuple[Tensor, Tensor]:
-            rows, images, _ = pictures.sound(rows_at(len(pictures), run.batch, run.seed, step))
-            pixels = from_bytes(images).to(run.device)
+            rows, images, _ = batches(step)
+            pixels, shape = from_bytes(images).to(run.device), self.network.latent_shape(size_of(images))
             eps = Noise(run.seed, step, run.device).normal("latent", (len(rows), *shape))
             return pixels, eps
 

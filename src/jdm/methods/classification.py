@@ -37,7 +37,7 @@ class Classification:
     clip: Positive = 1.0
 
     def needs(self, run: Run) -> Needs:
-        return Needs()
+        return Needs(whole="a classifier reads pictures of one size, and moves and mirrors them itself")
 
     def product(self, loaded: Loaded) -> Product:
         model = Classifier(self.config).to(loaded.run.device)

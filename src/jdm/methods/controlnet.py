@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from jdm.controls.base import control_of
-from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.evaluation.preview import STEPS, preview
 from jdm.loading import Loaded
@@ -59,7 +58,7 @@ class ControlNet:
         latents, product = loaded.latents(), self.product(loaded)
         net = product.modules["controlnet"]
         score = teacher.score_of(loaded.text(), teacher.denoiser(teacher.backbone, net))
-        batches = Batches(pictures, run.batch, run.seed)
+        batches = loaded.batches()
 
         def shown(images: Tensor, maps: Tensor | None, luck: Tensor | None = None) -> Tensor:
             return control.image(control_of(control, unit(from_bytes(images)).to(run.device), maps, luck))

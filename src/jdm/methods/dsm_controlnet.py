@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from jdm.controls.base import control_of
-from jdm.data.batches import Batches
 from jdm.data.noise import Noise
 from jdm.loading import Loaded
 from jdm.methods.networks import Branch, Networks, Student, controlnet_need
@@ -56,7 +55,7 @@ class DSMControlNet:
         run, control, pictures = loaded.run, loaded.control, loaded.pictures
         assert control is not None
         networks = self._networks(loaded)
-        latents, batches = loaded.latents(), Batches(pictures, run.batch, run.seed)
+        latents, batches = loaded.latents(), loaded.batches()
 
         def begin(step: int) -> Pair:
             (rows, images, maps), noise = batches(step), Noise(run.seed, step, run.device)

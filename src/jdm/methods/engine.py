@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from jdm.data.batches import Batches
 from jdm.directions import ascend, cosine, health, rms, sum_of, together
 from jdm.levels import Levels
 from jdm.loading import Loaded
@@ -107,7 +106,7 @@ class Distillation:
         for phase in phases[1:]:
             phase.start = self.fake.warm_up if self.fake else 0
         scores = [] if self.fake else [networks.real, *(guide.net for guide in networks.guides.values())]
-        batches = Batches(loaded.pictures, loaded.run.batch, loaded.run.seed)
+        batches = loaded.batches()
         return Task(phases, lambda step: Step(networks, batches, control, step), networks.modules,
                     self._product(networks), networks.probe(), [*networks.running, *scores],
                     networks.preview(self.guidance))

@@ -76,7 +76,8 @@ class NCT:
         if run.data.controls:
             raise UsageError(f"--data.controls {run.data.controls} gives control maps, and NCT measures the control on "
                              "its own samples; leave it out, or train with another method, such as nano-canny")
-        return Needs({"teacher": run.model, "start": self.base} | controlnet_need(self.controlnet), self.control)
+        return Needs({"teacher": run.model, "start": self.base} | controlnet_need(self.controlnet), self.control,
+                     whole="NCT trains on the generator's own pictures, and reads captions alone")
 
     def product(self, loaded: Loaded) -> Product:
         return self._networks(loaded).product("nct", self.control, base=self.base)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jdm.controls import Control
 from jdm.controls.base import control_of
-from jdm.data.batches import Batches
+from jdm.data.batches import Batches, drawn_captions
 from jdm.data.noise import Noise
 from jdm.directions import condition_alignment
 from jdm.levels import Levels
@@ -22,6 +22,7 @@ from jdm.methods.material import Material
 from jdm.methods.networks import Fake, Networks
 from jdm.schedule import NoiseSchedule
 from jdm.score import Estimate
+from jdm.size import size_of
 from jdm.space import from_bytes, unit
 from jdm.terms import AnyPosterior, CFGAugmentation
 
@@ -47,11 +48,11 @@ class Step:
         self.noise, self.progress = Noise(run.seed, step, run.device), step / run.steps
         rows, images, maps = batches(step)
         self.images = unit(from_bytes(images)).to(run.device)
-        self.y = batches.pictures.prompts(rows, self.noise.uniform("caption", len(rows)).cpu())
+        self.y = drawn_captions(batches.pictures, rows, self.noise)
         luck = self.noise.uniform("control", len(rows)).cpu()
         self.c = None if control is None else control_of(control, self.images, maps, luck)
         self.shown = None if control is None or self.c is None else control.image(self.c)
-        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), run.data.size))
+        self.z = self.noise.normal("z", networks.teacher.latent_shape(len(rows), size_of(images)))
         self._networks = networks
         self._x: Tensor | None = None
         self._has_graph, self._known = False, {}

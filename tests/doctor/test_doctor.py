@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jdm.cli.parser import main
-from photos import encoded, folder_of, picture, shard
+from photos import encoded, folder_of, of_three_shapes, picture, shard
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +194,19 @@ def test_packaged_pictures_are_looked_at(capsys):
     assert code == 0
     assert rows["pictures"] == ["64", "64", "10,000"]
     assert rows["shorter side, pixels"] == ["28"] * 3
+
+
+def test_buckets_are_counted_when_asked(tmp_path, capsys):
+    place = of_three_shapes(tmp_path / "d")
+    code, text, rows = doctor(capsys, place, "--data.size", 32, "--data.buckets", 8, "--batch", 4)
+    assert code == 0
+    buckets = {name: cells[0] for name, cells in rows.items() if name.startswith("bucket")}
+    assert buckets == {"bucket 40 x 24": "4", "bucket 32 x 32": "11", "bucket 24 x 40": "3"}
+    assert "fewer pictures than a batch of 4" in text
+    assert "third of the area" not in text
+    _, text, rows = doctor(capsys, place, "--data.size", 32)
+    assert not any(name.startswith("bucket") for name in rows)
+    assert "more than a third of the area is lost to the crop to 32 x 32" in text
+    code, text, _ = doctor(capsys, place, "--data.size", 32, "--data.buckets", 5)
+    assert code == 1
+    assert "not made of multiples of --data.buckets 5" in text

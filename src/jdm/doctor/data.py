@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jdm.controls.base import control_of
+from jdm.data.buckets import Buckets
 from jdm.data.cache import distinct
 from jdm.data.pictures import UnreadableError
 from jdm.data.texts import few
@@ -131,8 +132,16 @@ def _count(found: Findings, splits: dict[str, Seen], run: Run) -> None:
                                               for name, count in s.aspects().most_common(3)),
     }
     found.rows = [[name, *(of(each) for each in splits.values())] for name, of in rows.items()]
+    if run.data.buckets and "train" in splits and splits["train"].sides:
+        found.rows += _bucket_rows(Buckets(splits["train"].sides, run.data.size, run.data.buckets), len(splits))
     mute = sum(count for kind, (count, _) in found.refused.items() if "without a caption" in kind)
     found.rows.insert(1, ["without a caption", f"{mute:,}", *[""] * (len(splits) - 1)])
+
+
+def _bucket_rows(buckets: Buckets, columns: int) -> list[list[str]]:
+    """A row for each bucket that has training pictures; pictures that are measured on have `size`."""
+    return [[f"bucket {spelled(size)}", f"{n:,}", *[""] * (columns - 1)]
+            for size, n in zip(buckets.sizes, buckets.counts.tolist(), strict=True)]
 
 
 def _sides(split: Seen) -> str:
@@ -190,15 +199,22 @@ def _remark_unreadable(found: Findings, split: Seen, title: str) -> None:
 
 
 def _remark_shapes(found: Findings, train: Seen, run: Run) -> None:
-    (height, width), n = height_width(run.data.size), len(train.sides)
-    if small := sum(across < width or down < height for across, down in train.sides):
-        found.remarks.append(f"smaller than {spelled(run.data.size)}, so that they are enlarged and blurred: {small:,} "
+    n, targets, to = len(train.sides), [height_width(run.data.size)] * len(train.sides), spelled(run.data.size)
+    if run.data.buckets and n:
+        buckets, to = Buckets(train.sides, run.data.size, run.data.buckets), "its bucket"
+        targets = [height_width(buckets.sizes[k]) for k in buckets.of.tolist()]
+        found.remarks += [said] if (said := buckets.small(run.batch)) else []
+    each = [(*sides, *target) for sides, target in zip(train.sides, targets, strict=True)]
+    if small := sum(across < width or down < height for across, down, height, width in each):
+        found.remarks.append(f"smaller than {to}, so that they are enlarged and blurred: {small:,} "
                              f"of {n:,} train pictures; remove them, or lower --data.size")
-    cut = [1 - min(across * height, down * width) / max(across * height, down * width) for across, down in train.sides]
+    cut = [1 - min(across * height, down * width) / max(across * height, down * width)
+           for across, down, height, width in each]
     if much := sum(share > CUT for share in cut):
-        found.remarks.append(f"more than a third of the area is lost to the crop to {spelled(run.data.size)} (height x "
-                             f"width): {much:,} of {n:,} train pictures, at most {max(cut):.0%}; crop them yourself, "
-                             "or give --data.size HEIGHT WIDTH of their usual shape")
+        remedy = "" if run.data.buckets else ", give --data.size HEIGHT WIDTH of their usual shape, or --data.buckets"
+        found.remarks.append(f"more than a third of the area is lost to the crop to {to} (height x "
+                             f"width): {much:,} of {n:,} train pictures, at most {max(cut):.0%}; crop them "
+                             f"yourself{remedy}")
 
 
 def _named(split: Seen, indices: Sequence[int]) -> str:

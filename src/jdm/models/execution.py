@@ -22,6 +22,7 @@ from jdm.run import Run
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 BACKEND = "inductor"
 GRAPHS = 128  # limit per function: adapters x batch x gradients, for all networks that share its code
+SIZES = 64  # aspect buckets at most, each of which has graphs of its own
 
 
 def computing(device: torch.device, dtype: torch.dtype | None):
@@ -56,7 +57,7 @@ def settle(run: Run, *networks: nn.Module) -> None:
                 if dtype is not None:
                     _cast_frozen(part, dtype)
                 if run.compile:
-                    _compile(part)
+                    _compile(part, SIZES if run.data.buckets else 1)
 
 
 def _checkpoint_pieces(decoder: nn.Module) -> None:
@@ -93,13 +94,18 @@ def _compress_frozen(denoiser: nn.Module, dtype: torch.dtype | None) -> None:
             layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
 
 
-def _compile(denoiser: nn.Module) -> None:
+def _compile(denoiser: nn.Module, sizes: int) -> None:
     """Compiles each network of a denoiser, with one graph per way it is called: Dynamo's guards check the adapters.
+
+    Args:
+        sizes: how many sizes of pictures it may meet; beyond Dynamo's limits it would run uncompiled, and slowly.
 
     Adapters and autocast are switched outside the graph, which would otherwise have to restore them. A compiled
     backward computes all gradients, needed or not: on a full copy the posterior's passes pay for its weights too.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS * sizes)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * GRAPHS * sizes)
     for network in denoiser.children():
         for part in network if isinstance(network, nn.ModuleList) else [network]:
             if part._compiled_call_impl is None:  # a UNet may serve several denoisers

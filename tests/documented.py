@@ -38,7 +38,7 @@ NOT_RUN = {
 # Blocks of Python that another test runs.
 ELSEWHERE = {"docs/extending.md": "tests/test_extending.py"}
 FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd35", "z-image": "z-image"}  # recipe's prefix -> tiny model
-HUB = {"Tongyi-MAI/Z-Image-Turbo": "turbo"}  # a hub's model -> folder of a tiny one, whose name says that it is distilled
+HUB = {"Tongyi-MAI/Z-Image-Turbo": "turbo"}  # a hub's model -> a tiny one's folder, named as distilled
 POSTERIOR = "--method.condition.posterior.rank 2"
 LORAS = f"--method.student.rank 2 --method.fake.rank 2 {POSTERIOR}"
 # The ranks of a recipe's LoRAs, which no tiny model has room for.

@@ -247,8 +247,9 @@ class Run:
         ema: Decay per step of the exponential moving average of the weights, in [0, 1). The average is exported.
         device: Device to train on, such as cpu, cuda or cuda:1.
         precision: Number format that networks compute in. Trained weights, sums and score differences stay float32.
-        frozen: How frozen weights of transformer blocks are kept: in the type of `precision`, or in 8 bits (fp8, e4m3)
-            and converted when used, for half the memory at some loss; fp8 needs precision bf16.
+        frozen: How frozen weights of the denoiser's blocks are kept: in the type of `precision`, or in 8 bits (fp8,
+            e4m3) and converted when used, for half the memory at some loss; fp8 needs precision bf16, and saves most
+            with checkpointing, which keeps no converted ones for the backward pass.
         checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         decoder: Folder or Hugging Face id of a small autoencoder of the same latents (AutoencoderTiny, such as TAESD)
             that decodes inside the likelihood or reward; empty for the teacher's own.

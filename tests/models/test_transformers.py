@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import jdm.evaluation.evaluate
 import tiny
 from families import FLOWS, made
-from jdm.errors import UsageError
 from jdm.evaluation.sampling import Sampler
 from jdm.generator import fresh_noise, starting_noise
 from jdm.library import load_model
@@ -292,14 +291,6 @@ def test_frozen_weights_in_eight_bits_still_train(kind, tmp_path):
     apart = max(float((exported[k] - whole[k]).norm() / whole[k].norm().clamp(min=1e-3)) for k in whole
                 if whole[k].ndim == 2)
     assert 0 < apart < 0.1, "three bits of mantissa"
-
-
-def test_eight_bits_need_bf16_and_a_transformer(teacher, tmp_path):
-    with pytest.raises(UsageError, match="--frozen fp8 is for transformers"):
-        Trainer(replace(tiny.run(find("nano-canny")(), tmp_path, teacher), frozen="fp8", precision="bf16"))
-    flow = save_pipeline(made_still("sd3"), tmp_path / "flow")
-    with pytest.raises(UsageError, match="--frozen fp8 needs --precision bf16"):
-        Trainer(replace(tiny.run(find("nano-canny")(), tmp_path / "run", flow), frozen="fp8"))
 
 
 def jdm_run_of(teacher, out) -> Run:

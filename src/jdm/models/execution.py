@@ -84,10 +84,10 @@ def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _compress_frozen(denoiser: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keeps the frozen weights of the denoiser's `linears` in 8 bits; autocast converts them when they are used."""
-    layers = denoiser.linears()  # type: ignore[operator]
+    """Keeps the frozen weights of the denoiser's `compressible` layers in 8 bits; autocast converts them when used."""
+    layers: list[Any] = denoiser.compressible()  # type: ignore[operator]
     if dtype is None or not layers:
-        what = "needs --precision bf16, which converts them" if layers else "is for transformers"
+        what = "needs --precision bf16, which converts them" if layers else "knows no layers of this model"
         raise UsageError(f"--frozen fp8 {what}; leave it out")
     for layer in layers:
         if not layer.weight.requires_grad and layer.weight.dtype in (torch.float32, torch.bfloat16):

@@ -83,8 +83,8 @@ class Denoiser(nn.Module, ABC):
         """The layers of the backbone whose outputs say most of a picture, in the order in which they run."""
         ...
 
-    def linears(self) -> list[nn.Linear]:
-        """The linear layers of the backbone's blocks, whose frozen weights may be kept in 8 bits; none by default."""
+    def compressible(self) -> list[nn.Module]:
+        """The layers of the backbone's blocks whose frozen weights may be kept in 8 bits; none by default."""
         return []
 
     @abstractmethod

@@ -60,7 +60,7 @@ class TransformerDenoiser(Denoiser):
         """At most four of the blocks, evenly spread, the last one among them."""
         return list(blocks)[:: -max(1, len(blocks) // 4)][3::-1]
 
-    def linears(self) -> list[nn.Linear]:
+    def compressible(self) -> list[nn.Module]:
         kinds = cast(Any, self.backbone)._no_split_modules
         return [layer for block in self.backbone.modules() if type(block).__name__ in kinds
                 for key, layer in block.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in key]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -64,6 +66,12 @@ class UNetDenoiser(Denoiser):
     def feature_layers(self) -> list[nn.Module]:
         backbone = cast(UNet2DConditionModel, self.backbone)
         return [*backbone.down_blocks, cast(nn.Module, backbone.mid_block)]
+
+    def compressible(self) -> list[nn.Module]:
+        """Linear layers of its transformer blocks and convolutions of its residual blocks: nearly all its weights."""
+        inside = ((nn.Linear, BasicTransformerBlock), (nn.Conv2d, ResnetBlock2D))
+        return [layer for kind, block in inside for part in self.backbone.modules() if isinstance(part, block)
+                for key, layer in part.named_modules() if isinstance(layer, kind) and "lora_" not in key]
 
     def shard_units(self) -> list[nn.Module]:
         units: list[Any] = []

@@ -19,6 +19,7 @@ from jdm.recipes import find
 from jdm.run import Data, Run
 from jdm.training.checkpoint import last
 from jdm.training.loop import train
+from jdm.training.product import write_model
 from jdm.training.record import measurements
 from jdm.training.trainer import Trainer
 from photos import of_three_shapes
@@ -85,7 +86,7 @@ def test_families_train_at_every_buckets_size(kind, tmp_path):
         assert all(torch.tensor(float(v)).isfinite() for v in trainer.step(step).values())
     assert sizes == {(8, 8), (10, 6), (6, 10)}
     assert told == ({(s, (4 * s[0], 4 * s[1], 0, 0, 4 * s[0], 4 * s[1])) for s in sizes} if kind == "sdxl" else set())
-    assert trainer.export().is_dir()
+    assert write_model(trainer).is_dir()
 
 
 def test_prompts_alone_are_prepared(teacher, tmp_path, monkeypatch):

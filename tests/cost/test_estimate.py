@@ -99,6 +99,13 @@ def test_saved_activations_are_those_autograd_keeps(measured):
     assert found.saved["generator"] == pytest.approx(saved, rel=0.15)
 
 
+def test_attention_is_as_on_the_runs_own_device(teacher, tmp_path):
+    """A GPU's kernel keeps no matrix of all pairs of positions; a CPU's in bf16 does."""
+    run = replace(tiny.run(RECIPES["nano-diff-instruct"](), tmp_path, teacher, precision="bf16"), batch=2)
+    on = {device: estimate(replace(run, device=device)).memory["activations"] for device in ("cuda", "cpu")}
+    assert on["cuda"] < on["cpu"]
+
+
 def test_a_terms_module_is_counted(teacher, tmp_path):
     ddmd = RECIPES["nano-ddmd-4"]()
     with_critic = replace(ddmd, method=replace(ddmd.method, regulariser=Adversarial()))

@@ -136,7 +136,7 @@ def estimate(run: Run) -> Estimate:
         UsageError: the shapes of its models are not known, or its method does what only real tensors can.
     """
     refuse_large(run.batch, run.data.size)
-    rehearsal = Rehearsal(replace(run, device="cpu", data=replace(run.data, prepared="")), bool(run.data.prepared))
+    rehearsal = Rehearsal(replace(run, data=replace(run.data, prepared="")), bool(run.data.prepared))
     try:
         return rehearsal.estimate()
     except UsageError:
@@ -157,7 +157,7 @@ class Rehearsal:
     def __init__(self, run: Run, prepared: bool = False):
         self.prepared = prepared
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
-        self.shapes = Shapes(run, self.mode)
+        self.shapes = Shapes(replace(run, device="cpu"), self.mode)  # attention is still computed as on its own device
         self.models, self.others = self.shapes.models, self.shapes.others
         self.phase, self.encoded = "", 0
 

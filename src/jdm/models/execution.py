@@ -39,8 +39,7 @@ def settle(run: Run, *networks: nn.Module) -> None:
     computed without PyTorch's fused kernel, whose backward takes a third of such a step of a small UNet.
     """
     dtype = DTYPES[run.precision]
-    if dtype is not None and run.device == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)  # in spite of its name, the CPU's too
+    torch.backends.cuda.enable_flash_sdp(dtype is None or run.device != "cpu")  # in spite of its name, the CPU's too
     for network in networks:
         for part in network.modules():
             if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):

@@ -22,7 +22,7 @@ import torch
 
 from jdm.loading import Loaded
 from jdm.methods.networks import Networks
-from jdm.methods.step import steps_of
+from jdm.methods.step import Step
 from jdm.recipes import find
 from jdm.run import Run
 from jdm.space import unit
@@ -36,7 +36,8 @@ def bare_passes(run: Run) -> dict[str, Callable[[], object]]:
     nets = Networks(loaded, declared.student, declared.branch, declared.fake)
     settings = declared.posteriors[0]
     nets.add_posterior(settings)
-    control, step = loaded.control, steps_of(nets, loaded.control)(0)
+    control = loaded.control
+    step = Step(nets, loaded.batches(), control, 0)
     assert control is not None
     x_t, t, _ = step.noised("bench", nets.schedule, 0.02, 0.98)
     index, text = nets.schedule.timestep(t), nets.text(step.y)

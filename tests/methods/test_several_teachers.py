@@ -1,6 +1,5 @@
 """Several teachers in the Gaussian world: the student's optimum is their geometric mixture."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from jdm.methods.networks import Fake, Student
 from jdm.methods.refusals import refuse_impossible
 from jdm.recipes import find
 from jdm.schedule import NoiseSchedule
+from jdm.score import ScoreModel
 from jdm.terms import CFGAugmentation, Fidelity
 from jdm.training.loop import train
 from worlds import Gaussian, LinearGaussianWorld, Rows, cubature, scene
@@ -28,18 +28,24 @@ ALSO = (("b", 0.3), ("c", 0.2))
 SHARES = ((OWN, 0.5), (B, 0.3), (C, 0.2))
 
 
-def guide(world: LinearGaussianWorld) -> Any:
+class Guide(ScoreModel):
     """A further teacher; without the prompt all teachers are one."""
-    return SimpleNamespace(schedule=SCHEDULE, conditional_and_unconditional=lambda x_t, t, y, control=None: (
-        world.data.score(x_t, t), EMPTY.data.score(x_t, t)),
-        guided=lambda x_t, t, y, control=None: world.data.score(x_t, t))
+
+    def __init__(self, world: LinearGaussianWorld):
+        super().__init__(world.data.score, SCHEDULE)
+
+    def conditional_and_unconditional(self, x_t, t, y, control=None):
+        return self.net(x_t, t), EMPTY.data.score(x_t, t)
+
+    def guided(self, x_t, t, y, control=None):
+        return self.net(x_t, t)
 
 
 def direction(term: Any, x: Tensor, eps: Tensor, t: Tensor, name: str = "fidelity") -> Tensor:
     now = x.detach()
     fake = Gaussian(now.mean(0), torch.cov(now.T, correction=0), SCHEDULE)
-    networks: Any = scene(SCHEDULE, guide(OWN), lambda x_t, t, y, control=None: fake.score(x_t, t),
-                          guides={"guide b": guide(B), "guide c": guide(C)})
+    networks: Any = scene(SCHEDULE, Guide(OWN), lambda x_t, t, y, control=None: fake.score(x_t, t),
+                          guides={"guide b": Guide(B), "guide c": Guide(C)})
     step: Any = Rows(x, t, eps)
     declared = DiffInstruct().distillation()
     return type(declared)("test", Student(), Fake(), {name: term}).direction(networks, step)[0]

@@ -2,7 +2,7 @@
 
 python several.py OUT TEACHER ACTION...             each action in this process, or in those of torchrun
 python several.py OUT TEACHER forked:N ACTION...    the same in N processes, forked after the imports
-python several.py OUT TEACHER all                   ALL; `scales` is GRADIENTS
+python several.py OUT TEACHER all                   ALL; `more` is MORE, `scales` is GRADIENTS
 
 An action is KIND:SHARD[:NAME...]. `gradients` and `trained` compute in float64, where the order of a sum changes
 nothing that a bound of 1e-9 sees; `critic`, gradients of a run whose term brings a module, computes in float32, as the
@@ -44,12 +44,12 @@ STEPS, SAVED = 5, 3  # the last zero convolutions and LoRAs wake at the third st
 # In turn, what one process, then two, and then one again compute: one folder for each name.
 # A process's first optimiser step on a new mesh costs seconds (DTensor plans it), so actions of one mesh stay together.
 ALL = [
-    (1, ["critic:1:gan", "gradients:1:full", "gradients:1:lora", "trained:1:whole:one-to-two"]),
-    (2, ["critic:1:gan", "critic:2:gan",
-         "gradients:1:full", "gradients:2:full", "gradients:2:lora", "exported:2:model", "judged:2:judged",
-         "trained:1:replicated", "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
+    (1, ["gradients:1:full", "trained:1:whole:one-to-two"]),
+    (2, ["gradients:1:full", "gradients:2:full", "exported:2:model", "judged:2:judged", "trained:1:replicated",
+         "trained:2:sharded:two-to-four:two-to-one", "trained:2:one-to-two"]),
     (1, ["trained:1:two-to-one"]),
 ]
+MORE = [(1, ["critic:1:gan", "gradients:1:lora"]), (2, ["critic:1:gan", "critic:2:gan", "gradients:2:lora"])]
 FOUR = ["gradients:2:full", "gradients:4:full", "trained:2:two-to-four", "trained:4:sharded-over-four"]  # for four
 GRADIENTS = [(1, ["gradients:1:full", "gradients:1:lora"]), (2, ["gradients:2:full", "gradients:2:lora"]),
              (4, ["gradients:4:full"])]
@@ -253,8 +253,8 @@ def computed(out: Path, teacher: Path, actions: list[str]) -> None:
 if __name__ == "__main__":
     folder, model, *wanted = sys.argv[1:]
     place = Path(folder), Path(model)
-    if wanted in (["all"], ["scales"]):
-        sys.exit(max(forked(n, *place, actions) for n, actions in (ALL if wanted == ["all"] else GRADIENTS)))
+    if lists := {"all": ALL, "more": MORE, "scales": GRADIENTS}.get(wanted[0]):
+        sys.exit(max(forked(n, *place, actions) for n, actions in lists))
     if wanted[0].startswith("forked:"):
         sys.exit(forked(int(wanted[0].removeprefix("forked:")), *place, wanted[1:]))
     computed(*place, wanted)

@@ -19,7 +19,7 @@ def test_the_page_has_every_step(page):
     assert [re.search(r"jdm (\w+)", command)[1] for command in documented.commands(page)] == KINDS[page]
 
 
-@pytest.mark.parametrize("page", ["docs/z-image.md", pytest.param("docs/sd15.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", ["docs/z-image.md", "docs/sd15.md"])
 def test_every_command_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(documented.working_folder(tmp_path))
     for language, text in documented.steps(page):

@@ -17,7 +17,7 @@ from jdm.size import bytes_of
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd35", marks=pytest.mark.slow), "z-image"])
+@pytest.mark.parametrize("kind", ["sd35", "z-image"])
 def test_estimates_count_every_weight(kind, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)

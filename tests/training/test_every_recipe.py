@@ -30,8 +30,7 @@ STILL["nano-flow-teacher"] = ("transformer.pos_embed.pos_embed", *(
 
 # SD1.5's overlays are nano's at other rates, in bfloat16 and with a LoRA for the fake score. These stand for the rest,
 # which `make test-slow` trains too, and so it does the ablations.
-SD15 = ("canny", "canny-4", "canny-lora", "controlnet", "controlled-fake", "ddmd-4", "hed", "joint", "nct", "shared",
-        "sr", "text-both")
+SD15 = ("canny", "canny-4", "canny-lora", "controlled-fake", "hed", "nct")
 
 
 def trained() -> list:

@@ -17,10 +17,10 @@ from PIL import Image, ImageChops
 
 import tiny
 from jdm.data.noise import Noise, rows_at
-from jdm.errors import UsageError
+from jdm.errors import RunError, UsageError
 from jdm.library import load_model
 from jdm.sharing import sharing
-from jdm.training import checkpoint, previews
+from jdm.training import checkpoint, distributed, previews
 from jdm.training.trainer import Trainer
 from several import FOUR, endless_run, run_of
 from tiny import nano_canny
@@ -228,6 +228,17 @@ def test_a_killed_process_ends_the_run_with_advice(start, tmp_path, teacher):
     assert "another process of this run was lost at step" in said
     assert "it goes on from" in said
     assert_goes_on(tmp_path / "run", teacher)
+
+
+def test_a_failing_process_is_not_ended_before_it_tells(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RunError), distributed.Terminator():
+            raise RunError("a peer is lost")
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does to those that are left
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])

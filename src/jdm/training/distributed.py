@@ -191,7 +191,7 @@ def with_cause(error: Exception) -> Exception:
     if size() == 1 or isinstance(error, TerminatedError):
         return error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others at once, before they can tell
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as `Terminator` does: it may have failed before or after that
     store = dist.distributed_c10d._get_default_store()
     own = isinstance(error, UsageError), str(error) if isinstance(error, UsageError | RunError) else in_short(error)
     try:
@@ -244,9 +244,11 @@ class Terminator:
                 threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+            fails = kind is not None and size() > 1 and not issubclass(kind, TerminatedError)
+            # torchrun ends the others at once, before they can tell what they know
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if fails else self._before)
             if size() > 1:
                 signal.set_wakeup_fd(-1)
                 self._write.close()

@@ -230,7 +230,7 @@ def test_a_killed_process_ends_the_run_with_advice(start, tmp_path, teacher):
     assert_goes_on(tmp_path / "run", teacher)
 
 
-def test_a_failing_process_is_not_ended_before_it_tells(monkeypatch):
+def test_a_failing_process_outlives_torchruns_sigterm(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -1,4 +1,4 @@
-"""Which code may be imported: what a person typed or wrote, never what a file of data names."""
+"""Decides which code may be imported: what a person typed or wrote, never what a file of data names."""
 
 from __future__ import annotations
 

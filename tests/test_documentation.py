@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import documented
 from jdm.cli.parser import (
@@ -96,6 +97,19 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def assert_made(words: list[str], place: Path) -> None:
+    """A command that draws or trains leaves pictures that show something, or weights, where it was told to."""
+    if "--out" not in words or words[:2] not in (["jdm", "sample"], ["jdm", "train"]):
+        return
+    out = place / words[words.index("--out") + 1]
+    if words[1] == "train":
+        assert all(tensor.isfinite().all() for file in (out / "model").rglob("*.safetensors")
+                   for tensor in load_file(file).values())
+        assert list((out / "model").rglob("*.safetensors"))
+    else:
+        assert all(low < high for low, high in Image.open(out / "000.png").getextrema()), words
+
+
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[] if page == "docs/index.md" else pytest.mark.slow)
                                   for page in RUN_HERE if page not in APART])
 def test_a_pages_blocks_run(page, place):
@@ -104,4 +118,4 @@ def test_a_pages_blocks_run(page, place):
             documented.run(text)
         else:
             exec(text, {"edges": Image.open("photo.jpg").resize((32, 32))})
-    assert Path("photo.jpg").is_file()
+        assert_made(shlex.split(text) if language == "sh" else [], place)

@@ -9,6 +9,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -86,4 +87,7 @@ def test_the_installed_wheel_draws(installed, tmp_path):
     command = installed.parent / "jdm"
     said(command, "sample", "nano-sd", "--prompt", "ankle boot", "--n", "2", "--steps", "2", "--out", "drawn",
          cwd=tmp_path)
-    assert (tmp_path / "drawn" / "001.png").is_file()
+    first, second = (Image.open(tmp_path / "drawn" / f"00{i}.png") for i in range(2))
+    assert first.size == second.size == (32, 32)
+    assert first.tobytes() != second.tobytes()
+    assert all(high > low for low, high in first.getextrema()), "something is drawn"

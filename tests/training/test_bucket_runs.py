@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import tiny
 from families import made
-from jdm.data.cache import Cache
 from jdm.errors import UsageError
+from jdm.library import load_model
 from jdm.loading import Loaded
 from jdm.models.folder import save_pipeline
 from jdm.models.text import TextEncoder
@@ -86,7 +86,9 @@ def test_families_train_at_every_buckets_size(kind, tmp_path):
         assert all(torch.tensor(float(v)).isfinite() for v in trainer.step(step).values())
     assert sizes == {(8, 8), (10, 6), (6, 10)}
     assert told == ({(s, (4 * s[0], 4 * s[1], 0, 0, 4 * s[0], 4 * s[1])) for s in sizes} if kind == "sdxl" else set())
-    assert write_model(trainer).is_dir()
+    exported = load_model(str(write_model(trainer))).controlnet.state_dict()
+    for name, average in trainer.averages["controlnet"].items():
+        assert torch.equal(exported[name], average), name
 
 
 def test_prompts_alone_are_prepared(teacher, tmp_path, monkeypatch):
@@ -104,8 +106,8 @@ def test_prepared_pictures_are_mirrored(teacher, tmp_path, monkeypatch):
     how = {"buckets": 0, "crop": "centre"}
     run = bucketed("nano-canny", tmp_path / "plain", teacher, of_three_shapes(tmp_path / "photos"), 1, **how)
     wanted = losses(run)
-    prepare(run, tmp_path / "cache")
-    assert Cache.read(tmp_path / "cache").manifest["pictures"] is not None
+    parts = prepare(run, tmp_path / "cache")
+    assert {name.partition("-")[0] for name in parts} == {"pictures", "text"}
     monkeypatch.setattr("jdm.loading.Loaded.warn_of_misfits", lambda self: None)
     assert losses(cached(run, tmp_path / "cache", tmp_path / "quick")) == wanted
     assert losses(bucketed("nano-canny", tmp_path / "same", teacher, tmp_path / "photos", 1, flip=0, **how)) != wanted

@@ -125,9 +125,11 @@ def test_drafts_of_killed_runs_are_removed(run):
 @pytest.mark.hostile("trouble")
 def test_a_model_moved_by_a_killed_run_returns(run):
     train(run)
+    before = {file.name: file.read_bytes() for file in (run.out / "model").rglob("*.*")}
     (run.out / "model").rename(run.out / ".model.old")
     with claimed(run):
-        assert (run.out / "model/model_index.json").is_file()
+        assert {file.name: file.read_bytes() for file in (run.out / "model").rglob("*.*")} == before
+        assert not (run.out / ".model.old").exists()
 
 
 @pytest.mark.hostile("trouble")
@@ -175,6 +177,6 @@ def test_a_flipped_bit_costs_one_checkpoint(run, capsys):
     train(replace(run, steps=3))
     assert "going on from" in capsys.readouterr().err
     assert (run.out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes() == whole
-    assert (run.out / "checkpoints/damaged-0000003").is_dir()
+    assert (run.out / "checkpoints/damaged-0000003" / checkpoint.WHOLE).read_bytes() == content, "it is kept aside"
     rows = [json.loads(line)["step"] for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3]

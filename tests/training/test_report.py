@@ -7,6 +7,7 @@ from html import escape
 from html.parser import HTMLParser
 
 import pytest
+from safetensors.torch import load_file
 
 import tiny
 from jdm.errors import UsageError
@@ -15,6 +16,7 @@ from jdm.training.curves import GROUPS, KNOWN, curve_of, keys
 from jdm.training.loop import train
 from jdm.training.monitors import WINDOW
 from jdm.training.report import compared, found, report
+from tiny import same
 
 pytestmark = pytest.mark.usefixtures("untrained_judge")
 
@@ -123,12 +125,14 @@ def test_names_are_text_on_the_page(teacher, tmp_path):
 
 def test_a_damaged_log_does_not_end_a_run(teacher, tmp_path, capsys):
     def damage(done, _):
-        with (tmp_path / "metrics.jsonl").open("a") as file:
+        with (tmp_path / "damaged" / "metrics.jsonl").open("a") as file:
             file.write("mine\n")
 
-    train(tiny.run(find("nano-vae")(), tmp_path, teacher, steps=3), damage)
+    damaged, whole = (train(tiny.run(find("nano-vae")(), tmp_path / name, teacher, steps=3), told)
+                      for name, told in (("damaged", damage), ("whole", None)))
     assert "warning: report.html is not up to date" in capsys.readouterr().err
-    assert (tmp_path / "model").is_dir()
+    ours, theirs = (load_file(next(folder.rglob("*.safetensors"))) for folder in (damaged, whole))
+    assert same(ours, theirs)
 
 
 # Several runs

@@ -4,9 +4,12 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+import conftest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "jdm"
@@ -70,6 +73,13 @@ def test_the_chain_of_a_step_is_five_files():
     counted = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert len(counted.splitlines()) == 6  # five files and the total
     assert int(counted.split()[-2]) <= int(lines.replace(",", ""))
+
+
+def test_every_test_left_to_the_slow_ones_exists():
+    for pattern in conftest.SLOW:
+        file, _, name = pattern.partition("::")
+        tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
+        assert any(fnmatch(test, re.split(r"[?*]", name)[0] + "*") for test in tests), pattern
 
 
 def test_no_test_name_exceeds_eight_words():

@@ -203,8 +203,7 @@ class Loaded:
         return float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-6))
 
     def _refuse_cuts(self) -> None:
-        """UsageError where the run's data are cut or mirrored anew in each step, and its method needs them as they are.
-        """
+        """UsageError where pictures are cut or mirrored anew in each step, and the method needs them as they are."""
         data, needs = self.run.data, self.needs
         flags = {f"--data.buckets {data.buckets}": data.buckets, f"--data.flip {data.flip:g}": data.flip,
                  f"--data.crop {data.crop}": data.crop != "centre"}

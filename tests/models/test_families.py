@@ -108,7 +108,7 @@ def test_a_wide_student_runs_in_stock_diffusers(family, tmp_path):
     model = load_model(str(teacher))
     assert (model.at((28, 44)).size, model.size) == ((28, 44), 32)
     if kind == "sdxl":
-        assert student.text()(["a"])[1]["time_ids"].tolist() == [[28, 44, 0, 0, 28, 44]]
+        assert sizes_told(student).tolist() == [[28, 44, 0, 0, 28, 44]]
     assert reproduced(folder, tmp_path, (28, 44)) < 1e-4
     assert recorded(wide.out / "run.json") == replace(wide, out=wide.out)
 
@@ -139,6 +139,17 @@ def test_guided_steps_equal_the_stock_pipelines(family):
 
 
 @torch.no_grad()
+def sizes_told(model: Any) -> torch.Tensor:
+    """The sizes [1, 6] that SDXL's UNet is told with a picture of the model's own size."""
+    net, heard = model.denoiser(), []
+    hook = net.backbone.register_forward_pre_hook(
+        lambda _, args, named: heard.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True)
+    net(torch.zeros(model.latent_shape(1, model.size)), torch.zeros(1), model.text()(["a"]))
+    hook.remove()
+    return heard[0]
+
+
+@torch.no_grad()
 def test_sdxls_text_and_sizes_are_the_stock_pipelines(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -146,16 +157,16 @@ def test_sdxls_text_and_sizes_are_the_stock_pipelines(tmp_path):
     pipe: Any = model.pipeline(DDIMScheduler.from_config(model.scheduler))
     parts, prompts = (model.text_encoder, model.tokenizer, model.text_encoder_2, model.tokenizer_2), ["a coat", "", "a"]
     for zeros in (True, False):
-        states, added = TwoTextEncoders(*parts, size=(48, 32), zeros=zeros)(prompts)
+        states, added = TwoTextEncoders(*parts, zeros=zeros)(prompts)
         for i, prompt in enumerate(prompts):
             exact, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
             quiet = 0 if zeros and not prompt else 1
             torch.testing.assert_close(states[i], quiet * exact[0])
             torch.testing.assert_close(added["text_embeds"][i], quiet * pooled[0])
-        ids = pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), torch.float32, text_encoder_projection_dim=12)
-        assert torch.equal(added["time_ids"], ids.expand(3, -1))
     for size, told in ((32, (32, 32)), ((64, 48), (64, 48))):
-        assert model.at(size).text()(["a"])[1]["time_ids"].tolist() == [[*told, 0, 0, *told]]
+        ids = pipe._get_add_time_ids(told, (0, 0), told, torch.float32, text_encoder_projection_dim=12)
+        assert ids.tolist() == [[*told, 0, 0, *told]]
+        assert torch.equal(sizes_told(model.at(size)), ids)
     for zeros in (True, False):
         loaded = load_model(str(save_pipeline(replace(model, zeros=zeros), tmp_path / str(zeros))))
         assert loaded.text()([""])[1]["text_embeds"].any() != zeros

@@ -13,13 +13,15 @@ from jdm.models.adapters import Adapter
 from jdm.models.folder import tokenizer
 from jdm.models.stable_diffusion import StableDiffusion, UNetDenoiser
 from jdm.models.stock import Part
-from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders, time_ids
+from jdm.models.text import TOKENIZERS, TextEncoder, TwoTextEncoders
 from jdm.score import Text
-from jdm.size import height_width
 
 
 class SDXLDenoiser(UNetDenoiser):
     """A UNet that is told the size of the very pictures it denoises, which differs between aspect buckets.
+
+    It is told their original size, the place of their crop and their target size [B, 6]: original and target are the
+    size that is drawn, and nothing is cut, as stock pipelines tell it by default.
 
     Attributes:
         downscale: pixels per latent, along one side.
@@ -31,8 +33,8 @@ class SDXLDenoiser(UNetDenoiser):
         assert isinstance(text, tuple)
         hidden, added = text
         height, width = (side * self.downscale for side in x_t.shape[2:])
-        told = {**added, "time_ids": time_ids(added["text_embeds"], height, width)}
-        return super()._denoised(x_t, timestep, (hidden, told), control)
+        sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)
+        return super()._denoised(x_t, timestep, (hidden, {**added, "time_ids": sizes}), control)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class StableDiffusionXL(StableDiffusion):
     def text(self, one_by_one: bool = False) -> TextEncoder:
         assert self.text_encoder_2 is not None
         assert self.tokenizer_2 is not None
-        return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
-                               height_width(self.size), self.zeros, one_by_one=one_by_one)
+        return TwoTextEncoders(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2, self.zeros,
+                               one_by_one=one_by_one)
 
     def denoiser(self, backbone: nn.Module | None = None, controlnet: nn.Module | None = None,
                  adapters: Sequence[Adapter] = (), also: Sequence[nn.Module] = ()) -> SDXLDenoiser:

@@ -122,20 +122,18 @@ class TextEncoder:
 
 
 class TwoTextEncoders(TextEncoder):
-    """Prompts -> SDXL's (hidden states [B, L, D1 + D2], {text_embeds [B, P], time_ids [B, 6]}).
+    """Prompts -> SDXL's (hidden states [B, L, D1 + D2], {text_embeds [B, P]}); its denoiser adds the sizes.
 
     Args:
         second: a CLIP text model with projection; its pooled output is text_embeds.
-        size: height and width in pixels, given to SDXL as both the original and the target size, without a crop, where
-            its denoiser does not know better (`SDXLDenoiser`).
         zeros: encode the empty prompt as zeros, as in the training of the base model. Stock pipelines do so for the
             negative prompt, but encode an empty prompt.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, second: nn.Module, tokenizer_2: Any,
-                 size: tuple[int, int], zeros: bool = True, capacity: int = REMEMBERED, one_by_one: bool = False):
+                 zeros: bool = True, capacity: int = REMEMBERED, one_by_one: bool = False):
         super().__init__(model, tokenizer, capacity, one_by_one)
-        self.second, self.tokenizer_2, self.size, self.zeros = second, tokenizer_2, size, zeros
+        self.second, self.tokenizer_2, self.zeros = second, tokenizer_2, zeros
 
     @property
     def networks(self) -> list[tuple[nn.Module, Any]]:
@@ -153,16 +151,8 @@ class TwoTextEncoders(TextEncoder):
         return [(h * 0, p * 0) if self.zeros and not prompt else (h, p) for prompt, h, p in rows]
 
     def joined(self, *states: Tensor) -> Text:
-        (height, width), (hidden, pooled) = self.size, states
-        return hidden, {"text_embeds": pooled, "time_ids": time_ids(pooled, height, width)}
-
-
-def time_ids(pooled: Tensor, height: int, width: int) -> Tensor:
-    """What SDXL is told of pictures beside their prompts: original size, place of the crop, target size; [B, 6].
-
-    Original and target are the size that is drawn, and nothing is cut: as stock pipelines tell it by default.
-    """
-    return pooled.new_tensor([height, width, 0, 0, height, width]).expand(pooled.shape[0], -1)
+        hidden, pooled = states
+        return hidden, {"text_embeds": pooled}
 
 
 def tensors_of(row: Any) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from jdm.evaluation.sampling import warn_of_misfit
 from jdm.files import read_json
 from jdm.library import load_controlnet, load_model, tiny_decoder
 from jdm.models import nano
+from jdm.models.execution import choose_attention
 from jdm.models.family import Family, placed
 from jdm.models.text import TextEncoder
 from jdm.rewards import Reward, checked_reward, load_reward
@@ -47,6 +48,7 @@ class Loaded:
         self.run, self.needs = run, needs or run.method.needs(run)
         self.sizes = bucket_sizes(run.data.size, run.data.buckets)
         self._refuse_cuts()
+        choose_attention(run)
         self._models: dict[str, Family] = {}
         self.texts: dict[str, TextEncoder] = {}
 

@@ -183,13 +183,13 @@ def test_every_sdxl_pass_knows_the_picture_size(name, tmp_path, monkeypatch):
     card = {"kind": "one-step", "method": "diff-instruct", "control": None, "levels": [625]}
     save_pipeline(model, tmp_path / "student", model.step_scheduler([625]), card=card)
     run = tiny.run(all_recipes()[name](), tmp_path / "run", teacher)
-    told, passed = [], UNetDenoiser._denoised
+    told, passed = [], UNetDenoiser.told
 
-    def noted(self, x_t, index, text, control):
+    def noted(self, x_t, text):
         told.append(text[1]["time_ids"])
-        return passed(self, x_t, index, text, control)
+        return passed(self, x_t, text)
 
-    monkeypatch.setattr(UNetDenoiser, "_denoised", noted)
+    monkeypatch.setattr(UNetDenoiser, "told", noted)
     Trainer(replace(run, data=replace(run.data, size=(28, 44)))).step(0)
     assert torch.cat(told).unique(dim=0).tolist() == [[28, 44, 0, 0, 28, 44]]
 
@@ -199,13 +199,13 @@ def test_evaluation_tells_sdxl_the_size_it_draws(tmp_path, monkeypatch):
         torch.manual_seed(0)
         teacher = save_pipeline(made("sdxl"), tmp_path / "teacher")
     monkeypatch.setattr("jdm.evaluation.reference._cache", lambda: tmp_path / "cache")
-    told, passed = [], UNetDenoiser._denoised
+    told, passed = [], UNetDenoiser.told
 
-    def noted(self, x_t, index, text, control):
+    def noted(self, x_t, text):
         told.append(text[1]["time_ids"])
-        return passed(self, x_t, index, text, control)
+        return passed(self, x_t, text)
 
-    monkeypatch.setattr(UNetDenoiser, "_denoised", noted)
+    monkeypatch.setattr(UNetDenoiser, "told", noted)
     pictures = load_pictures("fashion-mnist", "test[:4]", (28, 44))
     chosen = jdm.evaluation.evaluate.extractors("fashion-mnist", quick=True)
     references(str(teacher), chosen, pictures, steps=1, samples=4)

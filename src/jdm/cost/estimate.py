@@ -29,7 +29,7 @@ from jdm.cost.shapes import Shapes
 from jdm.data.sources import FASHION_CLASSES, TEMPLATES
 from jdm.errors import UsageError
 from jdm.models.adapters import base_parameters
-from jdm.models.execution import settle
+from jdm.models.execution import choose_attention, settle
 from jdm.models.family import Denoiser
 from jdm.models.text import REMEMBERED
 from jdm.run import Phase, Run, Task
@@ -157,7 +157,8 @@ class Rehearsal:
     def __init__(self, run: Run, prepared: bool = False):
         self.prepared = prepared
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
-        self.shapes = Shapes(replace(run, device="cpu"), self.mode)  # attention is still computed as on its own device
+        self.shapes = Shapes(replace(run, device="cpu"), self.mode)
+        choose_attention(run)  # that of its own device
         self.models, self.others = self.shapes.models, self.shapes.others
         self.phase, self.encoded = "", 0
 

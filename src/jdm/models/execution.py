@@ -30,16 +30,24 @@ def computing(device: torch.device, dtype: torch.dtype | None):
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def choose_attention(run: Run) -> None:
+    """Chooses the process's attention before anything of a run is computed, its prompts among it.
+
+    On a CPU, bf16 attention is computed without PyTorch's fused kernel, whose backward takes a third of a step of a
+    small UNet.
+    """
+    fused = DTYPES[run.precision] is None or run.device != "cpu"
+    torch.backends.cuda.enable_flash_sdp(fused)  # in spite of its name, the CPU's too
+
+
 def settle(run: Run, *networks: nn.Module) -> None:
     """Applies the run's precision, checkpointing and compilation to the networks in place.
 
     With bf16 a denoiser's frozen parameters are stored in bfloat16; those that train stay in float32 and are cast when
     used. Checkpointing recomputes a block in backward instead of keeping its activations; passes without gradients are
-    unaffected. A compiled network keeps its class and its parameters' names. On a CPU, bf16 attention is then
-    computed without PyTorch's fused kernel, whose backward takes a third of such a step of a small UNet.
+    unaffected. A compiled network keeps its class and its parameters' names.
     """
     dtype = DTYPES[run.precision]
-    torch.backends.cuda.enable_flash_sdp(dtype is None or run.device != "cpu")  # in spite of its name, the CPU's too
     for network in networks:
         for part in network.modules():
             if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):

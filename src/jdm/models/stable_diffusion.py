@@ -31,12 +31,6 @@ from jdm.space import channels_last
 ENCODER = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
 
 
-def _told(text: Text) -> dict[str, Any]:
-    """The text as arguments of a UNet or ControlNet."""
-    states, added = (text, None) if isinstance(text, Tensor) else text
-    return {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
-
-
 class UNetDenoiser(Denoiser):
     """A UNet2DConditionModel and ControlNetModels as one denoiser."""
 
@@ -54,14 +48,19 @@ class UNetDenoiser(Denoiser):
     def residuals(self, net: nn.Module, x_t: Tensor, timestep: Tensor, text: Text, image: Tensor,
                   strength: float | Tensor) -> list[Tensor]:
         """What one ControlNet adds to the UNet's skips, and last to its middle, each times the strength."""
-        down, mid = net(x_t, timestep, controlnet_cond=image, conditioning_scale=strength, **_told(text))
+        down, mid = net(x_t, timestep, controlnet_cond=image, conditioning_scale=strength, **self.told(x_t, text))
         return [*down, mid]
 
     def with_residuals(self, x_t: Tensor, timestep: Tensor, text: Text, residuals: Sequence[Tensor] = ()) -> Tensor:
         """The UNet's output like x_t, with these added where `residuals` says; nothing is added if there are none."""
         added: dict[str, Any] = {} if not residuals else {"down_block_additional_residuals": tuple(residuals[:-1]),
                                                           "mid_block_additional_residual": residuals[-1]}
-        return self.backbone(x_t, timestep, **added, **_told(text))[0]
+        return self.backbone(x_t, timestep, **added, **self.told(x_t, text))[0]
+
+    def told(self, x_t: Tensor, text: Text) -> dict[str, Any]:
+        """The text, and what else it must know of x_t, as arguments of a UNet or ControlNet."""
+        states, added = (text, None) if isinstance(text, Tensor) else text
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
 
     def feature_layers(self) -> list[nn.Module]:
         backbone = cast(UNet2DConditionModel, self.backbone)

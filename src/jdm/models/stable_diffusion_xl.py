@@ -29,12 +29,12 @@ class SDXLDenoiser(UNetDenoiser):
 
     downscale: int
 
-    def _denoised(self, x_t: Tensor, timestep: Tensor, text: Text, control: Tensor | None) -> Tensor:
+    def told(self, x_t: Tensor, text: Text) -> dict[str, Any]:
         assert isinstance(text, tuple)
         hidden, added = text
         height, width = (side * self.downscale for side in x_t.shape[2:])
         sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)
-        return super()._denoised(x_t, timestep, (hidden, {**added, "time_ids": sizes}), control)
+        return super().told(x_t, (hidden, {**added, "time_ids": sizes}))
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ class HelpShown(SystemExit):
 
 
 def _run(arguments: list[str]) -> int:
-    parser, commands = parsers()
-    if arguments and not arguments[0].startswith("-"):
-        name = arguments[0]
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    parser, commands = parsers(name)
+    if name:
         if name not in commands:
             raise UsageError(f"there is no command {name!r}; {hint(name, commands)}see: jdm --help")
         trust.start(arguments[1:])
@@ -131,21 +131,22 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=max(NARROWEST, shutil.get_terminal_size().columns) - 2)
 
 
-def parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of `jdm` and those of its commands, by name."""
+def parsers(flags_of: str | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `jdm` and those of its commands, by name.
+
+    Args:
+        flags_of: the one command whose flags are added, so that starting is quick; None for those of every command.
+    """
     parser = Parser("jdm", description="One-step diffusion generators that learn new controls.", epilog=EXAMPLES,
                     formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jdm {__version__}", help="print the version and exit")
-    from jdm.cli.app_flags import app_flags  # which has this module's types
-    from jdm.cli.layout_flags import layout_flags
-
     under = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     made: dict[str, Parser] = {}
 
     def command(name: str, summary: str, *flags: Callable[[argparse.ArgumentParser], None]) -> None:
         made[name] = under.add_parser(name, help=summary, description=summary, formatter_class=_Help,
                                       allow_abbrev=False)
-        for add in flags:
+        for add in flags if flags_of in (None, name) else ():
             add(made[name])
 
     command("recipes", "list the recipes that can be trained")
@@ -157,13 +158,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     command("doctor", "read a source of pictures once, or a model, and say what training would find wrong with it",
             _doctor_flags)
     command("sample", "draw pictures for a prompt, and for a control measured on your own picture", _sample_flags)
-    command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags, layout_flags)
+    command("evaluate", "measure a model on the pictures of a data set", _evaluate_flags)
     command("compare", "put the curves, settings and previews of runs on one page, which needs no network",
             _compare_flags)
     command("export", "write a run's model as a folder that other programs load", _export_flags)
     command("reproduce", "reproduce a table or figure of the paper beside the published one", _reproduce_flags)
     command("data", "make a data set to train on, from public packages: emoji pictures with captions", _data_flags)
-    command("app", "draw in the browser, and the picture follows the hand: a page on this machine", app_flags)
+    command("app", "draw in the browser, and the picture follows the hand: a page on this machine", _app_flags)
     command("demo", "sample, train, evaluate and report on the shipped models, in minutes on a CPU", _demo_flags)
     command("completion", "print a script by which a shell completes commands, recipes and flags",
             _completion_flags)
@@ -296,6 +297,15 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
                         "inception or inception:FILE gives FID and needs pip install 'jdm[fid]'; repeatable")
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
     _sampler_flags(parser)
+    from jdm.cli.layout_flags import layout_flags
+
+    layout_flags(parser)
+
+
+def _app_flags(parser: argparse.ArgumentParser) -> None:
+    from jdm.cli.app_flags import app_flags  # which has this module's types
+
+    app_flags(parser)
 
 
 def _compare_flags(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,18 @@ def test_settings_of_openmp_are_timed_alone_and_busy(teacher, tmp_path):
         assert f"| {name} | {found['threads'][name]} | {alone['seconds']:.2f} [" in done.stdout
 
 
+def test_steps_from_files_are_timed_beside_memory(teacher, tmp_path):
+    out = tmp_path / "reading.json"
+    done = subprocess.run([sys.executable, BENCHMARKS / "reading.py", "--model", teacher, "--batch", "2", "--pictures",
+                           "40", "--doctor", "30", "--rounds", "3", "--warm-up", "1", "--json", out],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert len(found["memory"]) == len(found["files"]) == 3
+    assert min(*found["memory"], *found["files"], found["doctor"]) > 0
+    assert f"jdm doctor on 30 such pictures: {found['doctor']:.0f} s" in done.stdout
+
+
 def test_choosing_page_is_of_the_results():
     docs = BENCHMARKS.parent / "docs"
     done = subprocess.run([sys.executable, BENCHMARKS / "choosing.py", "/dev/stdout"], capture_output=True, text=True)

@@ -5,15 +5,19 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from jdm.data.sources import load_pictures
 from jdm.errors import UsageError
+from jdm.evaluation.sampling import Sampler
 from jdm.files import ASSETS
+from jdm.generator import starting_noise
 from jdm.library import load_model
 from jdm.models import nano
+from jdm.models.folder import save_pipeline
 from jdm.space import from_bytes
 
 CODE = """
@@ -84,6 +88,38 @@ def test_teacher_sizes_fit_together():
     states = nano.text_encoder(config, tokens)(ids)[0]
     assert states.shape == (1, 20, 24)
     assert nano.unet(config, (4, 8, 8))(torch.zeros(1, 4, 8, 8), 5, states).sample.shape == (1, 4, 8, 8)
+
+
+def test_pooled_text_alone_moves_stock_pictures(tmp_path):
+    """A student whose cross-attention is silent: what the prompt changes came through the pooled text."""
+    config = nano.TeacherConfig(widths=(16, 32), text_width=64, text_layers=1, pooled=True, prediction="v_prediction")
+    tokens, shape = nano.tokenizer(["an ankle boot", "a coat"], config.tokens), (4, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = config.networks(shape, tokens)
+        for name, weight in made["unet"].named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                weight.data.zero_()
+        model = config.model(made, nano.vae(nano.VAEConfig(4), 32), tokens)
+        model = model.with_networks(controlnet=model.new_controlnet())
+    card = {"kind": "one-step", "method": "jdm", "control": "canny", "levels": [625]}
+    folder = save_pipeline(model, tmp_path, model.step_scheduler([625]), card=card)
+    student = load_model(str(folder))
+    assert student.prediction == "v_prediction"
+    z, shown = starting_noise((1, *shape), 5).expand(2, -1, -1, -1), torch.rand(2, 3, 32, 32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["an ankle boot", "a coat"]
+    stock = pipe(prompts, image=shown, latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    with torch.no_grad():
+        ours = Sampler(student).x(z, prompts, shown)
+    assert (stock.images - ours).abs().max() < 1e-4
+    assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
+def test_pooled_text_needs_a_width_of_heads():
+    with pytest.raises(UsageError, match=r"multiple of 64, got 96; change --method\.network\.text-width"):
+        nano.unet(nano.TeacherConfig(pooled=True), (4, 8, 8))
 
 
 def test_bound_on_merges_keeps_the_most_frequent():

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from jdm.models.stable_diffusion import StableDiffusion
 from jdm.ranges import Count, Whole
 from jdm.size import Size, height_width, sized, spelled
 
+POOLING_HEADS = 64  # diffusers' ControlNet takes no other number
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 SCHEDULER = {
@@ -82,6 +83,10 @@ class TeacherConfig:
         text_layers: Transformer layers of the text encoder.
         tokens: Longest prompt in tokens, start and end included.
         merges: Byte-pair merges of the tokenizer at most; without a bound, every word of the captions is one token.
+        pooled: Whether the whole text, pooled by attention, is added to the time too, which every block of the UNet
+            reads; the text encoder's width must then be a multiple of 64.
+        prediction: What the UNet predicts: epsilon, or v_prediction, whose loss weighs the error of x0 at the noisiest
+            levels, where the text decides, 1 + 1 / SNR times as much.
     """
 
     widths: tuple[Count, ...] = (96, 96)
@@ -90,6 +95,8 @@ class TeacherConfig:
     text_layers: Count = 2
     tokens: Count = 16
     merges: Whole | None = None
+    pooled: bool = False
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
 
     def networks(self, latent: Sequence[int], tokens: CLIPTokenizer) -> dict[str, nn.Module]:
         """New networks by part, for latents of that shape [C, h, w]."""
@@ -97,7 +104,8 @@ class TeacherConfig:
 
     def model(self, networks: Mapping[str, Any], vae: AutoencoderKL, tokens: CLIPTokenizer) -> StableDiffusion:
         """The model of these networks, on SD1.5's levels."""
-        return StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokens, SCHEDULER)
+        scheduler = {**SCHEDULER, "prediction_type": self.prediction}
+        return StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokens, scheduler)
 
 
 def vae(config: VAEConfig, size: Size) -> AutoencoderKL:
@@ -119,6 +127,11 @@ def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
         "down_block_types": tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in reads),
         "up_block_types": tuple("CrossAttnUpBlock2D" if text else "UpBlock2D" for text in reversed(reads)),
         "sample_size": sized(latent[1:])}
+    if config.pooled:
+        if config.text_width % POOLING_HEADS:
+            raise UsageError(f"pooled text needs a width that is a multiple of {POOLING_HEADS}, got "
+                             f"{config.text_width}; change --method.network.text-width")
+        levels["addition_embed_type"] = "text"
     return UNet2DConditionModel(
         in_channels=latent[0], out_channels=latent[0], block_out_channels=config.widths,
         layers_per_block=config.layers, norm_num_groups=16, cross_attention_dim=config.text_width,

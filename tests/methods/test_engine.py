@@ -160,6 +160,15 @@ def test_the_real_score_reads_prompts_row_by_row():
     assert asked == [step.y]
 
 
+def test_the_posterior_reads_prompts_row_by_row():
+    asked, step = [], rows()
+    networks = networks_of()
+    networks.posteriors = {ConsistencyPosterior(): lambda x_t, t, y: asked.append(tuple(y)) or WORLD.data.consistency(
+        x_t, t)}
+    JDM(condition=Condition(**PLAIN, bound=FREE, draws=1)).distillation().direction(networks, step)
+    assert asked == [step.y, step.y]  # f of x_t, and of the draw
+
+
 # --- phases ---
 
 

@@ -13,6 +13,7 @@ from jdm.errors import UsageError
 from jdm.levels import Bound, Levels
 from jdm.loading import Loaded
 from jdm.methods.controlled_teacher import ControlledTeacher
+from jdm.methods.declared import Declared
 from jdm.methods.dsm_controlnet import DSMControlNet, Pair
 from jdm.methods.jdm import JDM
 from jdm.methods.networks import Fake
@@ -169,6 +170,16 @@ def test_jdms_direction_reads_what_it_is_told(on, sees_c):
         condition = alpha * WORLD.plug_in_gradient(c, x_t, t, WORLD.data.consistency_gain(t))
     exact = alpha * (real.score - other.score) + 0.7 * condition
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_recipes_levels_of_their_own_are_independent():
+    """Levels that differ draw noise that differs: in every recipe, and where nothing but the stream does."""
+    for name, recipe in RECIPES.items():
+        if isinstance(method := recipe().method, Declared):
+            levels = {term.levels for term in method.distillation().terms.values() if term.levels}
+            assert len({own.stream for own in levels}) == len(levels), name
+    method = RECIPES["nano-canny-own-t"]().method
+    assert method.condition.levels == replace(method.fidelity.levels, stream="condition")
 
 
 class OwnLevels(Rows):

@@ -23,7 +23,7 @@ from jdm.evaluation.chart import chart
 from jdm.evaluation.evaluate import evaluate, noise_diversity
 from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
 from jdm.evaluation.reference import Reference, references
-from jdm.evaluation.sampling import Sampler, generator
+from jdm.evaluation.sampling import Drawing, Sampler, generator
 from jdm.files import ASSETS
 from jdm.generator import starting_noise
 from jdm.library import load_model
@@ -276,9 +276,9 @@ def test_answers_are_drawn_from_the_questions_seed():
 
 def test_the_floor_is_that_of_n_pictures(classifier):
     questions, extractor = Questions.of(PICTURES, None, 12, seed=0), ClassifierFeatures(classifier)
-    pictures = PICTURES.batch(torch.arange(12))
+    pictures, others = PICTURES.batch(torch.arange(12)), PICTURES.batch(torch.arange(24))
     floors = {"floors": json.dumps({"6": 4.0, "12": 3.0, "24": 2.0, "1000": 1.0})}
-    target = Reference(Statistics.of(extractor.features(pictures), extractor.name, floors))
+    target = Reference(Statistics.of(extractor.features(others), extractor.name, floors))
     row = evaluation.measured(pictures, questions, None, {extractor.name: target}, [extractor], Asked(), quick=True)
     assert (row["n"], row["fd_floor"]) == (12, 3.0)
 
@@ -298,6 +298,12 @@ def test_a_guidance_of_zero_is_one(asked, expected, tmp_path):
     found = evaluation.sampler_of(model, 2, asked)
     assert found.guidance == found.score.guidance == expected
     assert evaluation._run_as(found) == {"steps": 2, "guidance": expected}
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3.0), (0.0, 0.0), (1.0, 1.0)])
+def test_a_drawing_takes_a_guidance_of_zero(asked, expected):
+    model = tiny.model().with_parts(card={"guidance": 3.0})
+    assert Drawing(model, steps=2, guidance=asked).sampler.score.guidance == expected
 
 
 def test_a_generators_pictures_depend_on_the_seed(student):

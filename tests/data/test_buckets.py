@@ -88,6 +88,17 @@ def test_shares_make_the_same_batch(tmp_path, count):
         assert torch.equal(images, torch.cat([part.maps for part in parts]))
 
 
+def test_a_resumed_run_sees_the_wholes_batches(tmp_path):
+    """Rows, sizes, crops and mirrors are of the step, not of how many came before it."""
+    place = of_three_shapes(tmp_path)
+    whole, resumed = (batches(place, buckets=8, flip=0.5, crop="random") for _ in range(2))
+    seen = [whole(step) for step in range(9)]
+    for step in range(3, 9):
+        rows, images, _ = resumed(step)
+        assert torch.equal(rows, seen[step].rows)
+        assert torch.equal(images, seen[step].images)
+
+
 def test_a_batch_has_its_buckets_size(tmp_path):
     made = batches(of_three_shapes(tmp_path), buckets=8)
     assert made.buckets is not None

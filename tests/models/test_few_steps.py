@@ -15,7 +15,7 @@ from jdm.generator import fresh_noise, starting_noise
 from jdm.library import load_model
 from jdm.models import nano
 from jdm.models.folder import save_pipeline
-from jdm.models.schedulers import evenly_spaced, step_scheduler
+from jdm.models.schedulers import evenly_spaced, scheduler_of, step_scheduler
 from jdm.recipes import find
 from jdm.training.loop import train
 
@@ -127,6 +127,16 @@ def test_a_few_step_lora_names_its_scheduler(folders, tmp_path):
                                               ((999, 749), False), (UNEVEN, False), ((625,), True)])
 def test_even_spacing_goes_down_to_the_last_step(levels, even):
     assert evenly_spaced(levels) == even
+
+
+@pytest.mark.parametrize("levels", [EVEN, UNEVEN])
+def test_stock_schedulers_take_levels_without_warning(levels, monkeypatch):
+    said = []
+    monkeypatch.setattr(scheduling_lcm.logger, "warning", lambda text, *_: said.append(text))
+    scheduler = scheduler_of(step_scheduler(nano.SCHEDULER, levels))
+    scheduler.set_timesteps(**({"num_inference_steps": 4} if levels is EVEN else {"timesteps": list(levels)}))
+    assert scheduler.timesteps.tolist() == list(levels)
+    assert said == []
 
 
 def test_a_scheduler_cannot_end_at_level_zero():

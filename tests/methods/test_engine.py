@@ -143,6 +143,7 @@ def test_the_teacher_is_asked_at_each_terms_guidance(w):
     terms = {"first": Fidelity(lambda_t="constant", guidance=5.0), "second": Fidelity(**PLAIN, guidance=w)}
     ours, _ = Distillation("", Student(), Fake(), terms).direction(networks, step)
     assert sorted(asked) == [w, 5.0]
+    assert DiffInstruct(fidelity=Fidelity(guidance=w)).distillation().guidance == w
     x_t, t, _ = step.noised("generator", SCHEDULE, 0.02, 0.98)
     fake, alpha = OTHER.data.score(x_t, t).score, SCHEDULE.alpha(t, x_t)
     first, second = (real_score(guidance).guided(x_t, t, (), None) for guidance in (5.0, w))

@@ -206,6 +206,14 @@ def test_page_marks_uncommitted_source():
         assert ("in no commit" in markdown(replace(page, commit=commit))) == said
 
 
+@pytest.mark.parametrize(("guidance", "printed"), [(None, "–"), (0.0, "0"), (2.5, "2.5")])
+def test_page_prints_a_guidance_of_zero(guidance, printed):
+    measured = cell(record(measured={"guidance": guidance}), fd=(1.0, None))
+    page = markdown(table("table1", {"canny": "canny"}, jdm={"canny": measured}))
+    row = next(line for line in page.split("## Every measurement")[1].splitlines() if line.startswith("| jdm"))
+    assert row.split("|")[-3].strip() == printed
+
+
 def test_average_is_of_every_column_or_none():
     def column(*values):
         records = [record(k, measured={"fd": v, "fd_spread": 0.3}) for k, v in enumerate(values)]

@@ -70,6 +70,13 @@ def test_turns_are_not_a_rhythm():
     assert 10 < sum(one[::2]) < 40, "a phase of every second step meets both buckets"
 
 
+def test_every_turn_makes_batches_of_its_own():
+    made = Buckets([(32, 32)] * 17 + [(64, 16)] * 5, 32, 8)
+    first, second = ({tuple(made.at(step, 4, seed=1)[1].tolist()) for step in range(start, start + 22)}
+                     for start in (0, 22))
+    assert len(first & second) < 3
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_shares_make_the_same_batch(tmp_path, count):
     """Over any number of processes and parts, and from any step on: rows, sizes, crops and mirrors."""

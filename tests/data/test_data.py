@@ -1,6 +1,7 @@
 """Pictures with captions: the packaged ones and a person's own; orders and noise are pure functions."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -267,6 +268,12 @@ def test_an_epoch_visits_every_row_once():
         rows = torch.cat([rows_at(30, batch, seed=4, step=s) for s in range(steps)])[:30]
         assert sorted(rows.tolist()) == list(range(30))
         assert torch.equal(rows, torch.cat([rows_at(30, 5, seed=4, step=s) for s in range(6)]))
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    epochs = [torch.cat([rows_at(40, 8, 3, step) for step in range(first, first + 5)]) for first in (0, 5, 10)]
+    assert all(torch.equal(rows.sort().values, torch.arange(40)) for rows in epochs)
+    assert all((a == b).sum() < 10 for a, b in combinations(epochs, 2))
 
 
 def test_rows_depend_on_seed_and_step_alone():

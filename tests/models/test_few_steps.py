@@ -139,6 +139,14 @@ def test_stock_schedulers_take_levels_without_warning(levels, monkeypatch):
     assert said == []
 
 
+def test_the_stock_scheduler_skips_nothing():
+    """LCM's c_skip, which would keep a share of x_t, at the cleanest level that it takes."""
+    scheduler = scheduler_of(step_scheduler(nano.SCHEDULER, (999, 1)))
+    c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(1)
+    assert 0 <= c_skip < 1e-6
+    assert c_out == pytest.approx(1, abs=1e-6)
+
+
 def test_a_scheduler_cannot_end_at_level_zero():
     with pytest.raises(UsageError, match="level 0 cannot be one of several"):
         step_scheduler(nano.SCHEDULER, (625, 0))

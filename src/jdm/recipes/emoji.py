@@ -63,7 +63,8 @@ def emoji_diff_instruct() -> Run:
 
 def emoji_teacher() -> Run:
     """The UNet and text encoder of 64 px emoji, from nothing, on the latents of the packaged emoji-vae."""
-    network = TeacherConfig(widths=(64, 128, 128), text_width=192, text_layers=4, tokens=24, merges=2000)
+    network = TeacherConfig(widths=(64, 128, 128), text_width=192, text_layers=4, tokens=24, merges=2000, pooled=True,
+                            prediction="v_prediction")  # names are learnt sooner so (docs/log.md)
     method = Denoising("emoji-vae", network, optimiser=Optimiser(lr=8e-4, warmup=300))
     return Run(method=method, out=Path("runs/emoji-teacher"), data=EMOJI, steps=5000, batch=64, ema=0.9985,
                precision="bf16")

@@ -9,6 +9,7 @@ from jdm.cli.parser import main
 from jdm.data.pictures import load_picture
 from jdm.errors import UsageError
 from jdm.evaluation.sampling import generator
+from jdm.space import from_bytes, unit
 
 
 @pytest.mark.parametrize(("flags", "expected"), [([], 2.0), (["--guidance", "0"], 0.0), (["--guidance", "1"], 1.0)])
@@ -41,6 +42,23 @@ def test_python_draws_what_the_command_draws(as_map, student, tmp_path):
     assert torch.equal(drawn, torch.stack([load_picture(out / name, 32) for name in ("000.png", "001.png")]))
     other = generator(str(student), **more)("a coat", n=2, seed=3, **shown)
     assert not torch.equal(drawn, other)
+
+
+def test_steering_compares_with_the_picture_itself(teacher, tmp_path, monkeypatch):
+    seen, file = [], tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(file)
+
+    def likelihood(control, space, c, image):
+        seen.append((control, c, image))
+        raise UsageError("seen enough")
+
+    monkeypatch.setattr("jdm.cli.sample.likelihood", likelihood)
+    assert main(["sample", str(teacher), "--prompt", "a coat", "--image", str(file), "--steer", "soft-edge",
+                 "--out", str(tmp_path / "out")]) == 2
+    ((control, c, image),) = seen
+    exact = unit(from_bytes(load_picture(file, 32)))[None]
+    assert torch.equal(image, exact)
+    assert torch.equal(c, control.h(exact))
 
 
 def test_a_blend_beyond_one_is_refused(student, capsys):

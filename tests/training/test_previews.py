@@ -98,6 +98,15 @@ def test_the_teacher_draws_from_the_students_noise(teacher, tmp_path):
     assert (shown.rows["teacher, 25 steps"].int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize(("asked", "drawn"), [(0.0, 0.0), (1.0, 2.0), (3.0, 3.0)])
+def test_the_teachers_row_has_the_methods_guidance(asked, drawn, teacher, tmp_path, monkeypatch):
+    """1 stands for the card's, which says none: 2."""
+    networks, seen = tiny.networks(small("nano-text-reward", tmp_path, teacher, preview_every=1)), []
+    monkeypatch.setattr(networks, "real_score", seen.append)
+    networks.preview(asked)
+    assert seen == [drawn]
+
+
 def test_a_stopped_run_has_the_whole_runs_previews(teacher, tmp_path):
     whole, halves = (small("nano-canny", tmp_path / name, teacher, steps=6, save_every=3, preview_every=2)
                      for name in ("whole", "halves"))

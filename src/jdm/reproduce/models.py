@@ -341,7 +341,7 @@ def to_train(model: Model, setup: Setup) -> dict[str, tuple[Run, int, float | No
     found = {k: v for need in model.needs.values() for k, v in to_train(need, setup).items()}
     if model.run is not None:
         place = checkpoint.last(model.run.out)
-        left = model.run.steps - (int(place.name.removeprefix("step-")) if place else 0)
+        left = model.run.steps - (checkpoint.step_of(place) if place else 0)
         each = seconds_per_step(model.run.out) or setup.seconds.get(model.recipe)
         found[model.name] = (model.run, left, None if each is None else each * left)
     return found

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -96,6 +97,10 @@ def _finite(held: nn.Module | Mapping[str, Tensor]) -> bool:
 
 def name_of(step: int) -> str:
     return f"step-{step:07d}"
+
+
+def step_of(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))
 
 
 def save(state: State, out: Path, step: int) -> Path:
@@ -206,7 +211,7 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
         tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
         raise UsageError(f"{place} is damaged ({_cause(error)}); {DELETE}") from None
-    if f"step-{info['step']:07d}" != place.name or not state.optimizers.keys() <= info["optimizers"].keys():
+    if name_of(info["step"]) != place.name or not state.optimizers.keys() <= info["optimizers"].keys():
         raise UsageError(f"{place / 'state.json'}: step {info['step']} and optimisers "
                          f"{', '.join(info['optimizers']) or 'none'} are not this folder's; {DELETE}")
     for group, held in _held(state).items():
@@ -254,11 +259,8 @@ def _digest(info: dict) -> str:
 
 def _unused(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist."""
-    number = 2
-    found = path
-    while found.exists():
-        found, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return found
+    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(found for found in chain([path], others) if not found.exists())
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

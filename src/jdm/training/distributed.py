@@ -36,9 +36,7 @@ WAIT = 3.0  # seconds for another process's error to arrive
 GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
 
 
-def size() -> int:
-    """Number of processes in the run; 1 without a process group."""
-    return processes()
+size = processes  # in the run; 1 without a process group
 
 
 def rank() -> int:

@@ -118,11 +118,11 @@ class Log:
     def write(self, step: int, values: dict[str, Any]) -> None:
         if not distributed.first():
             return
-        row = {"step": step} | {k: float(v) for k, v in values.items()}
+        numbers = {k: float(v) for k, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | numbers) + "\n")
         for tracker in self.trackers:
-            tracker.numbers(step, {k: v for k, v in row.items() if k != "step"})
+            tracker.numbers(step, numbers)
 
 
 def measurements(path: Path) -> list[dict[str, float]]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from jdm.app.limits import Limits
 from jdm.cli.parser import trust_flag
 from jdm.cli.values import port, positive, token
 
-LIMITS = {  # field of Limits -> its help
-    "bytes": "most bytes of a request, and of a picture file on the page",
-    "pixels": "most pixels of a picture that is sent, before it is resized",
-    "pictures": "most pictures of one request",
-    "waiting": "requests that wait for their turn; more are told when to try again",
-    "pages": "pages that draw at the same time",
-    "seconds": "seconds of one request, waiting included",
+LIMITS = {  # field of jdm.app.limits.Limits -> (default, help)
+    "bytes": (8_000_000, "most bytes of a request, and of a picture file on the page"),
+    "pixels": (16_000_000, "most pixels of a picture that is sent, before it is resized"),
+    "pictures": (16, "most pictures of one request"),
+    "waiting": (8, "requests that wait for their turn; more are told when to try again"),
+    "pages": (16, "pages that draw at the same time"),
+    "seconds": (60, "seconds of one request, waiting included"),
 }
 
 
@@ -44,5 +43,5 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                        "digits, - and _, at least 8")
     where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
     bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
-    for name, said in LIMITS.items():
-        bounds.add_argument(f"--max-{name}", type=positive, default=getattr(Limits, name), help=said)
+    for name, (default, said) in LIMITS.items():
+        bounds.add_argument(f"--max-{name}", type=positive, default=default, help=said)

@@ -7,10 +7,9 @@ import json
 
 from jdm import files
 from jdm.cli import checks, console
-from jdm.cli.parser import estimate_flags, own_parser
+from jdm.cli.parser import GPUS, estimate_flags, own_parser
 from jdm.cli.run_flags import configured
 from jdm.cost.estimate import estimate, tables
-from jdm.cost.gpus import GPUS
 
 
 def command(asked: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from jdm import __version__, trust
 from jdm.cli import streams
 from jdm.cli.values import Among, drawings, factor, hint, pictures, positive, seed, seeds, share, side, text
-from jdm.cost.gpus import GPUS
 from jdm.errors import TeacherWarning, UsageError
 
 # Read by third parties when they are imported, so set before any of them is.
@@ -29,6 +28,7 @@ EXAMPLES = """examples:
 NARROWEST = 40  # columns that a help page is rendered for at least
 # Names that flags accept, written here too because the modules that own them import torch; tests compare them.
 FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")  # of jdm.export.writers
+GPUS = ("4080", "4090", "5090", "l40s", "a100", "h100", "h200")  # of jdm.cost.gpus
 RECIPE_COMMANDS = ("train", "prepare", "estimate")  # whose flags are the recipe's fields
 RUN_COMMANDS = (*RECIPE_COMMANDS, "doctor")  # whose flags are those of a run
 SHELLS = ("bash", "zsh", "fish")  # of jdm.cli.completion
@@ -211,7 +211,7 @@ def prepare_flags(parser: argparse.ArgumentParser) -> None:
 
 def estimate_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `jdm estimate` that are not the run's."""
-    parser.add_argument("--gpu", action="append", type=Among([*GPUS]), help=f"GPU to estimate times for: "
+    parser.add_argument("--gpu", action="append", type=Among(GPUS), help=f"GPU to estimate times for: "
                         f"{', '.join(GPUS)}; repeatable (default: all of them)")
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to, as JSON")
 

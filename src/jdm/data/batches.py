@@ -85,9 +85,8 @@ class Batches:
             if said := self.buckets.small(self.batch):
                 report.note(said)
         if self.data.flip:
-            p = self.pictures
-            keys = (p.indices if p.labels is None else p.labels[p.indices]).tolist()
-            n = sum(any(HANDED.search(caption) for caption in p.captions[key]) for key in keys)
+            keys = self.pictures.keys().tolist()
+            n = sum(any(HANDED.search(caption) for caption in self.pictures.captions[key]) for key in keys)
             report.note(f"mirrored are {self.data.flip:.0%} of the pictures, drawn anew in every step, and none whose "
                         f"caption says left or right: {n:,} of {len(keys):,} have such a caption")
 

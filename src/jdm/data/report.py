@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jdm.data.texts import few, shown
+from jdm.data.texts import few, printable
 from jdm.errors import UsageError
 
 KEPT = 100  # names of each rule that are kept; all are counted
@@ -65,7 +65,7 @@ class Report:
         entry = self.left_out.setdefault(rule, LeftOut(remedy=remedy))
         entry.count += count
         if len(entry.names) < KEPT:
-            entry.names.append(shown(name))
+            entry.names.append(printable(name))
 
     def note(self, text: str) -> None:
         """Adds a sentence, once."""

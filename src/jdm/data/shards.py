@@ -23,9 +23,9 @@ from torch import Tensor
 
 from jdm.data.pictures import read_all, read_picture, refuse_other_aspect, sides_of
 from jdm.data.report import Report
-from jdm.data.samples import Left, SampleError, Wanted, is_hidden, leave, sample_key, samples
+from jdm.data.samples import Left, SampleError, hidden, sample_key, samples
 from jdm.data.split import Pictures, Stamp, Unread, share_of
-from jdm.data.texts import shown
+from jdm.data.texts import printable
 from jdm.errors import UsageError, in_short
 from jdm.run import Data
 from jdm.size import Frame, Size
@@ -56,7 +56,7 @@ def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = F
         labels=None,
         indices=torch.tensor([i for i, part in enumerate(of) if part == split], dtype=torch.long),
         size=size,
-        source=f"{shown(source.rsplit('/', 1)[-1])}/{split}",
+        source=f"{printable(source.rsplit('/', 1)[-1])}/{split}",
         files=lambda rows: shards.files(),
         slow=True,
         controls=(lambda rows, frames=None: shards.maps(rows, frames or [size] * len(rows))) if how.controls else None,
@@ -117,21 +117,20 @@ class Shards:
 
     def images(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
         """Indices [B] and a size or frame for each -> uint8 [B, 3, H, W]."""
-        return read_all(lambda one: self._image(one[0], "start", "bytes", one[1]),
-                        list(zip(self._rows(rows), sizes, strict=True)), READERS)
+        return read_all(lambda row, size: self._image(row, "start", "bytes", size), self._rows(rows), sizes,
+                        at_once=READERS)
 
     def maps(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
         """Indices [B] and a size or frame for each -> control maps, uint8 [B, 3, H, W]."""
 
-        def one(asked: tuple[dict[str, Any], Size | Frame]) -> Tensor:
-            row, size = asked
+        def one(row: dict[str, Any], size: Size | Frame) -> Tensor:
             found = self._image(row, "map_start", "map_bytes", size)
             heads = [io.BytesIO(self._bytes(row, start, min(row[length], HEADER)))
                      for start, length in (("map_start", "map_bytes"), ("start", "bytes"))]
             refuse_other_aspect(heads[0], heads[1], f"{self.shards[row['shard']]}:{row['name']}")
             return found
 
-        return read_all(one, list(zip(self._rows(rows), sizes, strict=True)), READERS)
+        return read_all(one, self._rows(rows), sizes, at_once=READERS)
 
     def name_of(self, index: int) -> str:
         """The shard and the picture's name in it."""
@@ -199,19 +198,19 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
     Args:
         shards: number, path and version key of each; `datasets` caches the table by its arguments, so that a changed
             key makes it read the shard again.
-        wanted: the fields of `Wanted`, and the layout of the table.
+        wanted: fields of `Data`, and the layout of the table.
     """
     import fsspec
 
     store, _ = fsspec.core.url_to_fs(source)
-    asked = Wanted(**{name: value for name, value in wanted.items() if name != "layout"})
+    asked = Data(**{name: value for name, value in wanted.items() if name != "layout"})
     empty = {"start": 0, "captions": [], "map_start": 0, "map_bytes": 0}
     for index, shard, _ in shards:
         left: Left = {}
         seen: set[str] = set()
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                members = (m for m in _files(tar, file) if not _hidden(m.name, left))
+                members = (m for m in _files(tar, file) if not hidden(m.name, left))
                 for key, files in groupby(members, key=lambda m: sample_key(m.name)):
                     try:
                         if key in seen:
@@ -225,13 +224,7 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
         for rule, (name, count) in left.items():
-            yield {"shard": index, "rule": rule, "name": shown(name), "bytes": count, **empty}
-
-
-def _hidden(name: str, left: Left) -> bool:
-    if found := is_hidden(name):
-        leave(left, "hidden files", name)
-    return found
+            yield {"shard": index, "rule": rule, "name": printable(name), "bytes": count, **empty}
 
 
 def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

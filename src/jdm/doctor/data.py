@@ -262,7 +262,6 @@ def _sheet(reader: Reader, train: Seen, rows: Tensor) -> list[Picture]:
             raise UsageError(f"{reader.needs.control} failed on the source's own pictures ({in_short(error)}); it must "
                              "take [B, 3, H, W] in [0, 1]") from error
         drawn = (drawn * 255).round().clamp(0, 255).to(torch.uint8)
-    indices = pictures.indices[rows].tolist()
-    keys = indices if pictures.labels is None else pictures.labels[pictures.indices[rows]].tolist()
     return [Picture(images[i], None if drawn is None else drawn[i], pictures.captions[key], pictures.name_of(index))
-            for i, (key, index) in enumerate(zip(keys, indices, strict=True))]
+            for i, (key, index) in enumerate(zip(pictures.keys(rows).tolist(), pictures.indices[rows].tolist(),
+                                                 strict=True))]

@@ -161,9 +161,9 @@ class Page:
         """The columns that all of these rows were measured on."""
         return tuple(c for c in self.columns if all(self.result(row, c).values for row in rows))
 
-    def over(self, row: str, columns: Sequence[str], key: str, logs: bool = False) -> Value | None:
-        """A row's mean over columns, as the function `over`."""
-        return over([self.result(row, column) for column in columns], key, logs)
+    def mean_over(self, row: str, columns: Sequence[str], key: str, logs: bool = False) -> Value | None:
+        """A row's mean over columns, as the function `mean_over`."""
+        return mean_over([self.result(row, column) for column in columns], key, logs)
 
     def records(self) -> Iterator[tuple[Line, str, Record]]:
         """Every (row, column, record)."""
@@ -184,8 +184,8 @@ def values_of(records: Sequence[Record]) -> dict[str, Value]:
     return found
 
 
-def over(results: Sequence[Result], key: str, logs: bool = False) -> Value | None:
-    """The mean over columns; None where one of them lacks the measurement.
+def mean_over(results: Sequence[Result], key: str, logs: bool = False) -> Value | None:
+    """A measurement's mean over columns; None where one of them lacks it.
 
     Its error is of the seeds' means where every column has the same several seeds; else columns count as independent.
 

@@ -133,7 +133,7 @@ def check(setup: Setup, guided: bool = False) -> None:
     """
     missing = []
     for model in [setup.teacher, *([setup.guide] if guided and setup.guide else [])]:
-        if not _has_weights(model):
+        if not (model in SHIPPED or Path(model).exists() or _fetched(model, "model_index.json")):
             flag = "--model" if model == setup.teacher else "--guide"
             missing.append(f"the weights of {model} (fetch them with `hf download {model}`, or give a folder or a "
                            f".safetensors file with {flag})")
@@ -146,10 +146,6 @@ def check(setup: Setup, guided: bool = False) -> None:
     if missing:
         raise UsageError(f"--scale {setup.scale.name} cannot run yet; missing are {'; '.join(missing)}; --scale nano "
                          "has everything it needs")
-
-
-def _has_weights(model: str) -> bool:
-    return model in SHIPPED or Path(model).exists() or _fetched(model, "model_index.json")
 
 
 def _to_fetch(spec: str) -> str:

@@ -97,7 +97,8 @@ class Found:
     def entries(self, split: str) -> list[Entry]:
         """The pictures of a split, in order."""
         free = [name for name in self.files if name not in self.controls.values()]
-        names = [name for name in free if self._is_picture(name)]
+        names = [name for name in free
+                 if name in self.rows or (self._table(name) is None and self.choice.key(name) is not None)]
         tops = split_tops(names, self.how.splits, self.folder)
         top, absent = self._folder_of(split, tops)
         entries = self._captioned([name for name in names if name.startswith(top)])
@@ -124,9 +125,6 @@ class Found:
             raise UsageError(f"{self.report.source} has the folders {few(map(printable, tops))} and none for training; "
                              "add train, or give --data.splits held-out to read all as one set")
         return own.get("train", ""), absent
-
-    def _is_picture(self, name: str) -> bool:
-        return name in self.rows or (self._table(name) is None and self.choice.key(name) is not None)
 
     # Captions and maps of the pictures
 

@@ -106,8 +106,8 @@ def examined(run: Run, progress: Progress) -> Findings:
             found.refuse("what the pictures are", f"{run.data.source}, split {split}: no pictures; give a wider slice "
                          "or more pictures")
         for kind, refused in pictures.report.refused.items():
-            for message in refused.messages:
-                found.refuse(kind, message, refused.count if len(refused.messages) == 1 else 1)
+            for message in refused.first:
+                found.refuse(kind, message, refused.count if len(refused.first) == 1 else 1)
     if splits:
         _count(found, splits, run)
         _remark(found, splits, run)

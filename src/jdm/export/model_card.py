@@ -17,9 +17,8 @@ from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import StockModel
 from jdm.size import Size, height_width, spelled
 
-LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
 CHECKPOINT_FILE, CONTROLNET_FILE = "{name}.safetensors", "{name}_controlnet.safetensors"
-COMFYUI_FILE = "{name}_comfyui.safetensors"
+KOHYA_FILE, COMFYUI_FILE = "{name}_kohya.safetensors", "{name}_comfyui.safetensors"
 NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every")
 
 

@@ -139,8 +139,9 @@ class SingleFile:
         """Part -> config, from the folder beside the file, or else the published config of its size.
 
         Raises:
-            UsageError: the size is unknown, or the prediction must be given in the name.
+            UsageError: the file is of another kind, its size is unknown, or its name must give the prediction.
         """
+        self.refuse_others()
         own = {part: config for part, name in CONFIGS.items() if (config := self.beside_json(name)) is not None}
         if "unet" in own:
             if missing := [part for part in ("vae", "text_encoder", "scheduler") if part not in own]:

@@ -94,9 +94,9 @@ def open_clip_names(layers: int) -> dict[str, str]:
     return names
 
 
-def save(tensors: Mapping[str, Tensor], file: Path) -> Path:
-    """Writes tensors as one safetensors file."""
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+def save(tensors: Mapping[str, Tensor], file: Path, **header: str) -> Path:
+    """Writes tensors as one safetensors file; `header` is what its header says besides."""
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt", **header})
     return file
 
 

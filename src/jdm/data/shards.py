@@ -73,7 +73,6 @@ class Shards:
 
     def __init__(self, source: str, how: Data):
         import fsspec
-        from datasets import Dataset, Features, List, Value
 
         try:
             self.store, _ = fsspec.core.url_to_fs(source)
@@ -87,25 +86,15 @@ class Shards:
         except Exception as error:  # a store's driver may raise anything
             raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
-        kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
-                          "name": Value("string"), "captions": List(Value("string")), "map_start": Value("int64"),
-                          "map_bytes": Value("int64"), "rule": Value("string")})
-        wanted = {"layout": LAYOUT, "pictures": how.pictures, "captions": how.captions, "controls": how.controls,
-                  "encoding": how.encoding}
-        try:
-            table = Dataset.from_generator(_members, features=kinds,
-                                           gen_kwargs={"source": source, "shards": self.known, "wanted": wanted})
-        except Exception as error:
-            raise UsageError(_root_message(error)) from None
-        self.report = Report(source)
-        rules = table["rule"]
-        kept = [i for i, rule in enumerate(rules) if not rule]
-        for i, rule in enumerate(rules):
+        self.report, table = Report(source), _table(source, self.known, how)
+        kept = []
+        for i, rule in enumerate(table["rule"]):
             if rule == REFUSED:
                 self.report.refuse(REFUSED, table[i]["name"])
             elif rule:
-                row = table[i]
-                self.report.leave_out(row["name"], rule, count=row["bytes"])
+                self.report.leave_out(table[i]["name"], rule, count=table[i]["bytes"])
+            else:
+                kept.append(i)
         self.table = table.select(kept)
         self.captions = [tuple(row) for row in self.table["captions"]]
 
@@ -174,6 +163,22 @@ class Shards:
     def _image(self, row: dict[str, Any], start: str, length: str, size: Size | Frame) -> Tensor:
         data = self._bytes(row, start, row[length])
         return read_picture(io.BytesIO(data), f"{self.shards[row['shard']]}:{row['name']}", len(data), size)
+
+
+def _table(source: str, shards: Sequence[Any], how: Data) -> Any:
+    """The rows of `_members` as a data set, cached by `datasets` until a shard or what is asked of it changes."""
+    from datasets import Dataset, Features, List, Value
+
+    kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
+                      "name": Value("string"), "captions": List(Value("string")), "map_start": Value("int64"),
+                      "map_bytes": Value("int64"), "rule": Value("string")})
+    wanted = {"layout": LAYOUT, "pictures": how.pictures, "captions": how.captions, "controls": how.controls,
+              "encoding": how.encoding}
+    try:
+        return Dataset.from_generator(_members, features=kinds,
+                                       gen_kwargs={"source": source, "shards": shards, "wanted": wanted})
+    except Exception as error:
+        raise UsageError(_root_message(error)) from None
 
 
 def _expanded(source: str) -> list[str]:

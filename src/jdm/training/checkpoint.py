@@ -121,16 +121,7 @@ def save(state: State, out: Path, step: int) -> Path:
         else:
             save_file(_apart(_tensors(state)), draft / WHOLE)
         if distributed.first():
-            info = {"step": step, **state.counters, **_scalars(state)}
-            files = sorted(draft.iterdir())
-            with ThreadPoolExecutor() as hashing:  # while the disk writes
-                hashes = hashing.map(sha256_of, files)
-                for file in files:
-                    _flush(file)
-                info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
-            info["sha256"][INFO] = _digest(info)
-            (draft / INFO).write_text(json.dumps(info), encoding="utf-8")
-            _flush(draft / INFO)
+            _seal(draft, {"step": step, **state.counters, **_scalars(state)})
             umasked(draft)
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
@@ -144,6 +135,19 @@ def save(state: State, out: Path, step: int) -> Path:
     for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def _seal(draft: Path, info: dict) -> None:
+    """Flushes a checkpoint's files to disk and writes state.json, with the SHA-256 of each of them."""
+    files = sorted(draft.iterdir())
+    with ThreadPoolExecutor() as hashing:  # while the disk writes
+        hashes = hashing.map(sha256_of, files)
+        for file in files:
+            _flush(file)
+        info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
+    info["sha256"][INFO] = _digest(info)
+    (draft / INFO).write_text(json.dumps(info), encoding="utf-8")
+    _flush(draft / INFO)
 
 
 def newest_whole(out: Path, aside: bool = False) -> Path | None:

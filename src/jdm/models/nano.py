@@ -188,11 +188,12 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
+def text_encoder(config: Any, tokens: CLIPTokenizer, kind: Any = CLIPTextModel) -> Any:
+    """A text encoder of that class, of the sizes in a `TeacherConfig` or nano_flow's `FlowConfig`."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     width = config.text_width
-    return CLIPTextModel(CLIPTextConfig(
+    return kind(CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
         num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=config.tokens, **special))
 

@@ -80,6 +80,11 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def write_json(path: Path, value: Any) -> Path:
+    """Writes a value as JSON, as `write` does."""
+    return write(path, json.dumps(value, indent=1) + "\n")
+
+
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Yields the path of a draft that does not exist yet; what is written there becomes `folder`, whole or not at all.

@@ -44,7 +44,7 @@ from jdm.data.cache import (
 from jdm.data.latents import encoded_parts
 from jdm.data.sources import Pictures
 from jdm.errors import RunError, UsageError, remedy
-from jdm.files import LOCK, alone, read_json, write
+from jdm.files import LOCK, alone, read_json, write, write_json
 from jdm.loading import Loaded
 from jdm.models.text import TextEncoder
 from jdm.run import Run
@@ -119,7 +119,7 @@ class Draft(Cache):
 
     def finish(self) -> dict[str, int]:
         """The manifest, which makes the parts a cache; what no longer belongs is removed."""
-        write(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        write_json(self.folder / MANIFEST, self.manifest)
         _sweep(self.folder)
         parts = sorted(place for place in self.folder.iterdir() if place.is_dir() and PART.fullmatch(place.name))
         return {place.name: sum(file.stat().st_size for file in place.iterdir()) for place in parts}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from jdm.errors import UsageError
 from jdm.export import onnx_folder
 from jdm.export.graphs import write
 from jdm.export.parts import Parts
-from jdm.files import ASSETS, replaced
+from jdm.files import ASSETS, replaced, write_json
 from jdm.files import write as write_file
 from jdm.library import SHIPPED
 from jdm.size import Size, height_width
@@ -69,7 +68,7 @@ def write_page(out: Path, students: Sequence[Student], limits: Limits, say: Call
         files = [PACKED, *(file.relative_to(draft).as_posix() for file in graphs)]
         found = {"models": models, "limits": bounds(limits).model_dump(), "device": "cpu", "runtime": PACKED,
                  "files": {name: (draft / name).stat().st_size for name in files}}
-        write_file(draft / "models.json", json.dumps(found, indent=1) + "\n")
+        write_json(draft / "models.json", found)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 

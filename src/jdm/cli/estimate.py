@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from jdm import files
 from jdm.cli import checks, console
@@ -23,5 +22,5 @@ def command(asked: argparse.Namespace) -> int:
     for note in found.notes:
         console.printed(note)
     if file:
-        files.write(file, json.dumps(found.described(gpus), indent=1) + "\n")
+        files.write_json(file, found.described(gpus))
     return 0

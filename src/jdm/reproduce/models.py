@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.errors import UsageError
-from jdm.files import ASSETS, alone, read_json, sha256_of, write
+from jdm.files import ASSETS, alone, read_json, sha256_of, write_json
 from jdm.library import SHIPPED, load_model
 from jdm.models.folder import CARD, save_pipeline
 from jdm.recipes import recorded
@@ -254,7 +254,7 @@ def make(model: Model, watch: Watch = lambda run: nullcontext()) -> None:
     with _alone(model.run.out):
         if finished(model):  # by another process, while this one waited
             return
-        write(model.run.out / NEEDS, json.dumps(_weights_of_needs(model), indent=1) + "\n")
+        write_json(model.run.out / NEEDS, _weights_of_needs(model))
         with watch(model.run) as progress:
             train(model.run, progress)
         shutil.rmtree(model.run.out / "checkpoints", ignore_errors=True)  # many times the model's size

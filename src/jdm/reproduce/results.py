@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jdm.files import fitted, read_json, write
+from jdm.files import fitted, read_json, write_json
 
 T = TypeVar("T")
 AGAIN = "delete it and run again"
@@ -215,7 +214,7 @@ def mean_over(results: Sequence[Result], key: str, logs: bool = False) -> Value 
 
 def save(file: Path, value: Any, **more: Any) -> None:
     """Write a dataclass of this module as JSON, `more` beside its fields."""
-    write(file, json.dumps({**more, **dataclasses.asdict(value)}, indent=1) + "\n")
+    write_json(file, {**more, **dataclasses.asdict(value)})
 
 
 def load(kind: type[T], file: Path) -> T | None:

@@ -12,7 +12,7 @@ import torch
 from jdm.data.cache import facts, sha256
 from jdm.data.sources import Pictures, fingerprint
 from jdm.errors import UsageError
-from jdm.files import read_json, read_lines, write
+from jdm.files import read_json, read_lines, write, write_json
 from jdm.loading import Loaded
 from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
@@ -76,7 +76,7 @@ def record(run: Run, pictures: Pictures, step: int, preprocessor: dict | None) -
     whole = {"run": described(run), "data": data, "before": others, "found": pictures.report.summary(),
              "unreadable": list(pictures.unread.found.values()), "versions": versions,
              "threads": torch.get_num_threads(), "preprocessor": preprocessor}
-    write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+    write_json(run.out / "run.json", whole)
 
 
 class Skipped:
@@ -96,8 +96,8 @@ class Skipped:
               for n, why in enumerate(found[self.known :], self.known + 1)])
         self.known = len(found)
         if distributed.first():
-            whole = read_json(self.run.out / "run.json", Record, GIVE_UP) | {"unreadable": found}
-            write(self.run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+            file = self.run.out / "run.json"
+            write_json(file, read_json(file, Record, GIVE_UP) | {"unreadable": found})
 
 
 def _say(lines: list[str]) -> None:

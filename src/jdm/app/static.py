@@ -81,7 +81,7 @@ class _Written:
         self.controls: dict[tuple[int, str], dict[str, Any]] = {}  # by the UNet and the ControlNet's name
 
     def student(self, student: Student) -> dict[str, Any]:
-        """What the page must know to draw with a student."""
+        """Returns the settings and files with which the page draws a student."""
         parts = Parts(student.name, student.model)
         controls = {named.model: self._control(named, parts) for named in student.controls}  # first: one may be refused
         key = id(student.model.backbone)
@@ -114,7 +114,7 @@ class _Written:
         return self.controls[key]
 
     def _measure(self, named: Named, parts: Parts, file: Path) -> dict[str, Any]:
-        """How the page measures a control: by a script of its own, or by a graph."""
+        """Returns how the page measures a control: by a script of its own, or by a graph."""
         settings = named.control.preprocessor
         if script := SCRIPTS.get(settings["function"]):
             more = {"blur": blur_weights(named.control, parts.model.size)} if isinstance(named.control, Strokes) else {}
@@ -163,7 +163,7 @@ def _write_runtime(folder: Path) -> None:
 
 
 def cache() -> Path:
-    """Where fetched packages stay."""
+    """The folder that keeps fetched packages."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdm" / "npm"
 
 

@@ -99,7 +99,7 @@ class Estimate:
                 "memory": gpu.memory, "fits": self.fits(gpu)}
 
     def described(self, gpus: list[str]) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """The estimate as plain JSON."""
         return {**asdict(self), "total": self.total, "flops": self.flops, "utilisation": UTILISATION,
                 "reserve": RESERVE, "gpus": [self.on(GPUS[name]) for name in gpus]}
 
@@ -122,7 +122,7 @@ def passes_of(flops: Mapping[Labelled, float]) -> list[Pass]:
 
 
 def kinds_of(flops: Mapping[Labelled, float]) -> dict[str, float]:
-    """The same by arithmetic."""
+    """The FLOPs of a step by kind of arithmetic; prompts are encoded outside it."""
     kinds: Counter[str] = Counter()
     for (label, _, kind), n in flops.items():
         kinds[kind] += n if label != PROMPTS else 0  # type: ignore[assignment]
@@ -332,7 +332,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def tables(found: Estimate, title: str, gpus: list[str]) -> list[Table]:
-    """For a terminal: memory by part, FLOPs by pass, cost by GPU."""
+    """Tables for a terminal: memory by part, FLOPs by pass, cost by GPU."""
     memory = Table("memory", "GiB", title=title)
     for name, n in [*found.memory.items(), (f"at the peak, in phase {found.peak_phase}", found.total)]:
         memory.add_row(name, f"{n / 2**30:.2f}")

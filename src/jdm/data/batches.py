@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step draws for a share before any picture is read; numbers in [0, 1) are those of the step's `Noise`.
+    """A step's random choices for a share, made before a picture is read; numbers in [0, 1) are of the step's `Noise`.
 
     Attributes:
         rows: [B] of the split.

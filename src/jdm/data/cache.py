@@ -48,7 +48,7 @@ PicturePart = TypedDict("PicturePart", {"part": Name})  # noqa: UP013
 
 
 class Prepared(TypedDict):
-    """What was prepared, and the files that list its prompts and pictures."""
+    """The prepared split, and the files that list its prompts and pictures."""
 
     size: str
     split: str

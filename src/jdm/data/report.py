@@ -1,4 +1,4 @@
-"""What was found in a source of pictures, what each rule left out, and what was read in a way that should be said."""
+"""Reports what was found in a source of pictures, what each rule left out, and how the rest was read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEPT = 100  # names or messages of each kind that are kept; all are counted
 
 @dataclass
 class Counted:
-    """What one rule left out, or what of one kind training refuses.
+    """Things that one rule left out, or that training refuses for one reason.
 
     Attributes:
         count: number of all.
@@ -36,7 +36,7 @@ class Counted:
 
 @dataclass
 class Report:
-    """What was found and what was not taken, of one split of a source.
+    """A report on one split of a source: what was found, left out and refused.
 
     Attributes:
         source: name of the source.
@@ -86,12 +86,12 @@ class Report:
         raise UsageError(message + also)
 
     def lines(self) -> list[str]:
-        """All of it for a terminal, a line for each rule and each note."""
+        """The report for a terminal, a line for each rule and each note."""
         found = [f"{each.count:,} left out, {rule}: {few(each.first)}" + (f" ({each.remedy})" if each.remedy else "")
                  for rule, each in self.left_out.items()]
         return [*found, *self.notes]
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON, with the first names of each rule."""
+        """The report as JSON, with the first names of each rule."""
         return {"splits": self.splits, "notes": self.notes,
                 "left out": {rule: {"count": e.count, "first": e.first[:5]} for rule, e in self.left_out.items()}}

@@ -19,7 +19,7 @@ Left = dict[str, list[Any]]
 
 
 class SampleError(UsageError):
-    """What belongs to a sample is ambiguous, missing, or not text; the shard's name is added where it is known."""
+    """A part of a sample is ambiguous, missing, or not text; the caller adds the shard's name."""
 
 
 def hidden(name: str, left: Left) -> bool:
@@ -36,7 +36,7 @@ def leave(left: Left, rule: str, name: str) -> None:
 
 
 def sample_key(name: str) -> str:
-    """What the files of one sample share: their path up to the first dot of the name, as WebDataset has it."""
+    """The path up to the first dot of the name, which the files of one sample share in WebDataset's layout."""
     path = PurePosixPath(name)
     return str(path.parent / path.name.split(".")[0])
 
@@ -65,7 +65,7 @@ def samples(tar: tarfile.TarFile, key: str, files: Sequence[tarfile.TarInfo], as
 
 
 def _apart(by_ending: Mapping[str, tarfile.TarInfo], asked: Data) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """What stands between key and ending -> files by ending; one sample unless each of several has its own text.
+    """Text between key and ending -> files by ending; one sample unless each of several has its own caption.
 
     "shoe_v1.0.jpg", "shoe_v1.0.txt", "shoe_v1.1.jpg", "shoe_v1.1.txt" are two samples of one key.
     """

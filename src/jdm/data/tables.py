@@ -26,7 +26,7 @@ SEPARATORS = (",", ";", "\t")  # a table that Excel writes in many countries has
 
 @dataclass
 class Row:
-    """What a table says of one picture: its captions, None if they are refused, and its control map's file or ""."""
+    """A picture's entry in a table: its captions, None if they are refused, and its control map's file or ""."""
 
     captions: tuple[str, ...] | None = ()
     control: str = ""
@@ -173,7 +173,7 @@ def _cells(text: str, where: str, report: Report) -> Records:
 
 
 def _separator(text: str, where: str) -> str:
-    """What separates the names in the header: the one by which a picture column is among them."""
+    """The separator in the header by which a picture column is among its names."""
     header = text.split("\n", 1)[0].rstrip("\r")
     split = {mark: [name.strip().strip('"') for name in header.split(mark)] for mark in SEPARATORS}
     several = [mark for mark, names in split.items() if len(names) > 1]

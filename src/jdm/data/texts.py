@@ -108,7 +108,7 @@ def _listed(text: str) -> list[str] | None:
 
 
 def _guessed(raw: bytes) -> str:
-    """What the text would be in the encoding that charset-normalizer takes it for, as advice."""
+    """Advice: how the text reads in the encoding that charset-normalizer takes it for."""
     from charset_normalizer import from_bytes
 
     best = from_bytes(raw[:100_000]).best()

@@ -1,4 +1,4 @@
-"""What `jdm doctor` says of a source of pictures: what was found, what training refuses, and what to do about it."""
+"""Examines a source of pictures for `jdm doctor`: what is there, what training refuses, and what to do about it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass
 class Findings:
-    """What was found.
+    """Everything that `jdm doctor` found.
 
     Attributes:
         splits: heads of the table's columns.
@@ -71,7 +71,7 @@ class Findings:
             self.refuse(kind, str(error))
 
     def lines(self) -> list[str]:
-        """What training refuses and what else there is to know, in lines of text."""
+        """Lists what training refuses, then the remarks, in lines of text."""
         found = []
         for kind, (count, messages) in self.refused.items():
             found += [f"refused, {count:,} {kind}:" if count > 1 else f"refused, {kind}:"]

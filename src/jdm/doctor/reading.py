@@ -55,7 +55,7 @@ class Reader(Loaded):
 
 @dataclass
 class Seen:
-    """What was seen of a split.
+    """Everything that was seen of a split.
 
     Attributes:
         sides: (width, height) of the pictures that can be read.

@@ -56,7 +56,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def described(parts: Parts) -> dict[str, Any]:
-    """What a program must know to run the graphs: sizes, and each step's level, alpha and sigma."""
+    """The facts a program needs to run the graphs: sizes, and each step's level, alpha and sigma."""
     steps = [{"level": level, "alpha": float(alpha), "sigma": float(sigma)} for level, alpha, sigma in
              zip(parts.model.levels or (), parts.alpha, parts.sigma, strict=True)]
     return {"size": list(height_width(parts.model.size)), "latents": list(parts.latents), "steps": steps,

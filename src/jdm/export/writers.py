@@ -78,7 +78,7 @@ class Source:
         return cast(StockModel, load_model(str(self.folder)))
 
     def controlnet(self) -> tuple[Any, type[StockModel]]:
-        """Its ControlNet and the family that the ControlNet belongs to."""
+        """The model's ControlNet, and the family that the ControlNet belongs to."""
         named = {family.PARTS["controlnet"].classes[0] for family in FAMILIES.values()}
         for folder in (self.folder, self.folder / "controlnet"):
             if read_json(folder / "config.json").get("_class_name") in named:

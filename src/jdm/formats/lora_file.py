@@ -38,7 +38,7 @@ class LoRA:
         return max(len(a) for a, _ in self.layers.values())
 
     def at_one_rank(self) -> LoRA:
-        """The same function with every layer padded with zeros to the largest rank."""
+        """This LoRA with every layer padded with zeros to the largest rank, which changes no output."""
         rank = self.rank
         return LoRA({path: (_filled(a, 0, rank), _filled(b, 1, rank)) for path, (a, b) in self.layers.items()})
 

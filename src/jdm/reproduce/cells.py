@@ -207,7 +207,7 @@ def _known(cell: Cell, setup: Setup) -> Record | None:
 
 
 def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
-    """For each known page, in one line, which of these cells it has and cannot give: made on other terms."""
+    """A line for each known page that has some of these cells, made by other settings, so that they are not taken."""
     lines = []
     for file in setup.known:
         page = load_page(file)
@@ -218,7 +218,7 @@ def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
 
 
 def failed(cell: Cell, setup: Setup) -> str | None:
-    """In one line, why the cell has no record, where something stopped it."""
+    """The reason, in one line, why a cell could not be filled; None where nothing stopped it."""
     try:
         if stored(cell, setup) is None:
             return read_json(_failure(cell, setup), dict[str, str], AGAIN).get("reason")
@@ -228,7 +228,7 @@ def failed(cell: Cell, setup: Setup) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """Says what went wrong, for a table's reader."""
+    """An error in one line, for a reader of the table."""
     if isinstance(error, UsageError | RunError):
         return " ".join(str(error).split())
     return f"failed unexpectedly ({in_short(error)})"

@@ -37,7 +37,7 @@ class Beside:
         return self.a, self.b
 
     def told(self, page: Page, column: str) -> Told | None:
-        """What the page says of it; None where a row lacks what is compared."""
+        """The comparison on a page; None where a row lacks the measurement."""
         one, other = (page.result(row, column).values.get(self.key) for row in self.rows)
         if one is None or other is None:
             return None
@@ -128,7 +128,7 @@ FINDINGS = (
 
 
 def _better(pairs: Sequence[Pair]) -> Verdict:
-    """At each control a distance a fifth less, at no clearly worse consistency."""
+    """Whether each control's distance is a fifth less, at no clearly worse consistency."""
     found = []
     for pair in pairs:
         worse, farther = pair.errors("consistency"), pair.errors("fd")

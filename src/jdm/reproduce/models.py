@@ -1,4 +1,4 @@
-"""How a cell's model comes to be: given as it is, trained by a recipe, or composed of two others."""
+"""Models of a table's cells: given as they are, trained by a recipe, or composed of two others."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def essence(run: Run, model: Model) -> dict[str, Any]:
 
 
 def plan(model: Model) -> dict:
-    """How a model comes to be, down to the weights that are given; as JSON."""
+    """The plan by which a model is made, down to the weights that are given; as JSON."""
     parts = {k: plan(need) for k, need in model.needs.items()}
     if model.run is None:
         return parts or {"given": weights(model.path)}
@@ -335,7 +335,7 @@ def growth(course: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def to_train(model: Model, setup: Setup) -> dict[str, tuple[Run, int, float | None]]:
-    """By name, what is left to train: (run, steps left, seconds left if they can be reckoned)."""
+    """Trainings that are left, by name: (run, steps left, seconds left if they can be estimated)."""
     if finished(model):
         return {}
     found = {k: v for need in model.needs.values() for k, v in to_train(need, setup).items()}

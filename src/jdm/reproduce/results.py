@@ -118,7 +118,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows.
+    """A page: a table's results, and how they came about.
 
     Attributes:
         file: the page's name without suffix.

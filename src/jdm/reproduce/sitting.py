@@ -143,7 +143,7 @@ def _result(group: list[Cell], setup: Setup) -> Result:
 
 
 def _compared(result: Result, base: Result) -> Result:
-    """With diversity as a ratio to the multi-step ControlNet's on the same column."""
+    """A result with its diversity also as a ratio to the multi-step ControlNet's on the same column."""
     own, other = (r.values.get("diversity") for r in (result, base))
     if not own or not other or other.mean <= 0:
         return result
@@ -175,7 +175,7 @@ def commit() -> str:
 
 
 def listed(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None) -> str:
-    """Prints for `--dry-run` each cell, whether it is there, and what is left of it at about which cost."""
+    """Lists for `--dry-run` each cell, whether it is there, and what is left of it at about which cost."""
     rows: list[Sequence[str]] = [("cell", "seed", "state", "left to do", "about")]
     seen: set[str] = set()
     total, unknown = 0.0, False

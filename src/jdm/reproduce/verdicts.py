@@ -72,7 +72,7 @@ def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one measurement is from another.
+    """The distance of one measurement from another.
 
     Attributes:
         more: the first less the second, means over the columns.
@@ -156,7 +156,7 @@ class Question:
     controls: bool = False
 
     def answer(self, page: Page) -> Answer | None:
-        """From the pairs that the page has; None where it has none."""
+        """The answer by the pairs that the page has; None where it has none."""
         pairs = [pair for pair in self._pairs(page) if pair.found.keys() & {*self.by}]
         if not pairs:
             return None
@@ -233,7 +233,7 @@ def _ignored(page: Page) -> Answer | None:
 
 
 def _turned(page: Page) -> Answer | None:
-    """Says where reward hacking begins: how judge and reward moved from the judge's best probe to the run's end."""
+    """Tells where reward hacking begins: how judge and reward moved from the judge's best probe to the run's end."""
     found = {}
     for line, _, record in page.records():
         course = [at for at in record.course if record.seed == 0 and at.keys() >= {"judge", "reward", "fd"}]

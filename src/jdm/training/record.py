@@ -80,7 +80,7 @@ def record(run: Run, pictures: Pictures, step: int, preprocessor: dict | None) -
 
 
 class Skipped:
-    """Says what was found of a run's pictures, once, and which of them a step found to be unreadable."""
+    """Prints once what was found of a run's pictures, then each picture that a step finds to be unreadable."""
 
     def __init__(self, run: Run, loaded: Loaded):
         self.run, self.pictures, self.known = run, loaded.pictures, 0

@@ -33,15 +33,17 @@ def expanded(name: str | Path) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
+def alone(folder: Path, busy: Callable[[str], None] | None = None) -> Iterator[None]:
     """Returns a context manager; entering it blocks until no other process holds the folder's lock.
 
     The folder is created if it is missing. The operating system releases the lock when its process ends, however it
     ends. A thread may enter it again while it holds the lock.
 
     Args:
-        busy: called with the holder's description before blocking, if another process holds the lock; raise in it to
-            give up instead of waiting.
+        busy: called with the holder's description before blocking, if another process holds the lock.
+
+    Raises:
+        UsageError: another process holds the lock, and there is no `busy`.
     """
     from filelock import FileLock, Timeout
 
@@ -50,7 +52,10 @@ def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        busy((folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "another process")
+        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        if busy is None:
+            raise UsageError(f"{folder} is in use by {holder}; wait for it to end, or choose another --out") from None
+        busy(holder)
         lock.acquire()
     with lock:
         lock.release()  # of the two above, so that the end of this block frees it

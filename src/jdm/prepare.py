@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -74,7 +74,7 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
     if (folder / MANIFEST).exists() and "layout" not in read_json(folder / MANIFEST):
         raise UsageError(f"{folder} holds another program's {MANIFEST}; choose another --out")
     try:
-        with _alone(folder), _swept(folder):
+        with alone(folder), _swept(folder):
             run = replace(run, data=replace(run.data, prepared=""))
             draft = Draft(Loaded(run), folder, recipe, progress)
             draft.make()
@@ -227,10 +227,3 @@ def _swept(folder: Path) -> Iterator[None]:
     except (OSError, RunError, UsageError):
         _sweep(folder)
         raise
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    def busy(holder: str) -> None:
-        raise UsageError(f"{folder} is in use by {holder}; wait for it to end, or choose another --out")
-
-    return alone(folder, busy)

@@ -251,13 +251,14 @@ def make(model: Model, watch: Watch = lambda run: nullcontext()) -> None:
     if model.run is None:
         _compose(model)
         return
-    with _alone(model.run.out):
+    out = model.run.out
+    with alone(out, lambda holder: print(f"{out} is in use by {holder}; waiting for it", file=sys.stderr, flush=True)):
         if finished(model):  # by another process, while this one waited
             return
-        write_json(model.run.out / NEEDS, _weights_of_needs(model))
+        write_json(out / NEEDS, _weights_of_needs(model))
         with watch(model.run) as progress:
             train(model.run, progress)
-        shutil.rmtree(model.run.out / "checkpoints", ignore_errors=True)  # many times the model's size
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # many times the model's size
 
 
 def _compose(model: Model) -> None:
@@ -268,12 +269,6 @@ def _compose(model: Model) -> None:
             "preprocessor": (other.card or {}).get("preprocessor"),
             "parts": _weights_of_needs(model)}
     save_pipeline(one.with_networks(controlnet=other.controlnet), Path(model.path), card=card)
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """Two sittings may need the same model."""
-    return alone(folder, lambda holder: print(f"{folder} is in use by {holder}; waiting for it", file=sys.stderr,
-                                              flush=True))
 
 
 def _weights_of_needs(model: Model) -> dict[str, str]:

@@ -146,11 +146,12 @@ def read_json(file: Path, schema: Any = dict, remedy: str = "put back the origin
     return parsed(_text(file, remedy), str(file), schema, remedy)
 
 
-def read_lines(file: Path, schema: Any, remedy: str = "delete that line") -> list[Any]:
+def read_lines(file: Path, schema: Any) -> list[Any]:
     """The values of a file with one JSON value a line, NaN allowed; none if there is no such file.
 
     A last line without its newline is left out: its writer was stopped in the middle of it.
     """
+    remedy = "delete that line"
     lines = _text(file, remedy).split("\n")[:-1] if file.exists() else []
     return [parsed(line, f"{file}, line {n}", schema, remedy, nan=True) for n, line in enumerate(lines, 1)]
 

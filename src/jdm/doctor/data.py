@@ -132,16 +132,13 @@ def _count(found: Findings, splits: dict[str, Seen], run: Run) -> None:
                                               for name, count in s.aspects().most_common(3)),
     }
     found.rows = [[name, *(of(each) for each in splits.values())] for name, of in rows.items()]
-    if run.data.buckets and "train" in splits and splits["train"].sides:
-        found.rows += _bucket_rows(Buckets(splits["train"].sides, run.data.size, run.data.buckets), len(splits))
+    others = [""] * (len(splits) - 1)
+    if run.data.buckets and "train" in splits and splits["train"].sides:  # what is measured on has `size`
+        buckets = Buckets(splits["train"].sides, run.data.size, run.data.buckets)
+        found.rows += [[f"bucket {spelled(size)}", f"{n:,}", *others]
+                       for size, n in zip(buckets.sizes, buckets.counts.tolist(), strict=True)]
     mute = sum(count for kind, (count, _) in found.refused.items() if "without a caption" in kind)
-    found.rows.insert(1, ["without a caption", f"{mute:,}", *[""] * (len(splits) - 1)])
-
-
-def _bucket_rows(buckets: Buckets, columns: int) -> list[list[str]]:
-    """A row for each bucket that has training pictures; pictures that are measured on have `size`."""
-    return [[f"bucket {spelled(size)}", f"{n:,}", *[""] * (columns - 1)]
-            for size, n in zip(buckets.sizes, buckets.counts.tolist(), strict=True)]
+    found.rows.insert(1, ["without a caption", f"{mute:,}", *others])
 
 
 def _sides(split: Seen) -> str:

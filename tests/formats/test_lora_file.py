@@ -14,7 +14,7 @@ import tiny
 from jdm.errors import UsageError
 from jdm.formats import lora_file
 from jdm.formats.lora_file import DIFFUSERS_FILE, LoRA
-from jdm.models.adapters import Adapter
+from jdm.models.adapters import Adapter, switched_on
 from jdm.models.stable_diffusion import StableDiffusion
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def test_an_adapters_tensors_are_the_function_it_computes():
     net = unet()
     plain = output(net)
     adapter, lora = random_lora(net)
-    with adapter.active():
+    with switched_on([adapter]):
         ours = output(net)
     assert (ours - plain).abs().max() > 0.1, "a LoRA that changes nothing would prove nothing"
     assert (output(merged(unet(), lora)) - ours).abs().max() < 1e-5
@@ -104,7 +104,7 @@ def test_an_adapters_tensors_are_the_function_it_computes():
 def test_stock_diffusers_computes_what_our_adapter_does(write, as_folder, tmp_path):
     net = unet()
     adapter, lora = random_lora(net)
-    with adapter.active():
+    with switched_on([adapter]):
         ours = output(net)
     file = write(lora, tmp_path / DIFFUSERS_FILE)
     pipe = pipeline()

@@ -36,7 +36,7 @@ class Studio:
                       limits=bounds(self.limits))
 
     def chosen(self, asked: Settings, compare: bool) -> tuple[Student, Settings]:
-        """The model that draws, and its settings: the one asked for, or to compare with, its slow yardstick.
+        """The model that draws a request, and its settings: the model asked for, or its slow yardstick to compare with.
 
         A yardstick has one control, which it gets at the strength of the student's own.
 

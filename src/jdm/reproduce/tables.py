@@ -19,7 +19,7 @@ WEAK = Trained("weak-teacher", control="", needs=(("vae", Given(part="vae")),))
 
 
 def _trained(path: str, model: Spec, recipe: str, *needs: tuple[str, Spec], control: str = COLUMN) -> Trained:
-    """What a recipe trains from a model at that path of its method."""
+    """The model that a recipe trains, given another one at that path of its method."""
     return Trained(recipe, control, ((path, model), *needs))
 
 

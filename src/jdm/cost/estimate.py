@@ -154,7 +154,7 @@ class Rehearsal:
         prepared: the prompts' states come from disk: text encoders are no part of the memory.
     """
 
-    def __init__(self, run: Run, prepared: bool):
+    def __init__(self, run: Run, prepared: bool = False):
         self.prepared = prepared
         self.run, self.meter, self.mode = run, Meter(), FakeTensorMode(allow_non_fake_inputs=True)
         self.shapes = Shapes(replace(run, device="cpu"), self.mode)

@@ -252,7 +252,7 @@ def make(model: Model, watch: Watch = lambda run: nullcontext()) -> None:
         _compose(model)
         return
     out = model.run.out
-    with alone(out, lambda holder: print(f"{out} is in use by {holder}; waiting for it", file=sys.stderr, flush=True)):
+    with _alone(out):
         if finished(model):  # by another process, while this one waited
             return
         write_json(out / NEEDS, _weights_of_needs(model))
@@ -269,6 +269,12 @@ def _compose(model: Model) -> None:
             "preprocessor": (other.card or {}).get("preprocessor"),
             "parts": _weights_of_needs(model)}
     save_pipeline(one.with_networks(controlnet=other.controlnet), Path(model.path), card=card)
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Two sittings may need the same model."""
+    return alone(folder, lambda holder: print(f"{folder} is in use by {holder}; waiting for it", file=sys.stderr,
+                                              flush=True))
 
 
 def _weights_of_needs(model: Model) -> dict[str, str]:

@@ -50,7 +50,7 @@ def os_errno(error: BaseException) -> int | None:
 
 
 def remedy(error: BaseException) -> str:
-    """What a person can do about an error of the operating system, such as "free some space"."""
+    """Advice for an error of the operating system, such as "free some space"."""
     number, quoted = os_errno(error), re.search(r"\[Errno \d+\][^']*'([^']+)'", str(error))
     name = getattr(error, "filename", None) or (quoted and quoted[1])
     if number not in FORBIDDEN:

@@ -33,15 +33,17 @@ def expanded(name: str | Path) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
+def alone(folder: Path, busy: Callable[[str], None] | None = None) -> Iterator[None]:
     """Returns a context manager; entering it blocks until no other process holds the folder's lock.
 
     The folder is created if it is missing. The operating system releases the lock when its process ends, however it
     ends. A thread may enter it again while it holds the lock.
 
     Args:
-        busy: called with the holder's description before blocking, if another process holds the lock; raise in it to
-            give up instead of waiting.
+        busy: called with the holder's description before blocking, if another process holds the lock.
+
+    Raises:
+        UsageError: another process holds the lock, and there is no `busy`.
     """
     from filelock import FileLock, Timeout
 
@@ -50,7 +52,10 @@ def alone(folder: Path, busy: Callable[[str], None]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        busy((folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "another process")
+        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        if busy is None:
+            raise UsageError(f"{folder} is in use by {holder}; wait for it to end, or choose another --out") from None
+        busy(holder)
         lock.acquire()
     with lock:
         lock.release()  # of the two above, so that the end of this block frees it
@@ -78,6 +83,11 @@ def write(path: Path, content: str | bytes) -> Path:
         raise RunError(f"{path} could not be written ({error.strerror or error}); {remedy(error)}, or choose another "
                        "--out") from None
     return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes a value as JSON, as `write` does."""
+    return write(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager
@@ -136,11 +146,12 @@ def read_json(file: Path, schema: Any = dict, remedy: str = "put back the origin
     return parsed(_text(file, remedy), str(file), schema, remedy)
 
 
-def read_lines(file: Path, schema: Any, remedy: str = "delete that line") -> list[Any]:
+def read_lines(file: Path, schema: Any) -> list[Any]:
     """The values of a file with one JSON value a line, NaN allowed; none if there is no such file.
 
     A last line without its newline is left out: its writer was stopped in the middle of it.
     """
+    remedy = "delete that line"
     lines = _text(file, remedy).split("\n")[:-1] if file.exists() else []
     return [parsed(line, f"{file}, line {n}", schema, remedy, nan=True) for n, line in enumerate(lines, 1)]
 

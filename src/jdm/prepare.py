@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -44,7 +44,7 @@ from jdm.data.cache import (
 from jdm.data.latents import encoded_parts
 from jdm.data.sources import Pictures
 from jdm.errors import RunError, UsageError, remedy
-from jdm.files import LOCK, alone, read_json, write
+from jdm.files import LOCK, alone, read_json, write, write_json
 from jdm.loading import Loaded
 from jdm.models.text import TextEncoder
 from jdm.run import Run
@@ -74,7 +74,7 @@ def prepare(run: Run, folder: Path, recipe: str = "RECIPE", progress: Progress |
     if (folder / MANIFEST).exists() and "layout" not in read_json(folder / MANIFEST):
         raise UsageError(f"{folder} holds another program's {MANIFEST}; choose another --out")
     try:
-        with _alone(folder), _swept(folder):
+        with alone(folder), _swept(folder):
             run = replace(run, data=replace(run.data, prepared=""))
             draft = Draft(Loaded(run), folder, recipe, progress)
             draft.make()
@@ -119,7 +119,7 @@ class Draft(Cache):
 
     def finish(self) -> dict[str, int]:
         """The manifest, which makes the parts a cache; what no longer belongs is removed."""
-        write(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        write_json(self.folder / MANIFEST, self.manifest)
         _sweep(self.folder)
         parts = sorted(place for place in self.folder.iterdir() if place.is_dir() and PART.fullmatch(place.name))
         return {place.name: sum(file.stat().st_size for file in place.iterdir()) for place in parts}
@@ -227,10 +227,3 @@ def _swept(folder: Path) -> Iterator[None]:
     except (OSError, RunError, UsageError):
         _sweep(folder)
         raise
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    def busy(holder: str) -> None:
-        raise UsageError(f"{folder} is in use by {holder}; wait for it to end, or choose another --out")
-
-    return alone(folder, busy)

@@ -243,7 +243,7 @@ def test_a_hub_column_of_maps_is_read(monkeypatch):
     rows = torch.tensor([2])
     plain = load_pictures("someone/things", "test", 16)
     assert plain.maps(rows) is None
-    assert plain.report.left_out["columns that are not read"].names == ["conditioning_image"]
+    assert plain.report.left_out["columns that are not read"].first == ["conditioning_image"]
     with_maps = load_pictures("someone/things", "test", 16, Data(controls="conditioning_image"))
     assert with_maps.maps(rows).unique().tolist() == [198]
     assert with_maps.batch(rows).unique().tolist() == [2]

@@ -248,7 +248,7 @@ def test_a_column_of_maps_is_read(tmp_path):
     assert found.maps(torch.tensor([1])).unique().tolist() == [10]
     plain = read(tmp_path)
     assert len(plain) == 2
-    assert plain.report.left_out["columns of metadata.jsonl that are not read"].names == ["conditioning_image"]
+    assert plain.report.left_out["columns of metadata.jsonl that are not read"].first == ["conditioning_image"]
 
 
 def test_a_map_of_other_proportions_is_unreadable(tmp_path):

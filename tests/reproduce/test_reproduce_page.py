@@ -16,7 +16,7 @@ from jdm.reproduce.figures import LABEL, sheet
 from jdm.reproduce.form import specs
 from jdm.reproduce.models import Trained, differing, essence, replaced, settled
 from jdm.reproduce.page import ANCHORS, against_yardstick, aligned, markdown, number, pair
-from jdm.reproduce.results import Page, Result, Value, load_page, over, values_of
+from jdm.reproduce.results import Page, Result, Value, load_page, mean_over, values_of
 from jdm.reproduce.tables import JOINT, METHODS, SHARED, TABLES, TEXT_HEAD, TEXT_PUBLISHED
 from reproducing import cell, record, table
 
@@ -219,10 +219,10 @@ def test_average_is_of_every_column_or_none():
         records = [record(k, measured={"fd": v, "fd_spread": 0.3}) for k, v in enumerate(values)]
         return Result(records=tuple(records), values=values_of(records))
 
-    assert over([column(1.0), column(3.0)], "fd") == Value(2.0, pytest.approx((2 * 0.3**2) ** 0.5 / 2))
+    assert mean_over([column(1.0), column(3.0)], "fd") == Value(2.0, pytest.approx((2 * 0.3**2) ** 0.5 / 2))
     # Averages 2 and 4 by seed.
-    assert over([column(1.0, 2.0), column(3.0, 6.0)], "fd") == Value(3.0, pytest.approx(2**0.5))
-    assert over([column(1.0), Result()], "fd") is None
+    assert mean_over([column(1.0, 2.0), column(3.0, 6.0)], "fd") == Value(3.0, pytest.approx(2**0.5))
+    assert mean_over([column(1.0), Result()], "fd") is None
 
 
 def test_table_is_aligned():

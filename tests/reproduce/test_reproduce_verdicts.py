@@ -7,7 +7,7 @@ import pytest
 
 from jdm.reproduce.page import _course, _terms
 from jdm.reproduce.results import Line, Result, Stage
-from jdm.reproduce.verdicts import answers, headline
+from jdm.reproduce.verdicts import answered, best_rows
 from reproducing import cell, record, table, with_row
 
 
@@ -19,16 +19,16 @@ def test_headline_says_what_it_compares():
                       "lowres": cell(consistency=(0.3, None), fd=(4.0, None))},
                  dsm={"canny": cell(consistency=(0.01, None), fd=(0.5, None))})
     # The arithmetic mean would have it the other way: .15 for jdm and .175 for nct.
-    assert headline(page) == ("of 2 rows with canny, lowres: best consistency nct (geometric mean 0.1225), best "
+    assert best_rows(page) == ("of 2 rows with canny, lowres: best consistency nct (geometric mean 0.1225), best "
                               "distance jdm (geometric mean 1.732)")
     many = {"canny": cell(consistency=(0.1, None), fd=(1.0, None)),
             "lowres": cell(consistency=(0.2, None), fd=(2.0, None))}
     yardstick = replace(page, rows=(*page.rows, Line("controlnet", "many", many)))
-    assert headline(yardstick) == ("of 3 rows with canny, lowres: best consistency nct (x 0.866 many), best distance "
+    assert best_rows(yardstick) == ("of 3 rows with canny, lowres: best consistency nct (x 0.866 many), best distance "
                                    "many (next jdm, x 1.225)")
     page = with_row(page, 1, cells={"canny": page.rows[1].cells["canny"]})
-    assert headline(page) == "of 3 rows with canny: best consistency dsm (0.0100), best distance dsm (0.500)"
-    assert headline(table("table1", columns)) == "nothing measured yet"
+    assert best_rows(page) == "of 3 rows with canny: best consistency dsm (0.0100), best distance dsm (0.500)"
+    assert best_rows(table("table1", columns)) == "nothing measured yet"
 
 
 @pytest.mark.parametrize(("fd", "second", "consistency", "verdict"), [
@@ -41,7 +41,7 @@ def test_claim_asks_for_consistency_and_distance(fd, second, consistency, verdic
     page = table("table1", {"canny": "canny"},
                  controlnet={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), fd_efflite0=(5.5, None))},
                  jdm={"canny": cell(consistency=(consistency, 0.001), fd=fd, fd_efflite0=(second, None))})
-    (answer,) = answers(page)
+    (answer,) = answered(page)
     assert answer.verdict == verdict
     assert answer.numbers["jdm"]["consistency"]["ratio"] == pytest.approx(consistency / 0.1)
     assert answer.numbers["jdm"]["fd"]["errors"] == pytest.approx((fd[0] - 1) / 0.02**0.5)
@@ -61,7 +61,7 @@ def test_controls_are_compared_by_the_mean_ratio():
         return {c: column(v) for c, v in zip(columns, values, strict=True)}
 
     page = table("table1", columns, controlnet=row(0.1, 0.01), jdm=row(0.05, 0.015))
-    (answer,) = answers(page)
+    (answer,) = answered(page)
     found = answer.numbers["jdm"]["consistency"]
     assert found["ratio"] == pytest.approx(0.75**0.5), "of .5 and 1.5, where the ratio of the means is .59"
     assert found["ratios"] == pytest.approx({"canny": 0.5, "lowres": 1.5})
@@ -71,7 +71,7 @@ def test_controls_are_compared_by_the_mean_ratio():
     assert "x 0.87, the geometric mean of canny 0.50, lowres 1.50" in answer.text
     assert answer.numbers["jdm"]["fd"]["errors"] is None
     page = table("table1", columns, controlnet=row(0.1, 0.01, seeds=3), jdm=row(0.05, 0.015, seeds=3))
-    errors = answers(page)[0].numbers["jdm"]["consistency"]["errors"]
+    errors = answered(page)[0].numbers["jdm"]["consistency"]["errors"]
     assert errors == pytest.approx(0.5 * np.log(0.75) / (np.log(2) * 2**0.5)), "seeds go together over controls"
 
 
@@ -83,7 +83,7 @@ def test_phase_2_counts_every_control_but_canny():
 
     for last, verdict in ((0.109, "yes"), (0.112, "no")):
         page = table("table1", columns, jdm=cells_of(0.5, 0.09, last), jdm_joint=cells_of(0.1, 0.1, 0.1))
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert (answer.verdict, answer.columns) == (verdict, ("soft-edge", "lowres"))
         assert answer.numbers["lowres"]["consistency"]["ratio"] == pytest.approx(last / 0.1)
 
@@ -100,7 +100,7 @@ def test_answer_names_unequal_training(row, beside):
         page = table("table1", {"soft-edge": "HED", "lowres": "super-resolution"}, first=cells_of(samples[0], 5),
                      second=cells_of(samples[1], 5))
         page = with_row(with_row(page, 0, row=row), 1, row=beside)
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert answer.text.partition("on unequal training, ")[2].partition(";")[0] == said
 
 
@@ -108,7 +108,7 @@ def test_clearly_worse_is_more_than_two_errors():
     for worse, verdict in ((0.1025, "no"), (0.1031, "yes")):  # the error of the difference is .00141
         page = table("table1", {"canny": "canny"}, jdm={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))},
                      frozen_di={"canny": cell(consistency=(worse, 0.001), fd=(1.0, 0.1))})
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert answer.verdict == verdict
 
 
@@ -116,7 +116,7 @@ def test_rival_wins_by_more_than_two_errors():
     for value, verdict in ((0.095, "NCT"), (0.105, "JDM"), (0.101, "neither clearly")):
         page = table("table1", {"canny": "canny"}, nct={"canny": cell(consistency=(value, 0.001), fd=(1.0, 0.1))},
                      frozen_di={"canny": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1))})
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert answer.verdict == verdict
 
 
@@ -124,7 +124,7 @@ def test_ignored_control_scores_as_the_same_prompt():
     for value, verdict in ((0.1628, "yes"), (0.1571, "no"), (0.2, "no")):  # the error of the difference is .00141
         values = {"consistency": (value, 0.001), "consistency_chance": (0.2, None),
                   "consistency_same_prompt": (0.16, 0.001)}
-        (answer,) = answers(table("table2", {"canny": "canny"}, implicit={"canny": cell(**values)}))
+        (answer,) = answered(table("table2", {"canny": "canny"}, implicit={"canny": cell(**values)}))
         assert answer.verdict == verdict
         assert answer.numbers["canny"] == pytest.approx((value - 0.16) / 2**0.5 / 1e-3)
 
@@ -133,7 +133,7 @@ def test_ignored_control_scores_chance_where_prompts_differ():
     for value, verdict in ((0.2015, "yes"), (0.197, "no")):
         page = table("table2", {"canny": "canny"},
                      implicit={"canny": cell(consistency=(value, 0.001), consistency_chance=(0.2, None))})
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert answer.verdict == verdict
         assert answer.numbers["canny"] == pytest.approx((value - 0.2) / 1e-3)
 
@@ -148,7 +148,7 @@ def test_change_is_judged_beside_what_it_changes(consistency, diversity, error, 
             "no_warm_up": cell(consistency=(0.1, 0.001), diversity=(2.0, 0.2), fd=(1.0, 0.1))}
     page = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
     page = with_row(page, 1, beside="no-warm-up")
-    (answer,) = answers(page)
+    (answer,) = answered(page)
     assert answer.verdict == verdict
     found = answer.numbers["draws"]
     ratios = {"diversity": diversity / 2, "consistency": consistency / 0.1, "fd": 2.0}
@@ -157,8 +157,8 @@ def test_change_is_judged_beside_what_it_changes(consistency, diversity, error, 
     assert found["diversity"]["errors"] == away
     clear = cell(consistency=(0.1, 0.001), diversity=(3.0, 0.2), fd=(2.0, 0.1))
     another = Line("one-t", "", {"canny": clear}, beside="no-warm-up")
-    assert answers(replace(page, rows=(*page.rows, another)))[0].verdict == "yes"  # one is enough
-    assert answers(with_row(page, 2, cells={"canny": Result()})) == ()  # beside nothing, whatever else is there
+    assert answered(replace(page, rows=(*page.rows, another)))[0].verdict == "yes"  # one is enough
+    assert answered(with_row(page, 2, cells={"canny": Result()})) == ()  # beside nothing, whatever else is there
 
 
 @pytest.mark.parametrize("base", [{}, {"diversity": (0.0, 0.0)}])  # not measured; z ignored
@@ -166,7 +166,7 @@ def test_change_beside_no_diversity_has_no_ratio(base):
     rows = {"draws": cell(consistency=(0.1, 0.001), fd=(2.0, 0.1), diversity=(3.0, 0.2)),
             "no_warm_up": cell(consistency=(0.1, 0.001), fd=(1.0, 0.1), **base)}
     page = table("table2", {"canny": "canny"}, **{row: {"canny": own} for row, own in rows.items()})
-    (answer,) = answers(with_row(page, 0, beside="no-warm-up"))
+    (answer,) = answered(with_row(page, 0, beside="no-warm-up"))
     assert answer.verdict == "no"
     ratios = {k: v["ratio"] for k, v in answer.numbers["draws"].items() if v["ratio"] is not None}
     assert ratios == pytest.approx({"consistency": 1.0, "fd": 2.0})
@@ -180,7 +180,7 @@ def test_hacking_begins_where_the_judge_is_best():
     for last, verdict in ((-0.1, "yes"), (-0.35, "no")):
         course = (*COURSE[:2], {**COURSE[2], "reward": last})
         text = cell(record(course=course), judge=(-0.9, None), fd=(9.0, 0.1))
-        (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
+        (answer,) = answered(table("fig6", {"text": "text"}, reward={"text": text}))
         assert answer.verdict == ("yes" if last > -0.3 else "no") == verdict
         found = answer.numbers["reward"]
         assert (found["step"], found["of"]) == (200, 300)
@@ -192,7 +192,7 @@ def test_hacking_begins_where_the_judge_is_best():
 def test_probe_before_any_reward_tells_no_hacking():
     course = ({"step": 10, "judge": 0.0, "fd": 1.0}, *COURSE)
     text = cell(record(course=course), judge=(-0.9, None))
-    (answer,) = answers(table("fig6", {"text": "text"}, reward={"text": text}))
+    (answer,) = answered(table("fig6", {"text": "text"}, reward={"text": text}))
     assert answer.numbers["reward"]["step"] == 200
 
 
@@ -204,7 +204,7 @@ def test_judge_compares_rewards_at_each_strength(noisy, strong, verdict, name):
     if strong is not None:
         judged |= {"strong": (strong, 3.0), "clean_strong": (-0.3, 9.0)}
     rows = {row: {"text": cell(judge=(judge, None), fd=(fd, 0.1))} for row, (judge, fd) in judged.items()}
-    (answer,) = answers(table(name, {"text": "text"}, **rows))
+    (answer,) = answered(table(name, {"text": "text"}, **rows))
     assert answer.verdict == verdict
     more = {row: {k: v["more"] for k, v in found.items()} for row, found in answer.numbers.items()}
     assert more["reward"] == pytest.approx({"judge": noisy + 0.6, "fd": -2.0})
@@ -220,13 +220,13 @@ def test_guides_agreement_is_by_classifier_or_clip(key):
         guided = {"text": cell(**{key: (value, None), "hpsv2": (26.0, None)})}
         page = table("table3", {"text": "text"}, own=own, guided=guided, base=guided)
         page = with_row(page, 2, steps=25)  # no student
-        (answer,) = answers(page)
+        (answer,) = answered(page)
         assert answer.verdict == verdict
         assert {k: v["more"] for k, v in answer.numbers["guided"].items()} == {key: value - 32, "hpsv2": 1.0}
         name, best = {"prompt_agreement": "prompt agreement", "clip": "CLIP"}[key], "guided" if value > 32 else "own"
-        assert headline(page).startswith("of one-step students: best ")
-        assert f"best {name} {best} ({max(value, 32):.3f})" in headline(page)
-        assert "best HPSv2.1 guided (26.000)" in headline(page)
+        assert best_rows(page).startswith("of one-step students: best ")
+        assert f"best {name} {best} ({max(value, 32):.3f})" in best_rows(page)
+        assert "best HPSv2.1 guided (26.000)" in best_rows(page)
 
 
 def test_page_says_what_measured_it():

@@ -17,7 +17,7 @@ from jdm.reproduce.results import Line, Page, Record, Result, Value, load_page
 from jdm.reproduce.setups import NANO, SD15
 from jdm.reproduce.sitting import _file, listed
 from jdm.reproduce.studies import ALPHAS, BANDS, CONTROL, DDMD, LEVELS
-from jdm.reproduce.verdicts import headline
+from jdm.reproduce.verdicts import best_rows
 from reproducing import cell_of, sit, tiny_setup, written
 
 
@@ -169,7 +169,7 @@ def test_headline_of_students_leaves_out_teachers():
     lines = page(hybrid=result(fd=(2.0, 0.1)), ca=result(fd=(3.0, 0.1)),
                  teacher=Result(records=(Record(0, "", {"guidance": 2.0}),), values={"fd": Value(1.0)}))
     rows = tuple(replace(line, steps=4, part="4 steps") for line in lines.rows)
-    assert headline(replace(lines, rows=rows)) == "of 2 students: best distance hybrid in 4 steps (2.000)"
+    assert best_rows(replace(lines, rows=rows)) == "of 2 students: best distance hybrid in 4 steps (2.000)"
 
 
 # Course and plots

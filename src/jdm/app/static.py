@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from jdm.errors import UsageError
 from jdm.export import onnx_folder
 from jdm.export.graphs import write
 from jdm.export.parts import Parts
-from jdm.files import ASSETS, replaced
+from jdm.files import ASSETS, replaced, write_json
 from jdm.files import write as write_file
 from jdm.library import SHIPPED
 from jdm.size import Size, height_width
@@ -69,7 +68,7 @@ def write_page(out: Path, students: Sequence[Student], limits: Limits, say: Call
         files = [PACKED, *(file.relative_to(draft).as_posix() for file in graphs)]
         found = {"models": models, "limits": bounds(limits).model_dump(), "device": "cpu", "runtime": PACKED,
                  "files": {name: (draft / name).stat().st_size for name in files}}
-        write_file(draft / "models.json", json.dumps(found, indent=1) + "\n")
+        write_json(draft / "models.json", found)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 
@@ -82,7 +81,7 @@ class _Written:
         self.controls: dict[tuple[int, str], dict[str, Any]] = {}  # by the UNet and the ControlNet's name
 
     def student(self, student: Student) -> dict[str, Any]:
-        """What the page must know to draw with a student."""
+        """Returns the settings and files with which the page draws a student."""
         parts = Parts(student.name, student.model)
         controls = {named.model: self._control(named, parts) for named in student.controls}  # first: one may be refused
         key = id(student.model.backbone)
@@ -115,7 +114,7 @@ class _Written:
         return self.controls[key]
 
     def _measure(self, named: Named, parts: Parts, file: Path) -> dict[str, Any]:
-        """How the page measures a control: by a script of its own, or by a graph."""
+        """Returns how the page measures a control: by a script of its own, or by a graph."""
         settings = named.control.preprocessor
         if script := SCRIPTS.get(settings["function"]):
             more = {"blur": blur_weights(named.control, parts.model.size)} if isinstance(named.control, Strokes) else {}
@@ -164,7 +163,7 @@ def _write_runtime(folder: Path) -> None:
 
 
 def cache() -> Path:
-    """Where fetched packages stay."""
+    """The folder that keeps fetched packages."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdm" / "npm"
 
 

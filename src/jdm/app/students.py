@@ -119,16 +119,26 @@ class Student:
 
 def load_students(names: Sequence[str], also: Sequence[str], control: str | None, compare: str | None,
                   device: str) -> list[Student]:
-    """`sharing_students`, each beside its slow yardstick.
+    """`sharing_students`, each beside its yardstick, the first slow model that fits it.
 
     Args:
-        compare: the slow model; by default one that fits among the models and the shipped ones.
+        compare: the slow model; by default one of the models given, or a shipped one.
 
     Raises:
         UsageError: a model cannot be loaded, or does not go together with these.
     """
     students = sharing_students(names, also, control, device)
-    _set_yardsticks(students, compare, device)
+    given = [other for other in students if not other.model.levels]
+    asked = [] if compare is None else [_loaded(compare, None, device)]
+    loaded: dict[str, Student] = {}
+    for student in (s for s in students if s.model.levels and s.controls):
+        shipped = [] if compare else _shipped("many-step", student.controls[0].control.name)
+        loaded |= {name: _loaded(name, None, device) for name in shipped if name not in loaded}
+        fitting = [other for other in asked or [*given, *map(loaded.__getitem__, shipped)] if _fits(other, student)]
+        student.yardstick = fitting[0] if fitting else None
+    if compare and not any(student.yardstick for student in students):
+        raise UsageError(f"{compare} cannot be compared with any of {', '.join(s.name for s in students)}: it needs "
+                         "the same control, autoencoder and picture size as a student")
     return students
 
 
@@ -198,25 +208,6 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have equal weights."""
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-
-def _set_yardsticks(students: Sequence[Student], compare: str | None, device: str) -> None:
-    """Gives each student the first slow model that fits it: the one that was asked for, else a given or shipped one.
-
-    Raises:
-        UsageError: the one that was asked for fits no student.
-    """
-    given = [other for other in students if not other.model.levels]
-    asked = [] if compare is None else [_loaded(compare, None, device)]
-    loaded: dict[str, Student] = {}
-    for student in (s for s in students if s.model.levels and s.controls):
-        names = [] if compare else _shipped("many-step", student.controls[0].control.name)
-        loaded |= {name: _loaded(name, None, device) for name in names if name not in loaded}
-        fitting = [other for other in asked or [*given, *map(loaded.__getitem__, names)] if _fits(other, student)]
-        student.yardstick = fitting[0] if fitting else None
-    if compare and not any(student.yardstick for student in students):
-        raise UsageError(f"{compare} cannot be compared with any of {', '.join(s.name for s in students)}: it needs "
-                         "the same control, autoencoder and picture size as a student")
 
 
 def _fits(slow: Student, student: Student) -> bool:

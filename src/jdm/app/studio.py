@@ -35,8 +35,10 @@ class Studio:
         return Models(device=device, models=[described(student) for student in self.students.values()],
                       limits=bounds(self.limits))
 
-    def chosen(self, asked: Settings, compare: bool) -> Student:
-        """The model of a request, its slow yardstick where that is to be compared with.
+    def chosen(self, asked: Settings, compare: bool) -> tuple[Student, Settings]:
+        """The model that draws a request, and its settings: the model asked for, or its slow yardstick to compare with.
+
+        A yardstick has one control, which it gets at the strength of the student's own.
 
         Raises:
             UsageError: there is none, or a setting is beyond the limits.
@@ -50,19 +52,19 @@ class Studio:
         if student is None:
             raise UsageError(f"there is no model {asked.model!r:.80}; choose {' or '.join(self.students)}")
         if not compare:
-            return student
-        if student.yardstick is None:
+            return student, asked
+        if (slow := student.yardstick) is None:
             raise UsageError(f"there is no slow model to compare {student.name} with; name one with jdm app --compare")
-        return student.yardstick
+        own = asked.strengths.get(student.controls[0].model, 1.0)
+        return slow, asked.model_copy(update={"strengths": {slow.controls[0].model: own}})
 
     async def answer(self, asked: Asked, compare: bool) -> Answer:
         """The answer to a request over HTTP."""
-        student = self.chosen(asked, compare)
-        named = self.students[asked.model or next(iter(self.students))]
+        student, settings = self.chosen(asked, compare)
 
         def work(deadline: float) -> Answer:
             image = None if asked.image is None else _read(asked.image, student, self.limits)
-            drawn = student.draw(_for(named, student, asked), image, deadline, self.limits)
+            drawn = student.draw(settings, image, deadline, self.limits)
             return Answer(images=[_png(image) for image in drawn.images],
                           maps=[Map(control=name, image=_png(image)) for name, image in drawn.maps],
                           milliseconds=1000 * drawn.seconds, steps=drawn.steps, notes=drawn.notes)
@@ -74,10 +76,9 @@ class Studio:
 
         def work(deadline: float) -> bytes:
             asked, pixels = take()
-            student = self.chosen(asked, compare)
-            named = self.students[asked.model or next(iter(self.students))]
-            image = _pixels(pixels, student)
-            return _message(asked.id, student.draw(_for(named, student, asked), image, deadline, self.limits))
+            student, settings = self.chosen(asked, compare)
+            drawn = student.draw(settings, _pixels(pixels, student), deadline, self.limits)
+            return _message(asked.id, drawn)
 
         return await self.worker.run(work, counted=False)
 
@@ -96,14 +97,6 @@ def described(student: Student) -> Model:
     return Model(name=student.name, width=width, height=height, steps=student.steps, controls=controls,
                  compare=None if slow is None else Compare(name=slow.name, steps=slow.steps),
                  page=(student.model.card or {}).get("page", {}))
-
-
-def _for(named: Student, student: Student, asked: Settings) -> Settings:
-    """The settings for the model that draws: a yardstick has one control, at the strength of the student's."""
-    if student is named or not named.controls:
-        return asked
-    own = asked.strengths.get(named.controls[0].model, 1.0)
-    return asked.model_copy(update={"strengths": {student.controls[0].model: own}})
 
 
 def _read(text: str, student: Student, limits: Limits) -> Tensor:

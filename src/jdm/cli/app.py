@@ -13,6 +13,7 @@ import torch
 
 from jdm.app.limits import Limits
 from jdm.cli import checks
+from jdm.cli.app_flags import LIMITS
 from jdm.errors import UsageError
 from jdm.files import expanded
 
@@ -29,8 +30,7 @@ def command(asked: argparse.Namespace) -> int:
         if (error.name or "jdm").split(".")[0] == "jdm":
             raise
         raise UsageError(f"jdm app needs {error.name}; run: pip install 'jdm[app]'") from None
-    limits = Limits(bytes=asked.max_bytes, pixels=asked.max_pixels, pictures=asked.max_pictures,
-                    waiting=asked.max_waiting, pages=asked.max_pages, seconds=asked.max_seconds)
+    limits = Limits(**{name: getattr(asked, f"max_{name}") for name in LIMITS})
     if asked.static:
         return _write(asked, limits)
     token = asked.token or (None if guard.is_local(asked.host) else secrets.token_urlsafe(16))

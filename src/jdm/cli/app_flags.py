@@ -7,6 +7,15 @@ import argparse
 from jdm.cli.parser import trust_flag
 from jdm.cli.values import port, positive, token
 
+LIMITS = {  # field of jdm.app.limits.Limits -> (default, help)
+    "bytes": (8_000_000, "most bytes of a request, and of a picture file on the page"),
+    "pixels": (16_000_000, "most pixels of a picture that is sent, before it is resized"),
+    "pictures": (16, "most pictures of one request"),
+    "waiting": (8, "requests that wait for their turn; more are told when to try again"),
+    "pages": (16, "pages that draw at the same time"),
+    "seconds": (60, "seconds of one request, waiting included"),
+}
+
 
 def app_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `jdm app`."""
@@ -20,8 +29,7 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "my_controls.py:Posterize")
     parser.add_argument("--compare", metavar="MODEL", help="slow model that the compare button draws with (default: "
                         "the multi-step model among MODEL and the shipped ones with the same control and autoencoder)")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
-                        "%(default)s)")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda")
     parser.add_argument("--threads", type=positive, help="CPU threads to compute with, at least 1 (default: one fewer "
                         "than there are cores, which leaves the browser one)")
     parser.add_argument("--static", metavar="OUT", help="serve nothing: write the page to a new folder OUT for any "
@@ -29,22 +37,11 @@ def app_flags(parser: argparse.ArgumentParser) -> None:
                         "package onnxruntime-web once")
     where = parser.add_argument_group("where it is served")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own "
-                       "needs a token, and one is made if none is given (default: %(default)s)")
-    where.add_argument("--port", type=port, default=7860, help="port to listen on, in [0, 65535]; 0 takes a free "
-                       "one (default: %(default)s)")
+                       "needs a token, and one is made if none is given")
+    where.add_argument("--port", type=port, default=7860, help="port to listen on, in [0, 65535]; 0 takes a free one")
     where.add_argument("--token", type=token, help="secret that every request to the API must carry, of letters, "
                        "digits, - and _, at least 8")
     where.add_argument("--open", action="store_true", help="open the page in this machine's browser once it is served")
     bounds = parser.add_argument_group("limits; a request beyond one is refused in a sentence")
-    bounds.add_argument("--max-bytes", type=positive, default=8_000_000, help="most bytes of a request, and of a "
-                        "picture file on the page (default: %(default)s)")
-    bounds.add_argument("--max-pixels", type=positive, default=16_000_000, help="most pixels of a picture that is "
-                        "sent, before it is resized (default: %(default)s)")
-    bounds.add_argument("--max-pictures", type=positive, default=16, help="most pictures of one request (default: "
-                        "%(default)s)")
-    bounds.add_argument("--max-waiting", type=positive, default=8, help="requests that wait for their turn; more "
-                        "are told when to try again (default: %(default)s)")
-    bounds.add_argument("--max-pages", type=positive, default=16, help="pages that draw at the same time "
-                        "(default: %(default)s)")
-    bounds.add_argument("--max-seconds", type=positive, default=60, help="seconds of one request, waiting "
-                        "included (default: %(default)s)")
+    for name, (default, said) in LIMITS.items():
+        bounds.add_argument(f"--max-{name}", type=positive, default=default, help=said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from jdm.errors import plural
 from jdm.evaluation import html
 from jdm.evaluation.evaluate import cost, judge, measured
 from jdm.evaluation.questions import Questions, answers
-from jdm.evaluation.reference import Reference, references
+from jdm.evaluation.reference import references
 from jdm.evaluation.sampling import Sampler
 from jdm.levels import Bound
 from jdm.library import load_model
@@ -43,7 +42,7 @@ NAMES = {"controlnet50": "ControlNet, 50 steps", "shipped": "shipped student, 1 
          "fresh_before": "fresh student, before", "fresh_after": "fresh student, after"}
 COLUMNS = ("fd", "fd_floor", "consistency", "consistency_chance", "diversity", "prompt_agreement", "nfe",
            "seconds_per_image", "n")
-
+SHEET = 16  # pictures of a row of grid.png
 SHOWN = ("step", "fidelity", "condition", "fake/loss", "posterior/loss", "std_x")  # of metrics.jsonl
 
 
@@ -98,7 +97,8 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
         start = time.perf_counter()
         pictures[name] = answers(samplers[name], questions, control)
         wall = time.perf_counter() - start
-        metrics[name] = _row(pictures[name], questions, control, targets, extractor, samplers[name])
+        row = measured(pictures[name], questions, control, targets, [extractor], samplers[name], quick=True)
+        metrics[name] = row | cost(samplers[name], questions, control, repeats=1)
         say(f"   {NAMES[name]}: {plural(n, 'picture')} in {wall:.1f} s, "
             f"consistency {metrics[name]['consistency']:.4f} (chance {metrics[name]['consistency_chance']:.4f}), "
             f"distance {metrics[name]['fd']:.1f} (floor {metrics[name]['fd_floor']:.1f})")
@@ -110,7 +110,7 @@ def demo(out: Path, steps: int = 300, n: int = 500, progress: Callable[[int, dic
     say("3. The same questions to the fresh student")
     samplers["fresh_after"] = Sampler(load_model(str(folder)))
     ask("fresh_after")
-    files.write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    files.write_json(out / "metrics.json", metrics)
     sheet = _sheet(questions, control, pictures)
     save_picture(sheet, out / "grid.png")
     _page(out, run, metrics, sheet)
@@ -132,17 +132,11 @@ def _untrained(run: Run) -> Sampler:
     return Sampler(student.with_parts(card={"levels": list(run.method.student.levels)}))
 
 
-def _row(pictures: Tensor, questions: Questions, control: Control, targets: dict[str, Reference],
-         extractor: ClassifierFeatures, sampler: Sampler) -> dict[str, Any]:
-    row = measured(pictures, questions, control, targets, [extractor], sampler, quick=True)
-    return row | cost(sampler, questions, control, repeats=1)
-
-
-def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor], columns: int = 16) -> Image.Image:
+def _sheet(questions: Questions, control: Control, pictures: dict[str, Tensor]) -> Image.Image:
     """One picture: a row of real pictures, a row of their controls, then a row for each generator."""
     assert questions.c is not None
-    shown = [to_bytes(questions.images[:columns] * 2 - 1), to_bytes(control.image(questions.c[:columns]) * 2 - 1)]
-    return grid(torch.cat([*shown, *(p[:columns] for p in pictures.values())]), columns, scale=2)
+    asked = [to_bytes(images[:SHEET] * 2 - 1) for images in (questions.images, control.image(questions.c[:SHEET]))]
+    return grid(torch.cat([*asked, *(p[:SHEET] for p in pictures.values())]), SHEET, scale=2)
 
 
 def _page(out: Path, run: Run, metrics: dict[str, dict[str, Any]], sheet: Image.Image) -> None:

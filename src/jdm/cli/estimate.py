@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from jdm import files
 from jdm.cli import checks, console
@@ -15,7 +14,7 @@ from jdm.cost.estimate import estimate, tables
 def command(asked: argparse.Namespace) -> int:
     parser = own_parser("estimate", estimate_flags)
     own, flags = parser.parse_known_args(asked.flags)
-    gpus, out = own.gpu or asked.gpu or [*map(str, GPUS)], own.json or asked.json
+    gpus, out = own.gpu or asked.gpu or [*GPUS], own.json or asked.json
     file = checks.json_output(out, [asked.recipe], ("peak_phase", "passes"))
     found = estimate(configured(asked.recipe, flags, parser))
     for table in tables(found, asked.recipe, gpus):
@@ -23,5 +22,5 @@ def command(asked: argparse.Namespace) -> int:
     for note in found.notes:
         console.printed(note)
     if file:
-        files.write(file, json.dumps(found.described(gpus), indent=1) + "\n")
+        files.write_json(file, found.described(gpus))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from jdm import files
 from jdm.cli import checks, console
@@ -31,5 +30,5 @@ def command(asked: argparse.Namespace) -> int:
                   [[key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
                    for key, value in row.items()], title=asked.model)
     if file:  # last, so that a disk that fails does not hide what took an hour
-        files.write(file, json.dumps(row, indent=1) + "\n")
+        files.write_json(file, row)
     return 0

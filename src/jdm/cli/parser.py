@@ -130,6 +130,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, width=max(NARROWEST, shutil.get_terminal_size().columns) - 2)
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """A flag's help, ending with its default unless it says that itself."""
+        default, said = action.default, action.help or ""
+        none = default is None or default is False or default in ([], argparse.SUPPRESS)
+        return said if none or "(default" in said else f"{said} (default: %(default)s)"
+
 
 def parsers(flags_of: str | None = None) -> tuple[Parser, dict[str, Parser]]:
     """The parser of `jdm` and those of its commands, by name.
@@ -225,7 +231,7 @@ def doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe whose size, control and teacher are those that the "
                         "pictures are looked at with (default: none)")
     parser.add_argument("--out", default="doctor.html", metavar="FILE", help="page to write, with the table and 24 "
-                        "pictures, their captions and control maps (default: %(default)s)")
+                        "pictures, their captions and control maps")
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
@@ -238,14 +244,12 @@ def _sampler_flags(parser: argparse.ArgumentParser) -> None:
     trust_flag(parser)
     parser.add_argument("--control", help="control to measure, such as canny or my_controls.py:Posterize (default: "
                         "the one the model was trained with)")
-    parser.add_argument("--seed", type=seed, default=0,
-                        help="seed of the starting noise, a whole number below 2^40 (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the starting noise, a whole number below 2^40")
     parser.add_argument("--steps", type=positive,
                         help="sampling steps, at least 1 (default: a student's own, 50 for other models)")
     parser.add_argument("--guidance", type=factor, help="classifier-free guidance scale of a multi-step model, in "
                         "[0, 100]; 1 turns guidance off (default: the model's own, or 2)")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda (default: "
-                        "%(default)s)")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cpu or cuda")
 
 
 def _sample_flags(parser: argparse.ArgumentParser) -> None:
@@ -258,16 +262,15 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
                         "UNet, with its control measured on the same picture; repeatable")
     parser.add_argument("--strength", action="append", type=factor, default=[], help="factor on each control in "
                         "turn, the model's own first, in [0, 100]; 0 ignores a control; repeatable (default: 1)")
-    parser.add_argument("--n", type=pictures, default=4, help="number of pictures to draw, in [1, 10000] "
-                        "(default: %(default)s)")
+    parser.add_argument("--n", type=pictures, default=4, help="number of pictures to draw, in [1, 10000]")
     parser.add_argument("--to-seed", type=seed, default=0, help="seed whose noise is blended into that of --seed, a "
-                        "whole number below 2^40 (default: %(default)s)")
+                        "whole number below 2^40")
     parser.add_argument("--blend", type=share, default=0.0, help="way from the noise of --seed to that of --to-seed, "
-                        "in [0, 1] (default: %(default)s)")
+                        "in [0, 1]")
     parser.add_argument("--size", type=side, nargs="+", metavar="PIXELS", help="side of a square, or height and "
                         "width, in pixels, in [1, 4096] (default: the size the model was trained at)")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder to write control.png, 000.png, ... "
-                        "and grid.png to (default: %(default)s)")
+                        "and grid.png to")
     _sampler_flags(parser)
     steering = parser.add_argument_group("control of a model that has not learnt it, while it samples")
     steering.add_argument("--steer", metavar="CONTROL", help="control to steer to, measured on --image, such as canny")
@@ -280,13 +283,12 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     parser.add_argument("--n", type=positive, default=1000, help="number of pictures to measure; with --prompts, "
-                        "number of each style (default: %(default)s)")
-    parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, emoji, a "
-                        "folder of captioned pictures, .tar shards or a Hugging Face data set (default: %(default)s)")
-    parser.add_argument("--split", default="test", help="split of the data, or a slice of one, such as test[:1000] "
-                        "(default: %(default)s)")
+                        "number of each style")
+    parser.add_argument("--data.source", dest="source", default="fashion-mnist", help="fashion-mnist, emoji, a folder "
+                        "of captioned pictures, .tar shards or a Hugging Face data set")
+    parser.add_argument("--split", default="test", help="split of the data, or a slice of one, such as test[:1000]")
     parser.add_argument("--teacher", default="nano-sd", metavar="MODEL", help="model to whose samples without control "
-                        "the Frechet distance is measured (default: %(default)s)")
+                        "the Frechet distance is measured")
     parser.add_argument("--quick", action="store_true", help="measure faster and less precisely: one feature "
                         "extractor, fewer draws and timings")
     parser.add_argument("--scores", help="networks that score pictures, separated by commas: clip, hpsv2, aesthetic, "
@@ -310,7 +312,7 @@ def _app_flags(parser: argparse.ArgumentParser) -> None:
 
 def _compare_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not, such as runs/mine")
-    parser.add_argument("--out", default="compare.html", metavar="FILE", help="page to write (default: %(default)s)")
+    parser.add_argument("--out", default="compare.html", metavar="FILE", help="page to write")
 
 
 def _completion_flags(parser: argparse.ArgumentParser) -> None:
@@ -321,14 +323,14 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     trust_flag(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run, finished or not, or of a model")
     parser.add_argument("out", metavar="OUT", help="new folder to write the model to")
-    parser.add_argument("--format", type=Among(FORMATS), default="diffusers",
-                        help="diffusers: a complete diffusers folder; single-file: one file for ComfyUI and A1111; "
-                             "controlnet: the ControlNet alone, in both layouts; lora: the UNet's difference from its "
-                             "base, in both layouts; onnx: a student's graphs for onnxruntime (default: %(default)s)")
+    parser.add_argument("--format", type=Among(FORMATS), default="diffusers", help="diffusers: a complete diffusers "
+                        "folder; single-file: one file for ComfyUI and A1111; controlnet: the ControlNet alone, in "
+                        "both layouts; lora: the UNet's difference from its base, in both layouts; onnx: a student's "
+                        "graphs for onnxruntime")
     parser.add_argument("--rank", type=positive, help="rank of the LoRA, at least 1 (default: 64)")
     parser.add_argument("--base", metavar="MODEL", help="model the LoRA is applied to (default: the run's teacher)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
-                        help="number format of the weights on disk (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="number format of the "
+                        "weights on disk")
     parser.add_argument("--metrics", metavar="FILE", help="file that jdm evaluate --json wrote, to quote in the README")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to Hugging Face by this name")
 
@@ -336,8 +338,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", type=Among(REPRODUCED),
                         help=f"table or figure to reproduce: {', '.join(REPRODUCED)}")
-    parser.add_argument("--seeds", type=seeds, default=1, help="number of training seeds, in [1, 100]: 0, 1, ... "
-                        "(default: %(default)s)")
+    parser.add_argument("--seeds", type=seeds, default=1, help="number of training seeds, in [1, 100]: 0, 1, ...")
     parser.add_argument("--cells", help="cells to fill, as COLUMN/ROW, COLUMN or ROW, separated by commas; * and ? "
                         "are wildcards, such as canny/nct* (default: every row, some on fewer columns)")
     parser.add_argument("--n", type=positive, help="number of pictures per cell (default: 5000, 1000 for figures, "
@@ -345,11 +346,11 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="steps of every training run (default: each recipe's "
                         "own; 500 for ddmd and control at scale nano)")
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="folder for models and measured "
-                        "cells, reused by later calls (default: %(default)s)")
-    parser.add_argument("--page", default="docs/results", metavar="FOLDER",
-                        help="folder to write the page and its numbers to (default: %(default)s)")
+                        "cells, reused by later calls")
+    parser.add_argument("--page", default="docs/results", metavar="FOLDER", help="folder to write the page and its "
+                        "numbers to")
     parser.add_argument("--scale", type=Among(SCALES), default="nano", help="recipes to fill the table with: "
-                        f"{' or '.join(SCALES)} (default: %(default)s)")
+                        f"{' or '.join(SCALES)}")
     parser.add_argument("--model", help="other teacher, a folder or Hugging Face id; no shipped model is used then")
     parser.add_argument("--guide", metavar="MODEL", help="other model for guidance in table3 (default: SD2.1 at scale "
                         "sd15)")
@@ -371,17 +372,13 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=Among(DATA_SETS), help="data set to make: emoji")
     parser.add_argument("out", metavar="OUT", help="folder to write shards, NOTICE.txt and data.json to; the emoji "
                         "recipes look in data/emoji. Downloaded packages are kept in its sub-folder packages")
-    parser.add_argument("--size", type=side, default=64, help="side of the pictures in pixels, in [1, 4096] "
-                        "(default: %(default)s)")
-    parser.add_argument("--drawings", type=drawings, default=4, help="drawings of each training picture, in "
-                        "[1, 100]: one as it is, the others shifted, turned, smaller or mirrored (default: "
-                        "%(default)s)")
+    parser.add_argument("--size", type=side, default=64, help="side of the pictures in pixels, in [1, 4096]")
+    parser.add_argument("--drawings", type=drawings, default=4, help="drawings of each training picture, in [1, 100]: "
+                        "one as it is, the others shifted, turned, smaller or mirrored")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="folder to write report.html, "
-                        "metrics.json, grid.png and the trained student to (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=300, help="training steps of the fresh student, at least 1 "
-                        "(default: %(default)s)")
-    parser.add_argument("--n", type=positive, default=500, help="number of pictures per measurement (default: "
-                        "%(default)s)")
+                        "metrics.json, grid.png and the trained student to")
+    parser.add_argument("--steps", type=positive, default=300, help="training steps of the fresh student, at least 1")
+    parser.add_argument("--n", type=positive, default=500, help="number of pictures per measurement")

@@ -13,7 +13,7 @@ from jdm.cli.progress import TrainingProgress
 from jdm.errors import RunError, plural
 from jdm.reproduce import sitting
 from jdm.reproduce.cells import selected
-from jdm.reproduce.page import paper_form
+from jdm.reproduce.page import main_table
 from jdm.reproduce.setups import SETUPS
 from jdm.reproduce.tables import TABLES
 
@@ -39,7 +39,7 @@ def command(asked: argparse.Namespace) -> int:
             lambda run: TrainingProgress(run.steps, run.device), remark)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
-    print(f"{page.headline}\n\n{paper_form(page)}\n")
+    print(f"{page.headline}\n\n{main_table(page)}\n")
     file = Path(asked.page) / f"{page.file}.md"
     print(file)
     if failures:

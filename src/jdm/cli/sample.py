@@ -97,7 +97,7 @@ def shown_control(model: Family, image: str | None, control_map: str | None,
 
 
 def steering_of(asked: argparse.Namespace, model: Family) -> Steering | None:
-    """What the flags steer to; None without --steer.
+    """The control that --steer steers to, with its weight and posterior; None without --steer.
 
     Raises:
         UsageError: the flags do not go together, or the posterior works on other latents.

@@ -35,12 +35,12 @@ class Among:
 class Whole:
     """An argparse type of whole numbers from low to high."""
 
-    def __init__(self, low: int, high: int):
-        self.low, self.high = low, high
+    def __init__(self, low: int, high: int, within: str = ""):
+        self.low, self.high, self.within = low, high, within or f"in [{low}, {high}]"
 
     def __call__(self, text: str) -> int:
         if not text.isdecimal() or len(text) > 15 or not self.low <= int(text) <= self.high:
-            raise argparse.ArgumentTypeError(f"must be a whole number in [{self.low}, {self.high}], got {text[:40]!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number {self.within}, got {text[:40]!r}")
         return int(text)
 
 
@@ -49,6 +49,7 @@ pictures = Whole(1, 10_000)
 seeds = Whole(1, 100)
 drawings = Whole(1, 100)
 port = Whole(0, 65535)
+seed = Whole(0, 2**40 - 1, "in 0..2^40")
 
 
 def positive(text: str) -> int:
@@ -80,12 +81,6 @@ def text(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"must be text in UTF-8, got {ascii(text)[:60]}") from None
     return text
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 15 or int(text) >= 2**40:
-        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^40, got {text[:40]!r}")
-    return int(text)
 
 
 def token(text: str) -> str:

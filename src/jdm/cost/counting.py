@@ -74,7 +74,7 @@ class Ledger:
 
     def there_at_peak(self, tensors: Iterable[Tensor | None]) -> int:
         """Bytes of those of the given live tensors that existed at the peak."""
-        keys = {_key(t) for t in tensors if t is not None}
+        keys = {t.untyped_storage()._cdata for t in tensors if t is not None}
         found = [self._known[key] for key in keys if key in self._known]
         return sum(n for _, n, created in found if created <= self.peak_clock)
 
@@ -118,10 +118,6 @@ class Meter(TorchDispatchMode):
     def reset_peak(self) -> None:
         self.alive.reset_peak()
         self.held = 0
-
-
-def _key(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
 
 
 def converted(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

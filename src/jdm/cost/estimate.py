@@ -53,7 +53,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Cost:
     """The cost of one step of a run.
 
     Attributes:
@@ -99,7 +99,7 @@ class Estimate:
                 "memory": gpu.memory, "fits": self.fits(gpu)}
 
     def described(self, gpus: list[str]) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """The estimate as plain JSON."""
         return {**asdict(self), "total": self.total, "flops": self.flops, "utilisation": UTILISATION,
                 "reserve": RESERVE, "gpus": [self.on(GPUS[name]) for name in gpus]}
 
@@ -122,14 +122,14 @@ def passes_of(flops: Mapping[Labelled, float]) -> list[Pass]:
 
 
 def kinds_of(flops: Mapping[Labelled, float]) -> dict[str, float]:
-    """The same by arithmetic."""
+    """The FLOPs of a step by kind of arithmetic; prompts are encoded outside it."""
     kinds: Counter[str] = Counter()
     for (label, _, kind), n in flops.items():
         kinds[kind] += n if label != PROMPTS else 0  # type: ignore[assignment]
     return dict(kinds)
 
 
-def estimate(run: Run) -> Estimate:
+def estimate(run: Run) -> Cost:
     """The cost of a run's steps.
 
     Raises:
@@ -162,7 +162,7 @@ class Rehearsal:
         self.models, self.others = self.shapes.models, self.shapes.others
         self.phase, self.encoded = "", 0
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Cost:
         with self.meter, overwriting():
             task: Task = self.run.method.task(self.shapes)
             settle(self.run, *task.frozen)
@@ -173,7 +173,7 @@ class Rehearsal:
             parts = self._parts(task) | {f"average of the {k}": tensors for k, tensors in averages.items()}
             return self._step(task, parts)
 
-    def _step(self, task: Task, parts: dict[str, list[Tensor]]) -> Estimate:
+    def _step(self, task: Task, parts: dict[str, list[Tensor]]) -> Cost:
         held: tuple[Tensor | None, ...] = ()
         seen: dict[str, Measured] = {}
         flops: Counter[Labelled] = Counter()
@@ -191,7 +191,7 @@ class Rehearsal:
                   "activations": seen[top].peak - self._aside() - seen[top].there - sum(weights.values()),
                   "remembered prompts, at most": self._prompts()}
         once = sum(n for (label, *_), n in flops.items() if label == PROMPTS) / max(1, self.encoded)
-        return Estimate(memory, top, {name: one.gradients for name, one in seen.items()},
+        return Cost(memory, top, {name: one.gradients for name, one in seen.items()},
                         {name: one.saved for name, one in seen.items()}, passes_of(flops), once, kinds_of(flops),
                         self.run.steps, self.shapes.notes)
 
@@ -331,8 +331,8 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def tables(found: Estimate, title: str, gpus: list[str]) -> list[Table]:
-    """For a terminal: memory by part, FLOPs by pass, cost by GPU."""
+def tables(found: Cost, title: str, gpus: list[str]) -> list[Table]:
+    """Tables for a terminal: memory by part, FLOPs by pass, cost by GPU."""
     memory = Table("memory", "GiB", title=title)
     for name, n in [*found.memory.items(), (f"at the peak, in phase {found.peak_phase}", found.total)]:
         memory.add_row(name, f"{n / 2**30:.2f}")

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step draws for a share before any picture is read; numbers in [0, 1) are those of the step's `Noise`.
+    """A step's random choices for a share, made before a picture is read; numbers in [0, 1) are of the step's `Noise`.
 
     Attributes:
         rows: [B] of the split.
@@ -85,9 +85,8 @@ class Batches:
             if said := self.buckets.small(self.batch):
                 report.note(said)
         if self.data.flip:
-            p = self.pictures
-            keys = (p.indices if p.labels is None else p.labels[p.indices]).tolist()
-            n = sum(any(HANDED.search(caption) for caption in p.captions[key]) for key in keys)
+            keys = self.pictures.keys().tolist()
+            n = sum(any(HANDED.search(caption) for caption in self.pictures.captions[key]) for key in keys)
             report.note(f"mirrored are {self.data.flip:.0%} of the pictures, drawn anew in every step, and none whose "
                         f"caption says left or right: {n:,} of {len(keys):,} have such a caption")
 

@@ -112,7 +112,7 @@ class Buckets:
         return f"pictures in aspect buckets (height x width): {', '.join(each)}"
 
     def small(self, batch: int) -> str:
-        """What becomes of buckets with fewer pictures than a batch, in a sentence; empty where there are none."""
+        """Warns of buckets with fewer pictures than a batch, in a sentence; empty where there are none."""
         few = {spelled(size): n for size, n in zip(self.sizes, self.counts.tolist(), strict=True) if n < batch}
         if not few:
             return ""

@@ -27,7 +27,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from jdm.data.sources import Pictures
-from jdm.data.texts import shown
+from jdm.data.texts import printable
 from jdm.errors import UsageError, in_short
 from jdm.files import read_json, sha256_of
 from jdm.models.text import TextEncoder
@@ -48,7 +48,7 @@ PicturePart = TypedDict("PicturePart", {"part": Name})  # noqa: UP013
 
 
 class Prepared(TypedDict):
-    """What was prepared, and the files that list its prompts and pictures."""
+    """The prepared split, and the files that list its prompts and pictures."""
 
     size: str
     split: str
@@ -169,9 +169,6 @@ class States(Mapping[str, Any]):
     def __getitem__(self, prompt: str) -> tuple[Tensor, ...]:
         return tuple(array[self.place[prompt]] for array in self.arrays)
 
-    def __contains__(self, prompt: object) -> bool:
-        return prompt in self.place
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.place)
 
@@ -203,15 +200,13 @@ def facts(data: Data, loaded: Pictures) -> dict[str, Any]:
 
 def prompts_sha256(loaded: Pictures) -> str:
     """SHA-256 of a split's captions, in order."""
-    keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
-    used, of = keys.unique(return_inverse=True)
+    used, of = loaded.keys().unique(return_inverse=True)
     return sha256([[loaded.captions[k] for k in used.tolist()], of.tolist()])
 
 
 def distinct(loaded: Pictures) -> list[str]:
     """The distinct captions of a split, sorted, with "" for guidance and dropout."""
-    keys = loaded.indices if loaded.labels is None else loaded.labels[loaded.indices]
-    return sorted({"", *(caption for k in keys.unique().tolist() for caption in loaded.captions[k])})
+    return sorted({"", *(caption for k in loaded.keys().unique().tolist() for caption in loaded.captions[k])})
 
 
 def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
@@ -230,7 +225,7 @@ def signs(loaded: Pictures, known: Sequence[Sign] = ()) -> list[Sign]:
     found = []
     for file in files:
         at = file.stat()
-        status = [shown(file.name), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
+        status = [printable(file.name), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino]
         found.append([*status, before.get(tuple(status)) or sha256_of(file)])
     return found
 

@@ -11,9 +11,9 @@ import torch
 
 from jdm.data.pictures import load_picture, read_all, refuse_other_aspect, sides_of
 from jdm.data.report import Report
-from jdm.data.split import Pictures, Stamp, Unread, share_of
+from jdm.data.split import Pictures, Unread, share_of
 from jdm.data.tables import ENDINGS, Row, Table, composed
-from jdm.data.texts import few, file_text, shown
+from jdm.data.texts import few, file_text, printable
 from jdm.data.tree import PICTURE_ENDINGS, Choice, ending_of, files_below, split_tops, stem_of
 from jdm.errors import UsageError
 from jdm.run import Data
@@ -48,20 +48,14 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
         return [os.path.join(root, entries[i].name) for i in rows.tolist()]
 
     def images(rows: torch.Tensor, frames: Sequence[Frame] | None = None) -> torch.Tensor:
-        asked = zip(paths(rows), frames or [size] * len(rows), strict=True)
-        return read_all(lambda one: load_picture(*one), list(asked))
+        return read_all(load_picture, paths(rows), frames or [size] * len(rows))
 
     def maps(rows: torch.Tensor, frames: Sequence[Frame] | None = None) -> torch.Tensor:
         drawn = [os.path.join(root, entries[i].control) for i in rows.tolist()]
-        asked = zip(drawn, paths(rows), frames or [size] * len(rows), strict=True)
-        return read_all(lambda one: _map(*one), list(asked))
+        return read_all(_map, drawn, paths(rows), frames or [size] * len(rows))
 
-    def stamps_of(rows: torch.Tensor) -> list[Stamp]:
-        used = [name for i in rows.tolist() for name in (entries[i].name, entries[i].control) if name]
-        return [(shown(name), *stamps[name]) for name in used]
-
-    def files(rows: torch.Tensor) -> list[Path]:
-        return [folder / name for i in rows.tolist() for name in (entries[i].name, entries[i].control) if name]
+    def used(rows: torch.Tensor) -> list[str]:
+        return [name for i in rows.tolist() for name in (entries[i].name, entries[i].control) if name]
 
     return Pictures(
         images=images,
@@ -69,20 +63,20 @@ def folder_pictures(folder: Path, split: str, size: Size, how: Data) -> Pictures
         labels=None,
         indices=torch.arange(len(entries)),
         size=size,
-        source=f"{shown(folder.name)}/{split}",
-        files=files,
+        source=f"{printable(folder.name)}/{split}",
+        files=lambda rows: [folder / name for name in used(rows)],
         slow=True,
         controls=maps if how.controls else None,
         report=found.report,
         unread=Unread(how.unreadable),
-        stamps=stamps_of,
-        name_of=lambda i: shown(os.path.join(root, entries[i].name)),
+        stamps=lambda rows: [(printable(name), *stamps[name]) for name in used(rows)],
+        name_of=lambda i: printable(os.path.join(root, entries[i].name)),
         sides=lambda rows: sides_of([Path(path) for path in paths(rows)]),
     )
 
 
 def _map(file: str, picture: str, size: Size | Frame) -> torch.Tensor:
-    refuse_other_aspect(Path(file), Path(picture), shown(file))
+    refuse_other_aspect(Path(file), Path(picture), printable(file))
     return load_picture(file, size)
 
 
@@ -90,7 +84,7 @@ class Found:
     """The files of a folder, sorted into pictures, captions, tables and control maps; the rest goes to the report."""
 
     def __init__(self, folder: Path, how: Data):
-        self.folder, self.how, self.report = folder, how, Report(shown(folder))
+        self.folder, self.how, self.report = folder, how, Report(printable(folder))
         self.files = files_below(folder, self.report)
         self._spelled = {composed(name): name for name in self.files}
         self.tables: dict[str, Table] = {}  # by folder, with a / at its end
@@ -103,7 +97,8 @@ class Found:
     def entries(self, split: str) -> list[Entry]:
         """The pictures of a split, in order."""
         free = [name for name in self.files if name not in self.controls.values()]
-        names = [name for name in free if self._is_picture(name)]
+        names = [name for name in free
+                 if name in self.rows or (self._table(name) is None and self.choice.key(name) is not None)]
         tops = split_tops(names, self.how.splits, self.folder)
         top, absent = self._folder_of(split, tops)
         entries = self._captioned([name for name in names if name.startswith(top)])
@@ -127,12 +122,9 @@ class Found:
         if split in own:
             return own[split], absent
         if tops and "train" not in own:
-            raise UsageError(f"{self.report.source} has the folders {few(map(shown, tops))} and none for training; add "
-                             "train, or give --data.splits held-out to read all as one set")
+            raise UsageError(f"{self.report.source} has the folders {few(map(printable, tops))} and none for training; "
+                             "add train, or give --data.splits held-out to read all as one set")
         return own.get("train", ""), absent
-
-    def _is_picture(self, name: str) -> bool:
-        return name in self.rows or (self._table(name) is None and self.choice.key(name) is not None)
 
     # Captions and maps of the pictures
 
@@ -171,11 +163,11 @@ class Found:
         return None
 
     def _no_caption(self, name: str, count: int, n: int) -> str:
-        path, stem = shown(self.folder / name), stem_of(name)
+        path, stem = printable(self.folder / name), stem_of(name)
         many = f" (nor have {count - 1:,} more of {n:,} pictures)" if count > 1 else ""
         if name in self.rows:
             return f"{path} has no caption in {self.rows[name].where}{many}; write one, or remove the row"
-        beside = shown(stem.rpartition("/")[2])
+        beside = printable(stem.rpartition("/")[2])
         there = f" ({beside}.caption is there: --data.captions .caption)" if f"{stem}.caption" in self.files else ""
         return (f"{path} has no caption{many}; put it into {beside}.txt beside it{there}, or into a CSV or JSONL file "
                 "with the columns file_name and text; where it is no picture to train on, say which files are, such as "
@@ -243,14 +235,15 @@ class Found:
                 found.setdefault(at, []).append(name)
         for at, names in found.items():
             if len(names) > 1:
-                raise UsageError(f"{self.report.source}/{at} holds {len(names)} tables ({few(map(shown, names), 2)}); "
-                                 f"keep one, or name it: --data.table {shown(names[0])}")
+                raise UsageError(f"{self.report.source}/{at} holds {len(names)} tables "
+                                 f"({few(map(printable, names), 2)}); keep one, or name it: --data.table "
+                                 f"{printable(names[0])}")
         return {at: names[0] for at, names in found.items()}
 
     def _no_files(self, table: Table) -> UsageError:
         name, row = next(iter(table.rows.items()))
         last = stem_of(name).rpartition("/")[2]
-        near = [shown(file) for file in self.files if ending_of(file) in PICTURE_ENDINGS
+        near = [printable(file) for file in self.files if ending_of(file) in PICTURE_ENDINGS
                 and stem_of(file).rpartition("/")[2] == last]
         hint = f"did you mean {near[0]}?" if near else "give each file's path from the table's folder"
         return UsageError(f"{row.where}: there is no {name}, nor any other file that the table lists; {hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,36 +45,26 @@ def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
     """
     report = Report(name)
     whole, first, last = _split(name, split, report)
-    columns = list(whole.features)
-    opened = [k for k in columns if type(whole.features[k]).__name__ == "Image"]
-    images = [k for k in columns if k in PICTURES] or opened
-    picture = column(columns, how.pictures, images, "--data.pictures", name) if images or how.pictures else ""
-    labelled = "label" in columns and not how.captions and not any(k in columns for k in CAPTIONS)
-    if not picture or not (labelled or how.captions or any(k in columns for k in CAPTIONS)):
-        raise UsageError(f"{name}: needs an image column and a text or label column, has {columns}; name them with "
-                         "--data.pictures and --data.captions")
-    text = "label" if labelled else column(columns, how.captions, CAPTIONS, "--data.captions", name)
-    drawn = column(columns, how.controls, (), "--data.controls", name) if how.controls else ""
-    for other in columns:
-        if other not in (picture, text, drawn):
-            report.leave_out(other, "columns that are not read", "--data.controls NAME reads one as control maps")
+    picture, text, drawn = _columns(whole, name, how, report)
     whole = _undecoded(whole, picture, drawn)
-    labels, captions, kept = _labels(whole, name) if labelled else _texts(whole, text, name)
-    for row in sorted(set(range(first, last)) - kept):
-        report.leave_out(f"row {row}", "rows without a caption")
+    labels, captions = (None, _texts(whole, text, name)) if text else _labels(whole, name)
+    said = [bool(row) for row in captions] if labels is None else (labels >= 0).tolist()
+    for row in range(first, last):
+        if not said[row]:
+            report.leave_out(f"row {row}", "rows without a caption")
 
-    def read(rows: Tensor, frames: Sequence[Frame] | None = None) -> Tensor:
-        asked = zip(whole[rows.tolist()][picture], frames or [size] * len(rows), strict=True)
-        return read_all(lambda one: _held(one[0], name, one[1]), list(asked))
+    def images(rows: Tensor, frames: Sequence[Frame] | None = None) -> Tensor:
+        return read_all(partial(_picture, name), whole[rows.tolist()][picture], frames or [size] * len(rows))
 
     def maps(rows: Tensor, frames: Sequence[Frame] | None = None) -> Tensor:
-        return _maps(whole[rows.tolist()], picture, drawn, name, frames or [size] * len(rows))
+        chosen = whole[rows.tolist()]
+        return read_all(partial(_map, name, drawn), chosen[drawn], chosen[picture], frames or [size] * len(rows))
 
     return Pictures(
-        images=read,
+        images=images,
         captions=tuple(captions),
         labels=labels,
-        indices=torch.tensor([i for i in range(first, last) if i in kept], dtype=torch.long),
+        indices=torch.tensor([row for row in range(first, last) if said[row]], dtype=torch.long),
         size=size,
         source=f"{name}/{split}",
         files=lambda rows: [Path(part["filename"]) for part in whole.cache_files],
@@ -85,6 +76,24 @@ def hub_pictures(name: str, split: str, size: Size, how: Data) -> Pictures:
         name_of=lambda i: f"{name}, row {i}",
         sides=lambda rows: _sides(whole[rows.tolist()][picture]),
     )
+
+
+def _columns(whole: Any, name: str, how: Data, report: Report) -> tuple[str, str, str]:
+    """The columns of pictures, captions and control maps; captions "" where labels name classes, maps "" for none."""
+    columns = list(whole.features)
+    images = [k for k in columns if k in PICTURES] or \
+        [k for k in columns if type(whole.features[k]).__name__ == "Image"]
+    picture = column(columns, how.pictures, images, "--data.pictures", name) if images or how.pictures else ""
+    described = bool(how.captions) or any(k in columns for k in CAPTIONS)
+    if not picture or not (described or "label" in columns):
+        raise UsageError(f"{name}: needs an image column and a text or label column, has {columns}; name them with "
+                         "--data.pictures and --data.captions")
+    text = column(columns, how.captions, CAPTIONS, "--data.captions", name) if described else ""
+    drawn = column(columns, how.controls, (), "--data.controls", name) if how.controls else ""
+    for other in columns:
+        if other not in (picture, text or "label", drawn):
+            report.leave_out(other, "columns that are not read", "--data.controls NAME reads one as control maps")
+    return picture, text, drawn
 
 
 def _split(name: str, split: str, report: Report) -> tuple[Any, int, int]:
@@ -140,30 +149,24 @@ def _undecoded(whole: Any, *columns: str) -> Any:
     return whole
 
 
-def _texts(whole: Any, text: str, name: str) -> tuple[None, list[tuple[str, ...]], set[int]]:
-    captions = [_plain(value, f"{name}, row {i}") for i, value in enumerate(whole[text])]
-    return None, captions, {i for i, row in enumerate(captions) if row}
-
-
-def _plain(value: Any, where: str) -> tuple[str, ...]:
-    """The captions of a cell; none where it says nan or the like, which nobody here can mend."""
-    values = value if isinstance(value, list) else [value]
+def _texts(whole: Any, text: str, name: str) -> list[tuple[str, ...]]:
+    """The captions of each row; none where it says nan or the like, which nobody here can mend."""
     found = []
-    for one in values:
-        if isinstance(one, str) and one.strip().lower() in MISSING:
-            continue
-        found += captions_of(one, where)
-    return tuple(dict.fromkeys(found))
+    for i, value in enumerate(whole[text]):
+        said = [one for one in (value if isinstance(value, list) else [value])
+                if not (isinstance(one, str) and one.strip().lower() in MISSING)]
+        found.append(tuple(dict.fromkeys(captions_of(said, f"{name}, row {i}"))))
+    return found
 
 
-def _labels(whole: Any, name: str) -> tuple[Tensor, list[tuple[str, ...]], set[int]]:
+def _labels(whole: Any, name: str) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """The class of each row, -1 where it has none, and the captions of each class."""
     names = getattr(whole.features["label"], "names", None)
     if not names:
         raise UsageError(f"{name}: its labels have no names ({whole.features['label']}); name a column of captions "
                          "with --data.captions")
     labels = torch.tensor([-1 if label is None else label for label in whole["label"]])
-    captions = [tuple(phrase(t, n.lower()) for t in TEMPLATES) for n in names]
-    return labels, captions, set((labels >= 0).nonzero().flatten().tolist())
+    return labels, [tuple(phrase(t, n.lower()) for t in TEMPLATES) for n in names]
 
 
 def phrase(template: str, noun: str) -> str:
@@ -171,14 +174,12 @@ def phrase(template: str, noun: str) -> str:
     return re.sub(r"\ba ([aeiou])", r"an \1", template.format(noun))
 
 
-def _maps(rows: Any, picture: str, drawn: str, name: str, sizes: Sequence[Size | Frame]) -> Tensor:
-    def one(asked: tuple[Any, Any, Size | Frame]) -> Tensor:
-        found = [_opened(file) for file in asked[:2]]
-        if all(found):
-            refuse_other_aspect(found[0], found[1], f"{name}: a map in {drawn}")  # type: ignore[arg-type]
-        return _held(asked[0], name, asked[2])
-
-    return read_all(one, list(zip(rows[drawn], rows[picture], sizes, strict=True)))
+def _map(name: str, drawn: str, file: Any, picture: Any, size: Size | Frame) -> Tensor:
+    """A control map from the column `drawn`, of the same proportions as its picture."""
+    files = _opened(file), _opened(picture)
+    if files[0] and files[1]:
+        refuse_other_aspect(files[0], files[1], f"{name}: a map in {drawn}")
+    return _picture(name, file, size)
 
 
 def _sides(files: list[Any]) -> list[tuple[int, int]]:
@@ -192,8 +193,8 @@ def _opened(file: Any) -> io.BytesIO | Path | None:
     return Path(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"])
 
 
-def _held(file: Any, name: str, size: Size | Frame) -> Tensor:
-    """A picture of a hub dataset: its bytes, its path, or a picture that is open already."""
+def _picture(name: str, file: Any, size: Size | Frame) -> Tensor:
+    """A picture of a hub data set, which holds its bytes, its path, or an open picture."""
     if file is None:
         raise UnreadableError(f"{name}: a row has no picture; remove it")
     if not isinstance(file, dict):

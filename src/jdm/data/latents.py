@@ -19,7 +19,7 @@ def encoded(space: Space, pictures: Pictures) -> Tensor:
 
 
 def encoded_parts(space: Space, pictures: Pictures) -> Iterator[Tensor]:
-    """The same piece by piece: 500 pictures, or as many as have 4 million pixels.
+    """Latents of a split piece by piece: 500 pictures, or as many as have 4 million pixels.
 
     Pieces and layout are those of the prepared folder, so that both have the same bits.
     """

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from jdm.data.texts import shown
+from jdm.data.texts import printable
 from jdm.errors import UsageError, in_short, plural, remedy
 from jdm.files import expanded, write
 from jdm.size import Frame, Size, height_width
@@ -63,7 +63,7 @@ def load_picture(path: str | Path, size: Size | Frame) -> Tensor:
     if not there:
         problem = "it is a folder" if folder else "it is not a regular file" if other else "there is no such file"
         raise UsageError(f"{path}: {problem}; give the path of a picture (PNG, JPEG, WebP, ...)")
-    return read_picture(path, shown(path), path.stat().st_size, size)
+    return read_picture(path, printable(path), path.stat().st_size, size)
 
 
 def read_picture(source: Path | BinaryIO, path: str, length: int, size: Size | Frame,
@@ -142,22 +142,23 @@ def sides_of(files: Sequence[Path | BinaryIO]) -> list[tuple[int, int]]:
     return [upright(file) for file in files]
 
 
-def read_all(read: Callable[[Any], Tensor], items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
-    """Calls `read` on every item in threads -> [N, 3, H, W]; decoding and resizing release Python's lock.
+def read_all(read: Callable[..., Tensor], *items: Sequence[Any], at_once: int = os.cpu_count() or 1) -> Tensor:
+    """Calls `read` as `map` does, in threads -> [N, 3, H, W]; decoding and resizing release Python's lock.
 
-    Raises UnreadableError with the places of all items that cannot be read.
+    Raises UnreadableError with the places of all pictures that cannot be read.
 
     NumPy stacks the pictures: a thread that enters PyTorch's parallel loops gets its own OpenMP threads, after which
     no OpenMP thread spins between loops, which halves the speed of training on a CPU.
     """
-    def tried(item: Any) -> np.ndarray | UnreadableError:
+    def tried(item: tuple[Any, ...]) -> np.ndarray | UnreadableError:
         try:
-            return read(item).numpy()
+            return read(*item).numpy()
         except UnreadableError as error:
             return error
 
-    with ThreadPoolExecutor(max(1, min(at_once, len(items)))) as readers:
-        found = list(readers.map(tried, items))
+    asked = list(zip(*items, strict=True))
+    with ThreadPoolExecutor(max(1, min(at_once, len(asked)))) as readers:
+        found = list(readers.map(tried, asked))
     if bad := {place: str(one) for place, one in enumerate(found) if isinstance(one, UnreadableError)}:
         raise UnreadableError(next(iter(bad.values())), bad)
     return torch.from_numpy(np.stack(found))  # type: ignore[arg-type]

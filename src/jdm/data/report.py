@@ -1,4 +1,4 @@
-"""What was found in a source of pictures, what each rule left out, and what was read in a way that should be said."""
+"""Reports what was found in a source of pictures, what each rule left out, and how the rest was read."""
 
 from __future__ import annotations
 
@@ -8,43 +8,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jdm.data.texts import few, shown
+from jdm.data.texts import few, printable
 from jdm.errors import UsageError
 
-KEPT = 100  # names of each rule that are kept; all are counted
+KEPT = 100  # names or messages of each kind that are kept; all are counted
 
 
 @dataclass
-class LeftOut:
-    """What one rule left out.
+class Counted:
+    """Things that one rule left out, or that training refuses for one reason.
 
     Attributes:
         count: number of all.
-        names: the first of them.
-        remedy: how to have them read, or "".
+        first: names of the first things left out, or the first messages of refusals.
+        remedy: how to have things read that were left out, or "".
     """
 
     count: int = 0
-    names: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
     remedy: str = ""
 
-
-@dataclass
-class Refused:
-    """What of one kind training refuses.
-
-    Attributes:
-        count: of all.
-        messages: the first of them, each with its remedy.
-    """
-
-    count: int = 0
-    messages: list[str] = field(default_factory=list)
+    def add(self, said: str, count: int) -> None:
+        self.count += count
+        if len(self.first) < KEPT:
+            self.first.append(said)
 
 
 @dataclass
 class Report:
-    """What was found and what was not taken, of one split of a source.
+    """A report on one split of a source: what was found, left out and refused.
 
     Attributes:
         source: name of the source.
@@ -56,16 +48,13 @@ class Report:
 
     source: str
     splits: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    left_out: dict[str, Counted] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    refused: dict[str, Refused] = field(default_factory=dict)
+    refused: dict[str, Counted] = field(default_factory=dict)
 
     def leave_out(self, name: str, rule: str, remedy: str = "", count: int = 1) -> None:
         """Counts one thing, or several of one name, that a rule leaves out."""
-        entry = self.left_out.setdefault(rule, LeftOut(remedy=remedy))
-        entry.count += count
-        if len(entry.names) < KEPT:
-            entry.names.append(shown(name))
+        self.left_out.setdefault(rule, Counted(remedy=remedy)).add(printable(name), count)
 
     def note(self, text: str) -> None:
         """Adds a sentence, once."""
@@ -74,10 +63,7 @@ class Report:
 
     def refuse(self, kind: str, message: str, count: int = 1) -> None:
         """Sets aside what training refuses; `settle` raises it."""
-        entry = self.refused.setdefault(kind, Refused())
-        entry.count += count
-        if len(entry.messages) < KEPT:
-            entry.messages.append(message)
+        self.refused.setdefault(kind, Counted()).add(message, count)
 
     @contextmanager
     def setting_aside(self, kind: str) -> Iterator[None]:
@@ -95,18 +81,17 @@ class Report:
         """
         if not self.refused:
             return
-        first = next(iter(self.refused.values()))
-        more = sum(len(kind.messages) for kind in self.refused.values()) - 1
-        also = f" (and {more:,} more: jdm doctor {shlex.quote(self.source)} lists them)" if more else ""
-        raise UsageError(first.messages[0] + also)
+        message, *others = [message for kind in self.refused.values() for message in kind.first]
+        also = f" (and {len(others):,} more: jdm doctor {shlex.quote(self.source)} lists them)" if others else ""
+        raise UsageError(message + also)
 
     def lines(self) -> list[str]:
-        """All of it for a terminal, a line for each rule and each note."""
-        found = [f"{each.count:,} left out, {rule}: {few(each.names)}" + (f" ({each.remedy})" if each.remedy else "")
+        """The report for a terminal, a line for each rule and each note."""
+        found = [f"{each.count:,} left out, {rule}: {few(each.first)}" + (f" ({each.remedy})" if each.remedy else "")
                  for rule, each in self.left_out.items()]
         return [*found, *self.notes]
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON, with the first names of each rule."""
+        """The report as JSON, with the first names of each rule."""
         return {"splits": self.splits, "notes": self.notes,
-                "left out": {rule: {"count": e.count, "first": e.names[:5]} for rule, e in self.left_out.items()}}
+                "left out": {rule: {"count": e.count, "first": e.first[:5]} for rule, e in self.left_out.items()}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,28 +12,22 @@ from jdm.data.pictures import SUFFIXES
 from jdm.data.tables import CAPTIONS, column
 from jdm.data.texts import captions_of, few, unicode_of
 from jdm.errors import UsageError
+from jdm.run import Data
 
 TEXTS = (".txt", ".json")
 Left = dict[str, list[Any]]
 
 
 class SampleError(UsageError):
-    """What belongs to a sample is ambiguous, missing, or not text; the shard's name is added where it is known."""
+    """A part of a sample is ambiguous, missing, or not text; the caller adds the shard's name."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The files of a sample that flags mean: endings such as jpg and canny.png, and the key of a .json."""
-
-    pictures: str = ""
-    captions: str = ""
-    controls: str = ""
-    encoding: str = ""
-
-
-def is_hidden(name: str) -> bool:
-    """A file that its system hides, such as ._1.jpg, which macOS packs beside 1.jpg."""
-    return any(part.startswith(".") and part.strip(".") for part in name.split("/")) or name.startswith("__MACOSX/")
+def hidden(name: str, left: Left) -> bool:
+    """Leaves out a file that its system hides, such as ._1.jpg, which macOS packs beside 1.jpg."""
+    found = any(part.startswith(".") and part.strip(".") for part in name.split("/")) or name.startswith("__MACOSX/")
+    if found:
+        leave(left, "hidden files", name)
+    return found
 
 
 def leave(left: Left, rule: str, name: str) -> None:
@@ -43,16 +36,17 @@ def leave(left: Left, rule: str, name: str) -> None:
 
 
 def sample_key(name: str) -> str:
-    """What the files of one sample share: their path up to the first dot of the name, as WebDataset has it."""
+    """The path up to the first dot of the name, which the files of one sample share in WebDataset's layout."""
     path = PurePosixPath(name)
     return str(path.parent / path.name.split(".")[0])
 
 
-def samples(tar: tarfile.TarFile, key: str, files: Sequence[tarfile.TarInfo], asked: Wanted,
+def samples(tar: tarfile.TarFile, key: str, files: Sequence[tarfile.TarInfo], asked: Data,
             left: Left) -> Iterator[dict[str, Any]]:
     """The samples among adjacent files with one key: one, or several whose names differ behind a first dot.
 
     Args:
+        asked: its flags name a sample's files by endings such as jpg and canny.png, or the key of a .json.
         left: rule -> [a file that it left out, how many]; added to.
 
     Raises:
@@ -70,8 +64,8 @@ def samples(tar: tarfile.TarFile, key: str, files: Sequence[tarfile.TarInfo], as
             yield found
 
 
-def _apart(by_ending: Mapping[str, tarfile.TarInfo], asked: Wanted) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """What stands between key and ending -> files by ending; one sample unless each of several has its own text.
+def _apart(by_ending: Mapping[str, tarfile.TarInfo], asked: Data) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Text between key and ending -> files by ending; one sample unless each of several has its own caption.
 
     "shoe_v1.0.jpg", "shoe_v1.0.txt", "shoe_v1.1.jpg", "shoe_v1.1.txt" are two samples of one key.
     """
@@ -91,7 +85,7 @@ def _apart(by_ending: Mapping[str, tarfile.TarInfo], asked: Wanted) -> dict[str,
     return parted
 
 
-def _sample(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], asked: Wanted,
+def _sample(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], asked: Data,
             left: Left) -> dict[str, Any] | None:
     pictures = {e: file for e, file in files.items() if f".{e.rpartition('.')[2]}" in SUFFIXES}
     drawn = pictures.pop(asked.controls.lstrip(".").lower(), None) if asked.controls else None
@@ -114,7 +108,7 @@ def _sample(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], a
             "map_start": drawn.offset_data if drawn else 0, "map_bytes": drawn.size if drawn else 0}
 
 
-def _picture(pictures: Mapping[str, tarfile.TarInfo], asked: Wanted) -> str | None:
+def _picture(pictures: Mapping[str, tarfile.TarInfo], asked: Data) -> str | None:
     """The ending of the picture: the one that was named, the only one, or the only one without a dot in it."""
     if asked.pictures:
         wanted = asked.pictures.lstrip(".").lower()
@@ -128,7 +122,7 @@ def _picture(pictures: Mapping[str, tarfile.TarInfo], asked: Wanted) -> str | No
 
 
 def _captions(tar: tarfile.TarFile, key: str, files: Mapping[str, tarfile.TarInfo], picture: str,
-              asked: Wanted) -> tuple[list[str], list[str]]:
+              asked: Data) -> tuple[list[str], list[str]]:
     """(the endings that were read, the captions) of a sample.
 
     The text is that of the ending or of the .json's key that was named; else .txt, or .json where that has none. A
@@ -158,7 +152,7 @@ def _needed(read: list[str], found: list[str], key: str, picture: tarfile.TarInf
     return read, found
 
 
-def _read(tar: tarfile.TarFile, file: tarfile.TarInfo, ending: str, named: str, asked: Wanted) -> list[str]:
+def _read(tar: tarfile.TarFile, file: tarfile.TarInfo, ending: str, named: str, asked: Data) -> list[str]:
     opened = tar.extractfile(file)
     assert opened is not None
     try:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from jdm.data.pictures import read_all, read_picture, refuse_other_aspect, sides_of
 from jdm.data.report import Report
-from jdm.data.samples import Left, SampleError, Wanted, is_hidden, leave, sample_key, samples
+from jdm.data.samples import Left, SampleError, hidden, sample_key, samples
 from jdm.data.split import Pictures, Stamp, Unread, share_of
-from jdm.data.texts import shown
+from jdm.data.texts import printable
 from jdm.errors import UsageError, in_short
 from jdm.run import Data
 from jdm.size import Frame, Size
@@ -56,7 +56,7 @@ def shard_pictures(source: str, split: str, size: Size, how: Data, own: bool = F
         labels=None,
         indices=torch.tensor([i for i, part in enumerate(of) if part == split], dtype=torch.long),
         size=size,
-        source=f"{shown(source.rsplit('/', 1)[-1])}/{split}",
+        source=f"{printable(source.rsplit('/', 1)[-1])}/{split}",
         files=lambda rows: shards.files(),
         slow=True,
         controls=(lambda rows, frames=None: shards.maps(rows, frames or [size] * len(rows))) if how.controls else None,
@@ -73,7 +73,6 @@ class Shards:
 
     def __init__(self, source: str, how: Data):
         import fsspec
-        from datasets import Dataset, Features, List, Value
 
         try:
             self.store, _ = fsspec.core.url_to_fs(source)
@@ -87,25 +86,15 @@ class Shards:
         except Exception as error:  # a store's driver may raise anything
             raise UsageError(f"{source}: no shards could be listed ({in_short(error)}); give .tar files, such as "
                              "'shards/*.tar' or 's3://bucket/{000..099}.tar'") from None
-        kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
-                          "name": Value("string"), "captions": List(Value("string")), "map_start": Value("int64"),
-                          "map_bytes": Value("int64"), "rule": Value("string")})
-        wanted = {"layout": LAYOUT, "pictures": how.pictures, "captions": how.captions, "controls": how.controls,
-                  "encoding": how.encoding}
-        try:
-            table = Dataset.from_generator(_members, features=kinds,
-                                           gen_kwargs={"source": source, "shards": self.known, "wanted": wanted})
-        except Exception as error:
-            raise UsageError(_root_message(error)) from None
-        self.report = Report(source)
-        rules = table["rule"]
-        kept = [i for i, rule in enumerate(rules) if not rule]
-        for i, rule in enumerate(rules):
+        self.report, table = Report(source), _table(source, self.known, how)
+        kept = []
+        for i, rule in enumerate(table["rule"]):
             if rule == REFUSED:
                 self.report.refuse(REFUSED, table[i]["name"])
             elif rule:
-                row = table[i]
-                self.report.leave_out(row["name"], rule, count=row["bytes"])
+                self.report.leave_out(table[i]["name"], rule, count=table[i]["bytes"])
+            else:
+                kept.append(i)
         self.table = table.select(kept)
         self.captions = [tuple(row) for row in self.table["captions"]]
 
@@ -117,21 +106,20 @@ class Shards:
 
     def images(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
         """Indices [B] and a size or frame for each -> uint8 [B, 3, H, W]."""
-        return read_all(lambda one: self._image(one[0], "start", "bytes", one[1]),
-                        list(zip(self._rows(rows), sizes, strict=True)), READERS)
+        return read_all(lambda row, size: self._image(row, "start", "bytes", size), self._rows(rows), sizes,
+                        at_once=READERS)
 
     def maps(self, rows: Tensor, sizes: Sequence[Size | Frame]) -> Tensor:
         """Indices [B] and a size or frame for each -> control maps, uint8 [B, 3, H, W]."""
 
-        def one(asked: tuple[dict[str, Any], Size | Frame]) -> Tensor:
-            row, size = asked
+        def one(row: dict[str, Any], size: Size | Frame) -> Tensor:
             found = self._image(row, "map_start", "map_bytes", size)
             heads = [io.BytesIO(self._bytes(row, start, min(row[length], HEADER)))
                      for start, length in (("map_start", "map_bytes"), ("start", "bytes"))]
             refuse_other_aspect(heads[0], heads[1], f"{self.shards[row['shard']]}:{row['name']}")
             return found
 
-        return read_all(one, list(zip(self._rows(rows), sizes, strict=True)), READERS)
+        return read_all(one, self._rows(rows), sizes, at_once=READERS)
 
     def name_of(self, index: int) -> str:
         """The shard and the picture's name in it."""
@@ -177,6 +165,22 @@ class Shards:
         return read_picture(io.BytesIO(data), f"{self.shards[row['shard']]}:{row['name']}", len(data), size)
 
 
+def _table(source: str, shards: Sequence[Any], how: Data) -> Any:
+    """The rows of `_members` as a data set, cached by `datasets` until a shard or what is asked of it changes."""
+    from datasets import Dataset, Features, List, Value
+
+    kinds = Features({"shard": Value("int32"), "start": Value("int64"), "bytes": Value("int64"),
+                      "name": Value("string"), "captions": List(Value("string")), "map_start": Value("int64"),
+                      "map_bytes": Value("int64"), "rule": Value("string")})
+    wanted = {"layout": LAYOUT, "pictures": how.pictures, "captions": how.captions, "controls": how.controls,
+              "encoding": how.encoding}
+    try:
+        return Dataset.from_generator(_members, features=kinds,
+                                       gen_kwargs={"source": source, "shards": shards, "wanted": wanted})
+    except Exception as error:
+        raise UsageError(_root_message(error)) from None
+
+
 def _expanded(source: str) -> list[str]:
     """Expands ranges: a{08..10}.tar -> a08.tar, a09.tar, a10.tar."""
     ranges = [(int(low), int(high)) for low, high in RANGE.findall(source)]
@@ -199,19 +203,19 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
     Args:
         shards: number, path and version key of each; `datasets` caches the table by its arguments, so that a changed
             key makes it read the shard again.
-        wanted: the fields of `Wanted`, and the layout of the table.
+        wanted: fields of `Data`, and the layout of the table.
     """
     import fsspec
 
     store, _ = fsspec.core.url_to_fs(source)
-    asked = Wanted(**{name: value for name, value in wanted.items() if name != "layout"})
+    asked = Data(**{name: value for name, value in wanted.items() if name != "layout"})
     empty = {"start": 0, "captions": [], "map_start": 0, "map_bytes": 0}
     for index, shard, _ in shards:
         left: Left = {}
         seen: set[str] = set()
         try:
             with store.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                members = (m for m in _files(tar, file) if not _hidden(m.name, left))
+                members = (m for m in _files(tar, file) if not hidden(m.name, left))
                 for key, files in groupby(members, key=lambda m: sample_key(m.name)):
                     try:
                         if key in seen:
@@ -225,13 +229,7 @@ def _members(source: str, shards: list[tuple[int, str, str]], wanted: dict[str, 
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(f"{shard}: not a whole tar file ({in_short(error)}); fetch it again") from None
         for rule, (name, count) in left.items():
-            yield {"shard": index, "rule": rule, "name": shown(name), "bytes": count, **empty}
-
-
-def _hidden(name: str, left: Left) -> bool:
-    if found := is_hidden(name):
-        leave(left, "hidden files", name)
-    return found
+            yield {"shard": index, "rule": rule, "name": printable(name), "bytes": count, **empty}
 
 
 def _files(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

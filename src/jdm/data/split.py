@@ -136,6 +136,11 @@ class Pictures:
         fit = fit or [row for row, sound in enumerate(good) if sound]
         return torch.tensor([row if good[row] else fit[bisect(fit, row) % len(fit)] for row in rows.tolist()])
 
+    def keys(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The places in `captions` of the captions of rows [B], or of all rows."""
+        pictures = self.indices[rows]
+        return pictures if self.labels is None else self.labels[pictures]
+
     def label(self, rows: Tensor) -> Tensor | None:
         """Classes of rows [B], or None if unknown."""
         known = self.classes if self.labels is None else self.labels
@@ -143,9 +148,7 @@ class Pictures:
 
     def prompts(self, rows: Tensor, uniform: Tensor) -> list[str]:
         """One caption per row, chosen by `uniform` [B] in [0, 1)."""
-        picture = self.indices[rows]
-        keys = picture if self.labels is None else self.labels[picture]
-        choices = [self.captions[k] for k in keys.tolist()]
+        choices = [self.captions[key] for key in self.keys(rows).tolist()]
         return [c[int(u * len(c))] for c, u in zip(choices, uniform.tolist(), strict=True)]
 
     def part(self, expression: str) -> Pictures:

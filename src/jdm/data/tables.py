@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.data.report import Report
-from jdm.data.texts import captions_of, few, file_text, shown
+from jdm.data.texts import captions_of, few, file_text, printable
 from jdm.errors import UsageError, in_short
 from jdm.files import parsed
 
@@ -26,16 +26,11 @@ SEPARATORS = (",", ";", "\t")  # a table that Excel writes in many countries has
 
 @dataclass
 class Row:
-    """What a table says of one picture: its captions, None if they are refused, and its control map's file or ""."""
+    """A picture's entry in a table: its captions, None if they are refused, and its control map's file or ""."""
 
     captions: tuple[str, ...] | None = ()
     control: str = ""
     where: str = ""
-
-    def _add_control(self, drawn: str, where: str) -> None:
-        if self.control and drawn and self.control != drawn:
-            raise UsageError(f"{where}: this picture has two control maps, {self.control} and {drawn}; keep one")
-        self.control = self.control or drawn
 
 
 @dataclass
@@ -57,8 +52,8 @@ class Table:
             UsageError: a column is missing or ambiguous, or a row cannot be read as it was meant.
         """
         names, rows = _records(file, encoding, report)
-        picture = column(names, columns[0], PICTURES, "--data.pictures", shown(file), first=2)
-        caption = column(names, columns[1], CAPTIONS, "--data.captions", shown(file))
+        picture = column(names, columns[0], PICTURES, "--data.pictures", printable(file), first=2)
+        caption = column(names, columns[1], CAPTIONS, "--data.captions", printable(file))
         control = columns[2] if columns[2] in names else ""
         for name in names:
             if name not in (picture, caption, control):
@@ -71,10 +66,14 @@ class Table:
                 before, found.captions = found.captions, None
                 more = captions_of(row.get(caption), where)
                 found.captions = None if before is None else tuple(dict.fromkeys((*before, *more)))
-                found._add_control(inside(row[control], where) if control and row.get(control) else "", where)
+                drawn = inside(row[control], where) if control and row.get(control) else found.control
+                if found.control not in ("", drawn):
+                    raise UsageError(f"{where}: this picture has two control maps, {found.control} and {drawn}; keep "
+                                     "one")
+                found.control = drawn
         if not table.rows:
             report.settle()
-            raise UsageError(f"{shown(file)} has no rows; fill it, or remove it")
+            raise UsageError(f"{printable(file)} has no rows; fill it, or remove it")
         return table
 
 
@@ -133,7 +132,7 @@ def _records(file: Path, encoding: str, report: Report) -> Records:
     kind = file.suffix.lower()
     if kind == ".parquet":
         return _parquet(file)
-    text, where = file_text(file, encoding), shown(file)
+    text, where = file_text(file, encoding), printable(file)
     return _json_lines(text, where, report) if kind == ".jsonl" else _cells(text, where, report)
 
 
@@ -174,7 +173,7 @@ def _cells(text: str, where: str, report: Report) -> Records:
 
 
 def _separator(text: str, where: str) -> str:
-    """What separates the names in the header: the one by which a picture column is among them."""
+    """The separator in the header by which a picture column is among its names."""
     header = text.split("\n", 1)[0].rstrip("\r")
     split = {mark: [name.strip().strip('"') for name in header.split(mark)] for mark in SEPARATORS}
     several = [mark for mark, names in split.items() if len(names) > 1]
@@ -194,6 +193,6 @@ def _parquet(file: Path) -> Records:
         names = list(found.column_names)
         rows: Iterable[dict[str, Any]] = found.to_list()
     except Exception as error:  # arrow and datasets raise many kinds
-        raise UsageError(f"{shown(file)} is not a readable parquet file ({in_short(error)}); write it again, or give a "
-                         "CSV") from None
-    return names, [(f"{shown(file)}, row {n}", row) for n, row in enumerate(rows, 1)]
+        raise UsageError(f"{printable(file)} is not a readable parquet file ({in_short(error)}); write it again, or "
+                         "give a CSV") from None
+    return names, [(f"{printable(file)}, row {n}", row) for n, row in enumerate(rows, 1)]

@@ -25,11 +25,11 @@ def file_text(file: Path, encoding: str = "") -> str:
         UsageError: it is no regular file, cannot be read, or is in an encoding that was not stated.
     """
     if not file.is_file():
-        raise UsageError(f"{shown(file)} is not a regular file; replace it by one, or move it away")
+        raise UsageError(f"{printable(file)} is not a regular file; replace it by one, or move it away")
     try:
-        return unicode_of(file.read_bytes(), shown(file), encoding)
+        return unicode_of(file.read_bytes(), printable(file), encoding)
     except OSError as error:
-        raise UsageError(f"{shown(file)}: {error.strerror}; {remedy(error)}") from None
+        raise UsageError(f"{printable(file)}: {error.strerror}; {remedy(error)}") from None
 
 
 def unicode_of(raw: bytes, where: str, encoding: str = "") -> str:
@@ -82,7 +82,7 @@ def captions_of(value: Any, where: str) -> tuple[str, ...]:
     return (text,) if text else ()
 
 
-def shown(name: str | Path) -> str:
+def printable(name: str | Path) -> str:
     """A path as text that can be printed and stored: bytes that are no UTF-8 are written as \\xE9."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -108,7 +108,7 @@ def _listed(text: str) -> list[str] | None:
 
 
 def _guessed(raw: bytes) -> str:
-    """What the text would be in the encoding that charset-normalizer takes it for, as advice."""
+    """Advice: how the text reads in the encoding that charset-normalizer takes it for."""
     from charset_normalizer import from_bytes
 
     best = from_bytes(raw[:100_000]).best()

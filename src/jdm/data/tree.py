@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jdm.data.pictures import SUFFIXES
 from jdm.data.report import Report
-from jdm.data.texts import few, shown
+from jdm.data.texts import few, printable
 from jdm.errors import UsageError, remedy
 from jdm.files import LOCK
 
@@ -28,7 +28,7 @@ def files_below(root: Path, report: Report) -> dict[str, Stamp]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UsageError(f"{shown(error.filename)}: {error.strerror}; {remedy(error)}") from None
+        raise UsageError(f"{printable(error.filename)}: {error.strerror}; {remedy(error)}") from None
 
     found: dict[str, Stamp] = {}
     above: dict[str, tuple[tuple[int, int], ...]] = {str(root): (_identity(root),)}  # the way to it
@@ -122,8 +122,8 @@ class Choice:
             key = self.key(name)
             if key is not None and key in found:
                 one, other = (f"*.{each.rsplit('.', 1)[-1]}" for each in (found[key], name))
-                raise UsageError(f"{shown(found[key])} and {shown(name)} could both be meant; say which files are: "
-                                 f"{self.flag} {shown(one)!r} or {shown(other)!r}")
+                raise UsageError(f"{printable(found[key])} and {printable(name)} could both be meant; say which files "
+                                 f"are: {self.flag} {printable(one)!r} or {printable(other)!r}")
             if key is not None:
                 found[key] = name
         return found
@@ -156,12 +156,12 @@ def split_tops(names: Iterable[str], how: str, root: Path) -> dict[str, str]:
     if how == "held-out" or not named:
         return {}
     if others and how != "folders":
-        raise UsageError(f"{shown(root)}: {few(map(shown, named))} are named as splits and {few(map(shown, others))} "
-                         "not; say --data.splits folders to read the splits alone, or --data.splits held-out to read "
-                         "all as one set, of which some pictures are held out")
+        raise UsageError(f"{printable(root)}: {few(map(printable, named))} are named as splits and "
+                         f"{few(map(printable, others))} not; say --data.splits folders to read the splits alone, or "
+                         "--data.splits held-out to read all as one set, of which some pictures are held out")
     for split in SPLITS:
         if len(same := [top for top, its in named.items() if its == split]) > 1:
-            raise UsageError(f"{shown(root)}: {' and '.join(same)} are both named as {split}; merge or rename them")
+            raise UsageError(f"{printable(root)}: {' and '.join(same)} are both named as {split}; merge or rename them")
     return named
 
 

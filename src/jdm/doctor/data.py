@@ -1,4 +1,4 @@
-"""What `jdm doctor` says of a source of pictures: what was found, what training refuses, and what to do about it."""
+"""Examines a source of pictures for `jdm doctor`: what is there, what training refuses, and what to do about it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass
 class Findings:
-    """What was found.
+    """Everything that `jdm doctor` found.
 
     Attributes:
         splits: heads of the table's columns.
@@ -71,7 +71,7 @@ class Findings:
             self.refuse(kind, str(error))
 
     def lines(self) -> list[str]:
-        """What training refuses and what else there is to know, in lines of text."""
+        """Lists what training refuses, then the remarks, in lines of text."""
         found = []
         for kind, (count, messages) in self.refused.items():
             found += [f"refused, {count:,} {kind}:" if count > 1 else f"refused, {kind}:"]
@@ -106,8 +106,8 @@ def examined(run: Run, progress: Progress) -> Findings:
             found.refuse("what the pictures are", f"{run.data.source}, split {split}: no pictures; give a wider slice "
                          "or more pictures")
         for kind, refused in pictures.report.refused.items():
-            for message in refused.messages:
-                found.refuse(kind, message, refused.count if len(refused.messages) == 1 else 1)
+            for message in refused.first:
+                found.refuse(kind, message, refused.count if len(refused.first) == 1 else 1)
     if splits:
         _count(found, splits, run)
         _remark(found, splits, run)
@@ -132,16 +132,13 @@ def _count(found: Findings, splits: dict[str, Seen], run: Run) -> None:
                                               for name, count in s.aspects().most_common(3)),
     }
     found.rows = [[name, *(of(each) for each in splits.values())] for name, of in rows.items()]
-    if run.data.buckets and "train" in splits and splits["train"].sides:
-        found.rows += _bucket_rows(Buckets(splits["train"].sides, run.data.size, run.data.buckets), len(splits))
+    others = [""] * (len(splits) - 1)
+    if run.data.buckets and "train" in splits and splits["train"].sides:  # what is measured on has `size`
+        buckets = Buckets(splits["train"].sides, run.data.size, run.data.buckets)
+        found.rows += [[f"bucket {spelled(size)}", f"{n:,}", *others]
+                       for size, n in zip(buckets.sizes, buckets.counts.tolist(), strict=True)]
     mute = sum(count for kind, (count, _) in found.refused.items() if "without a caption" in kind)
-    found.rows.insert(1, ["without a caption", f"{mute:,}", *[""] * (len(splits) - 1)])
-
-
-def _bucket_rows(buckets: Buckets, columns: int) -> list[list[str]]:
-    """A row for each bucket that has training pictures; pictures that are measured on have `size`."""
-    return [[f"bucket {spelled(size)}", f"{n:,}", *[""] * (columns - 1)]
-            for size, n in zip(buckets.sizes, buckets.counts.tolist(), strict=True)]
+    found.rows.insert(1, ["without a caption", f"{mute:,}", *others])
 
 
 def _sides(split: Seen) -> str:
@@ -262,7 +259,6 @@ def _sheet(reader: Reader, train: Seen, rows: Tensor) -> list[Picture]:
             raise UsageError(f"{reader.needs.control} failed on the source's own pictures ({in_short(error)}); it must "
                              "take [B, 3, H, W] in [0, 1]") from error
         drawn = (drawn * 255).round().clamp(0, 255).to(torch.uint8)
-    indices = pictures.indices[rows].tolist()
-    keys = indices if pictures.labels is None else pictures.labels[pictures.indices[rows]].tolist()
     return [Picture(images[i], None if drawn is None else drawn[i], pictures.captions[key], pictures.name_of(index))
-            for i, (key, index) in enumerate(zip(keys, indices, strict=True))]
+            for i, (key, index) in enumerate(zip(pictures.keys(rows).tolist(), pictures.indices[rows].tolist(),
+                                                 strict=True))]

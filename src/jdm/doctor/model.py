@@ -1,4 +1,4 @@
-"""What `jdm doctor` says of a model: its parts, schedule and tokenizers, whether it can be a teacher, and for what."""
+"""Examines a model for `jdm doctor`: its parts, schedule and tokenizers, and the recipes it can be a teacher of."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAID = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "shift", "
 
 @dataclass
 class Model:
-    """What was found of a model.
+    """Facts of a model, and what recipes make of it.
 
     Attributes:
         parts: name, class, parameters, types of numbers on disk.
@@ -110,7 +110,7 @@ def _facts(model: StockModel) -> list[list[str]]:
 
 
 def _fits(name: str, model: StockModel) -> dict[str, list[str]]:
-    """What is to be said of recipes with this teacher -> their names."""
+    """Whether recipes fit this teacher, in words -> the names of those recipes."""
     found: dict[str, list[str]] = {}
     others: Counter[str] = Counter()
     for entry in recipes.entries().values():
@@ -123,7 +123,7 @@ def _fits(name: str, model: StockModel) -> dict[str, list[str]]:
 
 
 def _made_for_others(run: Run, model: StockModel) -> str:
-    """What models a recipe is made for, if they are of another family or size than this one; empty if not."""
+    """The kind of models that a recipe is made for, if of another family or size than this one; else empty."""
     own = _family(run.model)
     if own and own != model.NAME:
         return f"{own} models"

@@ -55,7 +55,7 @@ class Reader(Loaded):
 
 @dataclass
 class Seen:
-    """What was seen of a split.
+    """Everything that was seen of a split.
 
     Attributes:
         sides: (width, height) of the pictures that can be read.
@@ -83,9 +83,8 @@ class Seen:
     @property
     def captions(self) -> Counter[str]:
         """Caption -> how many pictures, or classes of them, have it."""
-        pictures = self.pictures
-        keys = pictures.indices if pictures.labels is None else pictures.labels[pictures.indices].unique()
-        return Counter(caption for key in keys.tolist() for caption in pictures.captions[key])
+        keys = self.pictures.keys().unique().tolist()
+        return Counter(caption for key in keys for caption in self.pictures.captions[key])
 
     def aspects(self) -> Counter[str]:
         """The nearest usual aspect, width to height -> how many pictures have it."""

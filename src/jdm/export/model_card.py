@@ -17,9 +17,8 @@ from jdm.models.stable_diffusion_xl import StableDiffusionXL
 from jdm.models.stock import StockModel
 from jdm.size import Size, height_width, spelled
 
-LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "{name}_kohya.safetensors"
 CHECKPOINT_FILE, CONTROLNET_FILE = "{name}.safetensors", "{name}_controlnet.safetensors"
-COMFYUI_FILE = "{name}_comfyui.safetensors"
+KOHYA_FILE, COMFYUI_FILE = "{name}_kohya.safetensors", "{name}_comfyui.safetensors"
 NOT_SETTINGS = ("type", "out", "device", "save_every", "log_every", "probe_every")
 
 
@@ -63,7 +62,7 @@ class Subject:
 
     @property
     def family(self) -> type[StockModel] | None:
-        """Name of the stock pipeline that runs the model."""
+        """The family of the model; None where no stock pipeline runs it."""
         return FAMILIES.get(self.kind or "")
 
     @property
@@ -83,7 +82,7 @@ class Subject:
 
     @property
     def partner(self) -> str:
-        """Says which model a ControlNet by itself belongs to."""
+        """The model that a lone ControlNet belongs to."""
         if self.levels and self.method.get("train_unet", True):
             return "student"
         return public(str(self.method.get("start") or self.base or "base"))
@@ -157,7 +156,7 @@ def _facts(of: Subject) -> str:
 
 
 def _map(preprocessor: Any) -> str | None:
-    """How the control map is made of a picture: the function, then its settings."""
+    """The function that makes the control map of a picture, then its settings."""
     if not isinstance(preprocessor, Mapping):
         return None
     return ", ".join([f"{preprocessor.get('function')}", *(

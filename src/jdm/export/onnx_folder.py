@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from jdm.controls import Control
 from jdm.evaluation.sampling import control_named
 from jdm.export.graphs import GraphError, write
 from jdm.export.parts import Parts
-from jdm.files import write as write_file
+from jdm.files import write_json
 from jdm.models.configs import CARD
 from jdm.models.stock import StockModel
 from jdm.size import height_width
@@ -38,7 +37,7 @@ def write_student(name: str, model: StockModel, folder: Path, half: bool = False
     for key, tokenizer in model.tokenizers.items():
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder / key)
-    write_file(folder / CARD, json.dumps({**(model.card or {}), "onnx": described(parts)}, indent=1) + "\n")
+    write_json(folder / CARD, {**(model.card or {}), "onnx": described(parts)})
 
 
 def write_control(parts: Parts, control: Control, file: Path) -> bool:
@@ -57,7 +56,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def described(parts: Parts) -> dict[str, Any]:
-    """What a program must know to run the graphs: sizes, and each step's level, alpha and sigma."""
+    """The facts a program needs to run the graphs: sizes, and each step's level, alpha and sigma."""
     steps = [{"level": level, "alpha": float(alpha), "sigma": float(sigma)} for level, alpha, sigma in
              zip(parts.model.levels or (), parts.alpha, parts.sigma, strict=True)]
     return {"size": list(height_width(parts.model.size)), "latents": list(parts.latents), "steps": steps,

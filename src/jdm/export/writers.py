@@ -22,7 +22,6 @@ from jdm.export.model_card import (
     COMFYUI_FILE,
     CONTROLNET_FILE,
     KOHYA_FILE,
-    LORA_FILE,
     Subject,
     model_card,
 )
@@ -42,7 +41,6 @@ from jdm.size import height_width, sized
 from jdm.training import checkpoint
 from jdm.training.product import export_checkpoint
 
-FORMATS = ("diffusers", "single-file", "controlnet", "lora", "onnx")
 RANK = 64
 
 
@@ -80,7 +78,7 @@ class Source:
         return cast(StockModel, load_model(str(self.folder)))
 
     def controlnet(self) -> tuple[Any, type[StockModel]]:
-        """Its ControlNet and the family that the ControlNet belongs to."""
+        """The model's ControlNet, and the family that the ControlNet belongs to."""
         named = {family.PARTS["controlnet"].classes[0] for family in FAMILIES.values()}
         for folder in (self.folder, self.folder / "controlnet"):
             if read_json(folder / "config.json").get("_class_name") in named:
@@ -131,9 +129,9 @@ def export(
 
 
 def _check(run: Path, out: Path, dtype: torch.dtype, format: str, rank: int | None, base: str | None) -> None:
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(FORMATS)}"
+    if format not in WRITERS:
+        near = difflib.get_close_matches(format, WRITERS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(WRITERS)}"
         raise UsageError(f"there is no format {format!r}; {hint}")
     if format != "lora" and (rank is not None or base is not None):
         raise UsageError(f"--{'base' if rank is None else 'rank'} is for a LoRA; leave it out or add --format lora")
@@ -250,15 +248,15 @@ def _single_file(source: Source, draft: Path, subject: Subject) -> Subject:
         draft.mkdir()
         single_file.save(tensors, draft / CHECKPOINT_FILE.format(name=subject.name))
         _keep_card(source, draft)
-        return _hints(model, draft, replace(subject, comfyui={CHECKPOINT_FILE.format(name=subject.name):
-                                                              "models/diffusion_models"}))
+        subject = replace(subject, comfyui={CHECKPOINT_FILE.format(name=subject.name): "models/diffusion_models"})
+        return _with_layout(model.controlnet, draft, subject)
     draft.mkdir()
     others = shutil.ignore_patterns("*.safetensors", CARD, "training", "*.md")
     shutil.copytree(source.folder, draft / "config",
                     ignore=lambda folder, names: {*_pickles(folder, names), *others(folder, names)})
     single_file.save(single_file.checkpoint_tensors(model), draft / CHECKPOINT_FILE.format(name=subject.name))
     _keep_card(source, draft)
-    return _hints(model, draft, subject)
+    return _with_layout(model.controlnet, draft, subject)
 
 
 def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
@@ -268,7 +266,7 @@ def _controlnet(source: Source, draft: Path, subject: Subject) -> Subject:
     config = read_json(draft / "config.json")
     config.pop("_name_or_path", None)
     (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    subject = _layout_of(net, draft, subject)
+    subject = _with_layout(net, draft, subject)
     _keep_card(source, draft)
     known = single_file.known_size({**net.config}) if issubclass(family, StableDiffusion) else None
     subject = replace(subject, controlled=True, known_as=known)
@@ -289,7 +287,7 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
         raise UsageError(f"{error}; name the model that the LoRA is applied to with --base") from None
     found = lora_file.difference_lora(base.backbone, model.backbone, subject.rank)
     draft.mkdir()
-    lora_file.write_diffusers(found.lora, draft / LORA_FILE, model.BACKBONE)
+    lora_file.write_diffusers(found.lora, draft / lora_file.DIFFUSERS_FILE, model.BACKBONE)
     if isinstance(model, StableDiffusion):
         lora_file.write_kohya(found.lora, draft / KOHYA_FILE.format(name=subject.name))
     elif tensors := transformers.lora_tensors(model, found.lora):
@@ -298,7 +296,7 @@ def _lora(source: Source, draft: Path, subject: Subject) -> Subject:
     for part in ("scheduler", "controlnet"):
         if (source.folder / part).is_dir():
             shutil.copytree(source.folder / part, draft / part, ignore=_pickles)
-    subject = _hints(model, draft, subject)
+    subject = _with_layout(model.controlnet, draft, subject)
     _keep_card(source, draft)
     return replace(subject, errors=found.errors, left_out=found.left_out, rank=found.lora.rank)
 
@@ -309,20 +307,16 @@ def _onnx(source: Source, draft: Path, subject: Subject) -> Subject:
     return subject
 
 
-WRITERS: dict[str, Callable[[Source, Path, Subject], Subject]] = dict(
-    zip(FORMATS, (_diffusers, _single_file, _controlnet, _lora, _onnx), strict=True))
+WRITERS: dict[str, Callable[[Source, Path, Subject], Subject]] = {
+    "diffusers": _diffusers, "single-file": _single_file, "controlnet": _controlnet, "lora": _lora, "onnx": _onnx}
 
 
-def _hints(model: StockModel, draft: Path, subject: Subject) -> Subject:
-    """Writes the model's ControlNet, if it has one, in the layout of other programs."""
-    return subject if model.controlnet is None else _layout_of(model.controlnet, draft, subject)
-
-
-def _layout_of(net: Any, draft: Path, subject: Subject) -> Subject:
+def _with_layout(net: Any, draft: Path, subject: Subject) -> Subject:
+    """Writes a ControlNet, where there is one, in the layout of other programs."""
     file = CONTROLNET_FILE.format(name=subject.name)
     if isinstance(net, ControlNetModel):
         single_file.save(single_file.controlnet_tensors(net), draft / file)
-    elif tensors := transformers.controlnet_tensors(net):
+    elif net is not None and (tensors := transformers.controlnet_tensors(net)):
         single_file.save(tensors, draft / file)
         return replace(subject, comfyui={**subject.comfyui, file: "models/model_patches"})
     return subject

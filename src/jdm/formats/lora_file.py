@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jdm.errors import UsageError
+from jdm.formats.single_file import save
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name load_lora_weights(folder) looks for
 KOHYA = "lora_unet_"
@@ -38,7 +38,7 @@ class LoRA:
         return max(len(a) for a, _ in self.layers.values())
 
     def at_one_rank(self) -> LoRA:
-        """The same function with every layer padded with zeros to the largest rank."""
+        """This LoRA with every layer padded with zeros to the largest rank, which changes no output."""
         rank = self.rank
         return LoRA({path: (_filled(a, 0, rank), _filled(b, 1, rank)) for path, (a, b) in self.layers.items()})
 
@@ -57,10 +57,6 @@ class Difference:
     errors: dict[int, float]
     left_out: float
 
-    @property
-    def error(self) -> float:
-        return self.errors[self.lora.rank]
-
 
 def write_diffusers(lora: LoRA, file: Path, part: str = "unet") -> Path:
     """Writes the layout of diffusers and peft: `unet.PATH.lora_A.weight`, with alpha in the header.
@@ -72,7 +68,7 @@ def write_diffusers(lora: LoRA, file: Path, part: str = "unet") -> Path:
     tensors = {f"{part}.{path}.lora_{half}.weight": t for path, pair in lora.layers.items()
                for half, t in zip("AB", pair, strict=True)}
     config = {f"{part}.r": lora.rank, f"{part}.lora_alpha": lora.rank, f"{part}.target_modules": list(lora.layers)}
-    return _write(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    return save(tensors, file, lora_adapter_metadata=json.dumps(config))
 
 
 def write_kohya(lora: LoRA, file: Path) -> Path:
@@ -83,8 +79,8 @@ def write_kohya(lora: LoRA, file: Path) -> Path:
         name = KOHYA + KOHYA_NAMES.get(path, path.replace(".", "_"))
         tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b,
                     f"{name}.alpha": torch.tensor(float(lora.rank))}
-    return _write(tensors, file, {"ss_network_module": "networks.lora", "ss_network_dim": str(lora.rank),
-                                  "ss_network_alpha": str(float(lora.rank))})
+    return save(tensors, file, ss_network_module="networks.lora", ss_network_dim=str(lora.rank),
+                ss_network_alpha=str(float(lora.rank)))
 
 
 def difference_lora(base: nn.Module, tuned: nn.Module, rank: int) -> Difference:
@@ -139,8 +135,3 @@ def _filled(tensor: Tensor, axis: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor
-
-
-def _write(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str]) -> Path:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt", **header})
-    return file

@@ -16,11 +16,9 @@ from jdm.models.folder import CARD, folder_json
 ENDING = ".safetensors"
 PREDICTIONS = ("epsilon", "v_prediction")
 FIRST = f"{UNET}input_blocks.0.0.weight"
-CONFIGS = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json",
-           "text_encoder_2": "text_encoder_2/config.json", "controlnet": "controlnet/config.json",
-           "scheduler": "scheduler/scheduler_config.json"}
 PARTS = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
          "controlnet": "ControlNet"}
+CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "scheduler/scheduler_config.json"}
 # The prediction type in a header that follows Stability's model specification.
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
@@ -139,8 +137,9 @@ class SingleFile:
         """Part -> config, from the folder beside the file, or else the published config of its size.
 
         Raises:
-            UsageError: the size is unknown, or the prediction must be given in the name.
+            UsageError: the file is of another kind, its size is unknown, or its name must give the prediction.
         """
+        self.refuse_others()
         own = {part: config for part, name in CONFIGS.items() if (config := self.beside_json(name)) is not None}
         if "unet" in own:
             if missing := [part for part in ("vae", "text_encoder", "scheduler") if part not in own]:

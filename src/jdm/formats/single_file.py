@@ -94,9 +94,9 @@ def open_clip_names(layers: int) -> dict[str, str]:
     return names
 
 
-def save(tensors: Mapping[str, Tensor], file: Path) -> Path:
-    """Writes tensors as one safetensors file."""
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+def save(tensors: Mapping[str, Tensor], file: Path, **header: str) -> Path:
+    """Writes tensors as one safetensors file; `header` is what its header says besides."""
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt", **header})
     return file
 
 
@@ -155,19 +155,19 @@ def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
         raise UsageError(f"the single-file layout has no place for an autoencoder's {sorted(kinds)[0]}; "
                          "export a diffusers folder")
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    levels = len(config["block_out_channels"])
+    last = len(config["block_out_channels"]) - 1
     for side in ("encoder", "decoder"):
         names |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_norm_out": f"{side}.norm_out",
                   f"{side}.conv_out": f"{side}.conv_out"}
         names |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in range(2)}
         names |= {f"{side}.mid_block.attentions.0.{a}": f"{side}.mid.attn_1.{b}" for a, b in VAE_ATTENTION.items()}
-    for i in range(levels):
+    for i in range(last + 1):
         for j in range(config["layers_per_block"] + 1):
             for ours, theirs in ((f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}"),
-                                 (f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{levels - 1 - i}.block.{j}")):
+                                 (f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{last - i}.block.{j}")):
                 names |= {ours: theirs, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
         names[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
-        names[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - i}.upsample.conv"
+        names[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{last - i}.upsample.conv"
     return names
 
 

@@ -57,10 +57,8 @@ def load_single_file(name: str) -> StableDiffusion | None:
     Raises:
         UsageError: the file is missing, damaged, incomplete or of another kind; no weight is left uninitialised.
     """
-    file = named(name)
-    if file is None:
+    if (file := named(name)) is None:
         return None
-    file.refuse_others()
     configs, index = file.configs(), file.beside_json("model_index.json") or {}
     scheduler = checked_scheduler(configs["scheduler"], f"the scheduler of {file.path}")
     parts: dict[str, Any] = {**tokenizers(file, configs), "scheduler": scheduler, "card": configs.get("card")}
@@ -77,10 +75,7 @@ def load_single_file(name: str) -> StableDiffusion | None:
 def checkpoint_configs(name: str) -> dict[str, dict] | None:
     """Part -> config of a single file, from its header and the folder beside it; None if it is not such a file."""
     file = named(name)
-    if file is None:
-        return None
-    file.refuse_others()
-    return file.configs()
+    return None if file is None else file.configs()
 
 
 def tokenizers(file: SingleFile, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, CLIPTokenizer]:

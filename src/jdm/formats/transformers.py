@@ -6,8 +6,6 @@ Z-Image's are pinned. SD3's ControlNets and LoRAs are not, and none are written 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,17 @@ QUERY = re.compile(r"\.attention\.to_q\.")
 
 def checkpoint_tensors(model: StockModel) -> dict[str, Tensor]:
     """The transformer by the names of the original files, query, key and value in one; {} for families without any."""
-    return _z_image(model.backbone.state_dict()) if isinstance(model, ZImage) else {}
+    found: dict[str, Tensor] = {}
+    state = model.backbone.state_dict() if isinstance(model, ZImage) else {}
+    for key, value in state.items():
+        if QUERY.search(key):
+            fused = torch.cat([state[key.replace("to_q", name)] for name in ("to_q", "to_k", "to_v")])
+            found[f"{PREFIX}{key.replace('to_q', 'qkv')}"] = fused
+        elif not re.search(r"\.attention\.to_[kv]\.", key):
+            for ours, theirs in RENAMED.items():
+                key = key.replace(ours, theirs)
+            found[f"{PREFIX}{key}"] = value
+    return found
 
 
 def controlnet_tensors(net: nn.Module) -> dict[str, Tensor]:
@@ -39,16 +47,3 @@ def lora_tensors(model: StockModel, lora: LoRA) -> dict[str, Tensor]:
         return {}
     return {f"{LORA_PREFIX}{path}.lora_{half}.weight": tensor for path, pair in lora.at_one_rank().layers.items()
             for half, tensor in zip("AB", pair, strict=True)}
-
-
-def _z_image(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if QUERY.search(key):
-            fused = torch.cat([state[key.replace("to_q", name)] for name in ("to_q", "to_k", "to_v")])
-            found[f"{PREFIX}{key.replace('to_q', 'qkv')}"] = fused
-        elif not re.search(r"\.attention\.to_[kv]\.", key):
-            for ours, theirs in RENAMED.items():
-                key = key.replace(ours, theirs)
-            found[f"{PREFIX}{key}"] = value
-    return found

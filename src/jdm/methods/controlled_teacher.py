@@ -13,10 +13,6 @@ from jdm.run import Optimiser, Task
 from jdm.terms import Fidelity
 
 
-def _fake() -> Fake:
-    return Fake(controlnet=Optimiser(lr=1e-5, betas=(0.0, 0.95)))
-
-
 @dataclass(frozen=True)
 class ControlledTeacher(Declared):
     """Grad = alpha_t lambda_t [ s_real(x_t | y, c) - s_fake(x_t | y, c) ]  (JDM Eq. 2).
@@ -37,7 +33,7 @@ class ControlledTeacher(Declared):
     control: str = "canny"
     student: Student = field(default_factory=Student)
     controlnet: Branch = field(default_factory=Branch)
-    fake: Fake = field(default_factory=_fake)
+    fake: Fake = field(default_factory=lambda: Fake(controlnet=Optimiser(lr=1e-5, betas=(0.0, 0.95))))
     fidelity: Fidelity = field(default_factory=Fidelity)
 
     def distillation(self) -> Distillation:

@@ -1,4 +1,4 @@
-"""What regularisers and their modules read of a step, beside its sample and the estimates of it."""
+"""The parts of a step that regularisers and their modules read, beside its sample and the estimates of it."""
 
 from __future__ import annotations
 

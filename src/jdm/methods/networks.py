@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,16 +38,7 @@ Groups = list[tuple[list[nn.Parameter], Optimiser]]
 
 
 # Paper: no rate is printed; here: those of the same group's nearest work, for SD1.5. Smaller models raise them.
-def _slow() -> Optimiser:
-    return Optimiser(lr=2e-6, betas=(0.0, 0.95))
-
-
-def _fast() -> Optimiser:
-    return Optimiser(lr=1e-5, betas=(0.0, 0.95))
-
-
-def _control() -> Optimiser:
-    return Optimiser(lr=1e-5, betas=(0.9, 0.95))
+SLOW, FAST, CONTROL = Optimiser(2e-6, (0.0, 0.95)), Optimiser(1e-5, (0.0, 0.95)), Optimiser(1e-5, (0.9, 0.95))
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Student:
     levels: tuple[Whole, ...] = (625,)
     start: str = ""
     rank: Whole = 0
-    optimiser: Optimiser | None = field(default_factory=_slow)
+    optimiser: Optimiser | None = SLOW
     clip: Positive = 1.0
 
 
@@ -82,7 +73,7 @@ class Branch:
     """
 
     start: str = ""
-    optimiser: Optimiser = field(default_factory=_control)
+    optimiser: Optimiser = CONTROL
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Fake:
     updates: Count = 1
     low: Share = 0.0
     high: Share = 1.0
-    optimiser: Optimiser = field(default_factory=_fast)
+    optimiser: Optimiser = FAST
     clip: Positive = 1.0
     loss: Literal["eps", "x0", "own"] = "eps"
     warm_up: Whole = 0

@@ -62,10 +62,6 @@ class Adapter(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return {key: p.detach() for key, p in self.named_parameters()}
 
-    def active(self):
-        """Context in which only this LoRA is active."""
-        return switched_on([self])
-
 
 _ON: list[tuple[Adapter, ...]] = [()]
 

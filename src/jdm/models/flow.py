@@ -193,7 +193,7 @@ class FlowModel(StockModel):
 
     @classmethod
     def _spacing(cls, steps: int) -> dict[str, Any]:
-        """What the stock pipeline gives its scheduler for a number of steps."""
+        """Arguments that the stock pipeline gives its scheduler for a number of steps."""
         return {"num_inference_steps": steps}
 
     STEPS: ClassVar[int] = 4  # of its distilled release

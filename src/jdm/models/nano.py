@@ -112,18 +112,18 @@ def vae(config: VAEConfig, size: Size) -> AutoencoderKL:
     """An autoencoder; see docs/results for nano-sd's sizes in comparison with others."""
     config.latent_shape(size)
     count = len(config.widths)
-    levels: dict[str, Any] = {  # diffusers declares them as tuples of one
+    blocks: dict[str, Any] = {  # diffusers declares them as tuples of one
         "down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count,
         "block_out_channels": config.widths, "sample_size": sized(height_width(size))}
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=config.latent_channels, layers_per_block=config.layers,
-        norm_num_groups=8, mid_block_add_attention=False, **levels)
+        norm_num_groups=8, mid_block_add_attention=False, **blocks)
 
 
 def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
     """A UNet for latents of that shape [C, h, w]; text enters at every level but the first, or at the only one."""
     reads = [level > 0 or len(config.widths) == 1 for level in range(len(config.widths))]
-    levels: dict[str, Any] = {
+    blocks: dict[str, Any] = {
         "down_block_types": tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in reads),
         "up_block_types": tuple("CrossAttnUpBlock2D" if text else "UpBlock2D" for text in reversed(reads)),
         "sample_size": sized(latent[1:])}
@@ -135,7 +135,7 @@ def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         in_channels=latent[0], out_channels=latent[0], block_out_channels=config.widths,
         layers_per_block=config.layers, norm_num_groups=16, cross_attention_dim=config.text_width,
-        attention_head_dim=4, **levels)
+        attention_head_dim=4, **blocks)
 
 
 def tokenizer(captions: Iterable[str], tokens: int, merges: int | None = None) -> CLIPTokenizer:
@@ -201,11 +201,12 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def text_encoder(config: TeacherConfig, tokens: CLIPTokenizer) -> CLIPTextModel:
+def text_encoder(config: Any, tokens: CLIPTokenizer, kind: Any = CLIPTextModel) -> Any:
+    """A text encoder of that class, of the sizes in a `TeacherConfig` or nano_flow's `FlowConfig`."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     width = config.text_width
-    return CLIPTextModel(CLIPTextConfig(
+    return kind(CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
         num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=config.tokens, **special))
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from jdm.models.nano import text_encoder
 from jdm.models.stable_diffusion_3 import StableDiffusion3
 from jdm.ranges import Count, Positive, Whole
 
@@ -50,15 +51,8 @@ class FlowConfig:
             joint_attention_dim=2 * self.text_width, caption_projection_dim=self.width // 32 * 32,
             pooled_projection_dim=2 * self.text_width, pos_embed_max_size=max(16, side // self.patch),
             qk_norm="rms_norm")
-        return {"transformer": transformer, "text_encoder": self._text(tokens), "text_encoder_2": self._text(tokens)}
-
-    def _text(self, tokens: CLIPTokenizer) -> CLIPTextModelWithProjection:
-        special: dict[str, Any] = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id",
-                                                                            "pad_token_id")}
-        return CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=self.text_width, intermediate_size=2 * self.text_width,
-            projection_dim=self.text_width, num_hidden_layers=self.text_layers, num_attention_heads=4,
-            max_position_embeddings=self.tokens, **special))
+        first, second = (text_encoder(self, tokens, CLIPTextModelWithProjection) for _ in range(2))
+        return {"transformer": transformer, "text_encoder": first, "text_encoder_2": second}
 
     def model(self, networks: Mapping[str, Any], vae: AutoencoderKL, tokens: CLIPTokenizer) -> StableDiffusion3:
         """The model of these networks; an autoencoder without a shift says that it is 0, as SD3's pipelines ask."""

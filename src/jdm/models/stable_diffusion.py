@@ -47,7 +47,7 @@ class UNetDenoiser(Denoiser):
 
     def residuals(self, net: nn.Module, x_t: Tensor, timestep: Tensor, text: Text, image: Tensor,
                   strength: float | Tensor) -> list[Tensor]:
-        """What one ControlNet adds to the UNet's skips, and last to its middle, each times the strength."""
+        """The tensors that one ControlNet adds to the UNet's skips, and last to its middle, each times the strength."""
         down, mid = net(x_t, timestep, controlnet_cond=image, conditioning_scale=strength, **self.told(x_t, text))
         return [*down, mid]
 

@@ -17,7 +17,7 @@ from jdm.models.adapters import Adapter, without_adapters
 from jdm.models.flow import FlowModel, TransformerDenoiser, told_size
 from jdm.models.folder import tokenizer
 from jdm.models.stock import Part
-from jdm.models.text import REMEMBERED, TOKENIZERS, TextEncoder, refuse_foreign_tokenizer, whole_tokenizer
+from jdm.models.text import TOKENIZERS, TextEncoder, refuse_foreign_tokenizer, whole_tokenizer
 from jdm.score import Prompts, Text
 from jdm.size import Size, spelled
 
@@ -68,8 +68,8 @@ class ThreeTextEncoders(TextEncoder):
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, second: nn.Module, tokenizer_2: Any, third: nn.Module | None,
-                 tokenizer_3: Any, width: int, tokens: int, capacity: int = REMEMBERED, one_by_one: bool = False):
-        super().__init__(model, tokenizer, capacity, one_by_one)
+                 tokenizer_3: Any, width: int, tokens: int, one_by_one: bool = False):
+        super().__init__(model, tokenizer, one_by_one=one_by_one)
         self.second, self.tokenizer_2, self.third, self.tokenizer_3 = second, tokenizer_2, third, tokenizer_3
         self.width, self.tokens = width, tokens
 

@@ -1,4 +1,4 @@
-"""What the families share: parts that are read from a diffusers folder, and what follows from them alone."""
+"""The base class of families: parts that are read from a diffusers folder, and what follows from them alone."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StockModel(ABC):
 
     @classmethod
     def load(cls, path: str, controlnet: str | None = None, file: Path | None = None) -> Self:
-        """From a diffusers folder or hub id; `controlnet` adds one from its own folder.
+        """Reads a diffusers folder or hub id; `controlnet` adds a ControlNet from its own folder.
 
         Args:
             file: a .safetensors with the backbone's weights in another program's layout, read by diffusers in place of
@@ -116,7 +116,7 @@ class StockModel(ABC):
 
     @classmethod
     def made(cls, configs: Mapping[str, Any]) -> Self:
-        """With random weights, from part -> config.json, and tokenizers that map all prompts to zeros.
+        """Makes a model with random weights, from part -> config.json; its tokenizers map all prompts to zeros.
 
         Raises:
             UsageError: a config that its class cannot be made from.

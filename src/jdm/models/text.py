@@ -112,7 +112,7 @@ class TextEncoder:
         return self.joined(*map(torch.stack, zip(*map(tensors_of, rows), strict=True)))
 
     def joined(self, *states: Tensor) -> Text:
-        """What the network reads of a batch whose `states` these are."""
+        """The input of the network for a batch of these `states`."""
         return states[0]
 
     def forget(self) -> None:

@@ -23,7 +23,7 @@ from jdm.models.flow import FlowModel, TransformerDenoiser, told_size
 from jdm.models.folder import whole_network
 from jdm.models.schedulers import evenly_spaced
 from jdm.models.stock import Part
-from jdm.models.text import REMEMBERED, TextEncoder, whole_tokenizer
+from jdm.models.text import TextEncoder, whole_tokenizer
 from jdm.score import Prompts, Text
 from jdm.size import Size
 
@@ -98,9 +98,8 @@ class ChatTextEncoder(TextEncoder):
         tokens: most tokens of a prompt with the chat around it; what is longer is cut off.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, tokens: int, capacity: int = REMEMBERED,
-                 one_by_one: bool = False):
-        super().__init__(model, tokenizer, capacity, one_by_one)
+    def __init__(self, model: nn.Module, tokenizer: Any, tokens: int, one_by_one: bool = False):
+        super().__init__(model, tokenizer, one_by_one=one_by_one)
         self.tokens = tokens
 
     def encode(self, prompts: Prompts) -> list[Tensor]:

@@ -20,7 +20,7 @@ from jdm.errors import RunError, UsageError, in_short
 from jdm.evaluation import evaluate as evaluation
 from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Sampler
-from jdm.files import ASSETS, read_json, write
+from jdm.files import ASSETS, read_json, write_json
 from jdm.library import load_model
 from jdm.metrics.frechet import Statistics, frechet_distance
 from jdm.metrics.scores import read_prompts
@@ -71,10 +71,6 @@ class Cell:
     def control(self) -> str:
         """The column's control; empty for text-to-image."""
         return "" if self.column == TEXT else self.column
-
-    def on(self, setup: Setup) -> Cell:
-        """The cell with its model settled anew."""
-        return replace(self, model=settled(self.spec, setup, self.control, self.seed))
 
 
 def columns(table: Table, setup: Setup) -> dict[str, str]:
@@ -199,7 +195,8 @@ def _known(cell: Cell, setup: Setup) -> Record | None:
         return None
     ships = setup.shipped
     before = [replace(setup, shipped=s) for s in ({}, *({k: ships[k] for k in ships if k != one} for one in ships))]
-    same = [cell, *(own for own in map(cell.on, before) if own.model != cell.model)]
+    models = [cell.model, *(settled(cell.spec, each, cell.control, cell.seed) for each in before)]
+    same = [replace(cell, model=model) for k, model in enumerate(models) if not k or model != cell.model]
     wanted = [(own, identity(own, setup)) for own in same]
     for page in setup.known:
         for _, _, record in load_page(page).records():
@@ -210,7 +207,7 @@ def _known(cell: Cell, setup: Setup) -> Record | None:
 
 
 def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
-    """For each known page, in one line, which of these cells it has and cannot give: made on other terms."""
+    """A line for each known page that has some of these cells, made by other settings, so that they are not taken."""
     lines = []
     for file in setup.known:
         page = load_page(file)
@@ -221,7 +218,7 @@ def passed_over(found: Sequence[Cell], setup: Setup) -> list[str]:
 
 
 def failed(cell: Cell, setup: Setup) -> str | None:
-    """In one line, why the cell has no record, where something stopped it."""
+    """The reason, in one line, why a cell could not be filled; None where nothing stopped it."""
     try:
         if stored(cell, setup) is None:
             return read_json(_failure(cell, setup), dict[str, str], AGAIN).get("reason")
@@ -231,7 +228,7 @@ def failed(cell: Cell, setup: Setup) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """Says what went wrong, for a table's reader."""
+    """An error in one line, for a reader of the table."""
     if isinstance(error, UsageError | RunError):
         return " ".join(str(error).split())
     return f"failed unexpectedly ({in_short(error)})"
@@ -271,7 +268,7 @@ def _measured(cell: Cell, setup: Setup, guidance: float | None) -> dict[str, Any
 def note_failure(cell: Cell, setup: Setup, error: Exception) -> None:
     """Keep why a cell could not be filled, for its page; the next attempt that succeeds removes it."""
     try:
-        write(_failure(cell, setup), json.dumps({"cell": cell.name, "reason": one_line(error)}, indent=1) + "\n")
+        write_json(_failure(cell, setup), {"cell": cell.name, "reason": one_line(error)})
     except (UsageError, RunError):  # the cell says so itself, or the disk is full: the page can still be tried
         return
 

@@ -1,4 +1,4 @@
-"""A figure: the same prompts, controls and noise to every row's model, with its label and numbers beside it."""
+"""Draws a figure: a row of pictures for each model, all of the same prompts, controls and noise, with its numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels
 
 
 def figure(found: Sequence[Cell], setup: Setup, page: Page) -> Image.Image:
-    """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where there is no
-    model to draw with."""
+    """The pictures asked about, their controls, then a row for each cell; one without a model has its label alone."""
     model = load_model(setup.teacher)
     control = checked(load_control(found[0].control), model.size) if found[0].control else None
     pictures = load_pictures(setup.source, setup.split, model.size)

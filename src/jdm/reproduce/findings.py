@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from jdm.reproduce.results import Answer, Page, Value
 from jdm.reproduce.verdicts import ERRORS, Difference, Pair, Question, Verdict
@@ -22,17 +22,6 @@ class Told:
     numbers: dict[str, Any]
 
 
-class Part(Protocol):
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """The rows it needs."""
-        ...
-
-    def told(self, page: Page, column: str) -> Told | None:
-        """From rows that were measured; None where they lack what it compares."""
-        ...
-
-
 @dataclass(frozen=True)
 class Beside:
     """Row `a` has clearly more or less of a measurement than `b`, or as much: within errors or a small share."""
@@ -44,9 +33,11 @@ class Beside:
 
     @property
     def rows(self) -> tuple[str, ...]:
+        """The rows it needs."""
         return self.a, self.b
 
     def told(self, page: Page, column: str) -> Told | None:
+        """The comparison on a page; None where a row lacks the measurement."""
         one, other = (page.result(row, column).values.get(self.key) for row in self.rows)
         if one is None or other is None:
             return None
@@ -92,7 +83,7 @@ class Finding:
     """A sentence of a paper; it is confirmed where every part holds and refuted where one clearly does not."""
 
     claim: str
-    parts: tuple[Part, ...]
+    parts: tuple[Beside | Turn, ...]
 
     def answer(self, page: Page) -> Answer:
         column = next(iter(page.columns))
@@ -137,7 +128,7 @@ FINDINGS = (
 
 
 def _better(pairs: Sequence[Pair]) -> Verdict:
-    """At each control a distance a fifth less, at no clearly worse consistency."""
+    """Whether each control's distance is a fifth less, at no clearly worse consistency."""
     found = []
     for pair in pairs:
         worse, farther = pair.errors("consistency"), pair.errors("fd")

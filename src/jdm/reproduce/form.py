@@ -56,13 +56,13 @@ class Plot:
 
     Attributes:
         key: name of the measurement, or of the probe where it is a course.
-        over: course for lines over training steps, bars for a bar a row, alpha for one line over the values `at`.
+        kind: course for lines over training steps, bars for a bar a row, alpha for one line over the values `at`.
     """
 
     title: str
     key: str
     rows: tuple[str, ...]
-    over: Literal["course", "bars", "alpha"]
+    kind: Literal["course", "bars", "alpha"]
     at: tuple[float, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""How a cell's model comes to be: given as it is, trained by a recipe, or composed of two others."""
+"""Models of a table's cells: given as they are, trained by a recipe, or composed of two others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jdm.errors import UsageError
-from jdm.files import ASSETS, alone, read_json, sha256_of, write
+from jdm.files import ASSETS, alone, read_json, sha256_of, write_json
 from jdm.library import SHIPPED, load_model
 from jdm.models.folder import CARD, save_pipeline
 from jdm.recipes import recorded
@@ -201,7 +201,7 @@ def essence(run: Run, model: Model) -> dict[str, Any]:
 
 
 def plan(model: Model) -> dict:
-    """How a model comes to be, down to the weights that are given; as JSON."""
+    """The plan by which a model is made, down to the weights that are given; as JSON."""
     parts = {k: plan(need) for k, need in model.needs.items()}
     if model.run is None:
         return parts or {"given": weights(model.path)}
@@ -251,13 +251,14 @@ def make(model: Model, watch: Watch = lambda run: nullcontext()) -> None:
     if model.run is None:
         _compose(model)
         return
-    with _alone(model.run.out):
+    out = model.run.out
+    with _alone(out):
         if finished(model):  # by another process, while this one waited
             return
-        write(model.run.out / NEEDS, json.dumps(_weights_of_needs(model), indent=1) + "\n")
+        write_json(out / NEEDS, _weights_of_needs(model))
         with watch(model.run) as progress:
             train(model.run, progress)
-        shutil.rmtree(model.run.out / "checkpoints", ignore_errors=True)  # many times the model's size
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # many times the model's size
 
 
 def _compose(model: Model) -> None:
@@ -335,13 +336,13 @@ def growth(course: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def to_train(model: Model, setup: Setup) -> dict[str, tuple[Run, int, float | None]]:
-    """By name, what is left to train: (run, steps left, seconds left if they can be reckoned)."""
+    """Trainings that are left, by name: (run, steps left, seconds left if they can be estimated)."""
     if finished(model):
         return {}
     found = {k: v for need in model.needs.values() for k, v in to_train(need, setup).items()}
     if model.run is not None:
         place = checkpoint.last(model.run.out)
-        left = model.run.steps - (int(place.name.removeprefix("step-")) if place else 0)
+        left = model.run.steps - (checkpoint.step_of(place) if place else 0)
         each = seconds_per_step(model.run.out) or setup.seconds.get(model.recipe)
         found[model.name] = (model.run, left, None if each is None else each * left)
     return found

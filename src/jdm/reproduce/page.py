@@ -35,7 +35,7 @@ def markdown(page: Page) -> str:
     label = f"{name} {page.table.removeprefix(kind)}" if name else table.title
     drawn = ((page.title, page.picture), ("plots", page.plots))
     parts = [f"# {label}: {page.headline}", _about(page), *(f"![{title}]({file})" for title, file in drawn if file),
-             paper_form(page), against_yardstick(page)]
+             main_table(page), against_yardstick(page)]
     if table.theirs:
         parts.append(f"{table.theirs_note}\n\n{aligned(table.theirs)}")
     if page.answers:
@@ -46,15 +46,28 @@ def markdown(page: Page) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def paper_form(page: Page) -> str:
-    """The table in the paper's form, the published numbers in the line below each row, under the paper's own names."""
-    published, said = TABLES[page.table].published, {row.key: row.said for row in TABLES[page.table].rows if row.said}
-    if not published and len(page.columns) == 1:
-        rows = [(line, result) for line in page.rows
-                if (result := next(iter(line.cells.values()), None)) is None or result.state != "left out"]
-        return aligned([["method", *(NAMES[key] for key in page.measures), *(["the paper's finding"] if said else [])],
-                        *([_title(line), *(_shown(result, [key]) for key in page.measures),
-                           *([said.get(line.row, NONE)] if said else [])] for line, result in rows)])
+def main_table(page: Page) -> str:
+    """The page's first table, with controls as columns as in the paper; without them, measurements are the columns."""
+    by_measurement = not TABLES[page.table].published and len(page.columns) == 1
+    return aligned(_by_measurement(page) if by_measurement else _by_control(page))
+
+
+def _by_measurement(page: Page) -> list[Sequence[Any]]:
+    """A line for each row that was not left out, with the paper's finding of it in words."""
+    said = {row.key: row.said for row in TABLES[page.table].rows if row.said}
+    body: list[Sequence[Any]] = [["method", *(NAMES[key] for key in page.measures),
+                                  *(["the paper's finding"] if said else [])]]
+    for line in page.rows:
+        result = next(iter(line.cells.values()), None)
+        if result is None or result.state != "left out":
+            body.append([_title(line), *(_values(result, [key]) for key in page.measures),
+                         *([said.get(line.row, NONE)] if said else [])])
+    return body
+
+
+def _by_control(page: Page) -> list[Sequence[Any]]:
+    """A line for each row, and below it one of published numbers, under the paper's own names."""
+    published = TABLES[page.table].published
     several = len(page.columns) > 1
     body: list[Sequence[Any]] = [["method", "NFE", *(
         own if own == theirs else f"{own} [theirs: {theirs}]" for own, theirs in page.columns.items()),
@@ -62,13 +75,13 @@ def paper_form(page: Page) -> str:
     for line in page.rows:
         values = next((result.values for result in line.cells.values() if result.values), {})
         body.append([_title(line), number(values, "nfe"),
-                     *(_shown(line.cells.get(column), page.measures) for column in page.columns),
+                     *(_values(line.cells.get(column), page.measures) for column in page.columns),
                      *([pair(line.average, page.measures) if line.average else NONE] if several else [])])
         if printed := published.get(line.published):
             cells = [printed.cells.get(name) for name in (*page.columns.values(), *(["average"] if several else []))]
             body.append([f"*published, SD1.5: {printed.title}*", printed.nfe,
                          *(f"{c[0]:.2f} / " + (NONE if c[1] is None else f"{c[1]:.3f}") if c else NONE for c in cells)])
-    return aligned(body)
+    return body
 
 
 def against_yardstick(page: Page) -> str:
@@ -81,12 +94,12 @@ def against_yardstick(page: Page) -> str:
         body = []
         for line in page.rows:
             shared = page.shared(line.row, YARDSTICK)
-            own = {c: page.over(line.row, [c], key, logs=True) for c in shared}
-            of = {c: page.over(YARDSTICK, [c], key, logs=True) for c in shared}
+            own = {c: page.mean_over(line.row, [c], key, logs=True) for c in shared}
+            of = {c: page.mean_over(YARDSTICK, [c], key, logs=True) for c in shared}
             ratios = {c: (a, b) for c in shared if (a := own[c]) and (b := of[c])}
             if line is not base and ratios:
                 body.append([_title(line), *(_ratio(*ratios[c]) if c in ratios else NONE for c in page.columns),
-                             _ratio(*(page.over(row, tuple(page.columns), key, logs=True)
+                             _ratio(*(page.mean_over(row, tuple(page.columns), key, logs=True)
                                       for row in (line.row, YARDSTICK))) if len(ratios) == len(page.columns) else NONE])
         if body:
             parts.append(aligned([[f"{NAMES[key]}, x {base.title}", *page.columns, "geometric mean"], *body]))
@@ -116,8 +129,8 @@ def pair(values: Mapping[str, Value], keys: Sequence[str]) -> str:
     return " / ".join(number(values, key) for key in keys)
 
 
-def _shown(result: Result | None, keys: Sequence[str]) -> str:
-    """Its measurements, or why there are none."""
+def _values(result: Result | None, keys: Sequence[str]) -> str:
+    """A cell's measurements, or why there are none."""
     return NONE if result is None else pair(result.values, keys) if result.values else result.state
 
 

@@ -36,14 +36,14 @@ def series(plot: Plot, page: Page) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for place, row in enumerate(plot.rows):
         result = page.result(row, column)
-        if plot.over == "course":
+        if plot.kind == "course":
             course = next((r.course for r in result.records if r.seed == 0), ())
             points = [(at["step"], Value(at[plot.key], at.get(f"{plot.key}_spread"))) for at in course
                       if plot.key in at]
             found |= {titles[row]: points} if points else {}
         elif plot.key in result.values:
             at, value = (plot.at[place] if plot.at else float(place)), result.values[plot.key]
-            if plot.over == "alpha":
+            if plot.kind == "alpha":
                 found.setdefault("hybrid", []).append((at, value))  # type: ignore[union-attr]
             else:
                 found[titles[row]] = [(at, value)]
@@ -63,11 +63,11 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _panel(plot: Plot, page: Page) -> Image.Image | None:
-    shown = series(plot, page)
-    if not shown:
+    lines = series(plot, page)
+    if not lines:
         return None
-    bars = plot.over == "bars"
-    points = [p for line in shown.values() for p in line]
+    bars = plot.kind == "bars"
+    points = [p for line in lines.values() for p in line]
     edges = [v.mean + sign * (v.spread or 0) for _, v in points for sign in (-1, 1)]
     ys = ticks(min(0.0, *edges) if bars else min(edges), max(edges))
     xs = [-0.5, len(plot.rows) - 0.5] if bars else ticks(min(x for x, _ in points), max(x for x, _ in points))
@@ -79,14 +79,17 @@ def _panel(plot: Plot, page: Page) -> Image.Image | None:
                 bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - TOP))
 
     _axes(draw, plot, [] if bars else xs, ys, at)
-    for place, (title, line) in enumerate(shown.items()):
+    for place, (title, line) in enumerate(lines.items()):
         colour = COLOURS[place % len(COLOURS)]
         if bars:
-            _bar(draw, line[0], at, colour)
+            x, value = line[0]
+            (left, y), (until, zero) = at(x - 0.35, value.mean), at(x + 0.35, 0.0)
+            draw.rectangle((left, min(y, zero), until, max(y, zero)), colour)
         else:
             draw.line([at(x, v.mean) for x, v in line], colour, 2)
         for x, value in line:
-            _error(draw, x, value, at)
+            if value.spread is not None:  # one error up and down
+                draw.line([at(x, value.mean + sign * value.spread) for sign in (-1, 1)], "black", 1)
         draw.rectangle((right + 12, TOP + 20 * place + 4, right + 22, TOP + 20 * place + 14), colour)
         draw.text((right + 28, TOP + 20 * place), title, "black", ImageFont.load_default(12))
     return image
@@ -104,20 +107,5 @@ def _axes(draw: ImageDraw.ImageDraw, plot: Plot, xs: Sequence[float], ys: Sequen
     for x in xs:
         draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", "black", font, anchor="mt")
     draw.rectangle((LEFT, TOP, right, bottom), outline="#888888")
-    draw.text(((LEFT + right) / 2, HEIGHT - 8), AXES.get(plot.over, "bands of t, as in the legend"), "black", font,
+    draw.text(((LEFT + right) / 2, HEIGHT - 8), AXES.get(plot.kind, "bands of t, as in the legend"), "black", font,
               anchor="mb")
-
-
-def _bar(draw: ImageDraw.ImageDraw, point: tuple[float, Value], at: Callable[[float, float], tuple[float, float]],
-         colour: str) -> None:
-    x, value = point
-    (left, y), (right, zero) = at(x - 0.35, value.mean), at(x + 0.35, 0.0)
-    draw.rectangle((left, min(y, zero), right, max(y, zero)), colour)
-
-
-def _error(draw: ImageDraw.ImageDraw, x: float, value: Value,
-           at: Callable[[float, float], tuple[float, float]]) -> None:
-    """One error up and down."""
-    if value.spread is not None:
-        ends = [at(x, value.mean + sign * value.spread) for sign in (-1, 1)]
-        draw.line(ends, "black", 1)

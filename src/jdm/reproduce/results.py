@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jdm.files import fitted, read_json, write
+from jdm.files import fitted, read_json, write_json
 
 T = TypeVar("T")
 AGAIN = "delete it and run again"
@@ -119,7 +118,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows.
+    """A page: a table's results, and how they came about.
 
     Attributes:
         file: the page's name without suffix.
@@ -161,9 +160,9 @@ class Page:
         """The columns that all of these rows were measured on."""
         return tuple(c for c in self.columns if all(self.result(row, c).values for row in rows))
 
-    def over(self, row: str, columns: Sequence[str], key: str, logs: bool = False) -> Value | None:
-        """A row's mean over columns, as the function `over`."""
-        return over([self.result(row, column) for column in columns], key, logs)
+    def mean_over(self, row: str, columns: Sequence[str], key: str, logs: bool = False) -> Value | None:
+        """A row's mean over columns, as the function `mean_over`."""
+        return mean_over([self.result(row, column) for column in columns], key, logs)
 
     def records(self) -> Iterator[tuple[Line, str, Record]]:
         """Every (row, column, record)."""
@@ -184,8 +183,8 @@ def values_of(records: Sequence[Record]) -> dict[str, Value]:
     return found
 
 
-def over(results: Sequence[Result], key: str, logs: bool = False) -> Value | None:
-    """The mean over columns; None where one of them lacks the measurement.
+def mean_over(results: Sequence[Result], key: str, logs: bool = False) -> Value | None:
+    """A measurement's mean over columns; None where one of them lacks it.
 
     Its error is of the seeds' means where every column has the same several seeds; else columns count as independent.
 
@@ -215,7 +214,7 @@ def over(results: Sequence[Result], key: str, logs: bool = False) -> Value | Non
 
 def save(file: Path, value: Any, **more: Any) -> None:
     """Write a dataclass of this module as JSON, `more` beside its fields."""
-    write(file, json.dumps({**more, **dataclasses.asdict(value)}, indent=1) + "\n")
+    write_json(file, {**more, **dataclasses.asdict(value)})
 
 
 def load(kind: type[T], file: Path) -> T | None:

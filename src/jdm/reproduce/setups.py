@@ -90,11 +90,11 @@ class Setup:
         return self.recipe(self.full_name(recipe))
 
     def for_table(self, name: str, probes: int, n: int, steps: int | None = None) -> Setup:
-        """With a table's number of pictures and of probes, and its budget unless `steps` are given."""
+        """This setup with a table's numbers of pictures and probes, and with its budget unless `steps` are given."""
         return replace(self, n=n, steps=steps or self.budgets.get(name), probes=probes)
 
     def on(self, teacher: str | None = None, source: str | None = None) -> Setup:
-        """The same tables with another teacher or other pictures: nothing that ships was made from those."""
+        """This setup with another teacher or other pictures, from which no shipped model was made."""
         changes = {k: v for k, v in (("teacher", teacher), ("source", source)) if v and v != getattr(self, k)}
         if not changes:
             return self
@@ -133,7 +133,7 @@ def check(setup: Setup, guided: bool = False) -> None:
     """
     missing = []
     for model in [setup.teacher, *([setup.guide] if guided and setup.guide else [])]:
-        if not _has_weights(model):
+        if not (model in SHIPPED or Path(model).exists() or _fetched(model, "model_index.json")):
             flag = "--model" if model == setup.teacher else "--guide"
             missing.append(f"the weights of {model} (fetch them with `hf download {model}`, or give a folder or a "
                            f".safetensors file with {flag})")
@@ -146,10 +146,6 @@ def check(setup: Setup, guided: bool = False) -> None:
     if missing:
         raise UsageError(f"--scale {setup.scale.name} cannot run yet; missing are {'; '.join(missing)}; --scale nano "
                          "has everything it needs")
-
-
-def _has_weights(model: str) -> bool:
-    return model in SHIPPED or Path(model).exists() or _fetched(model, "model_index.json")
 
 
 def _to_fetch(spec: str) -> str:

@@ -37,9 +37,9 @@ from jdm.reproduce.form import YARDSTICK, Row, Table, specs
 from jdm.reproduce.models import Given, Model, Watch, finished, to_train
 from jdm.reproduce.page import aligned, markdown
 from jdm.reproduce.plots import plots
-from jdm.reproduce.results import KEYS, Line, Page, Result, Value, over, save, values_of
+from jdm.reproduce.results import KEYS, Line, Page, Result, Value, mean_over, save, values_of
 from jdm.reproduce.setups import Setup
-from jdm.reproduce.verdicts import answers, headline
+from jdm.reproduce.verdicts import answered, best_rows
 
 
 def reproduce(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None, run: bool = True,
@@ -119,7 +119,7 @@ def gathered(table: Table, setup: Setup, found: Sequence[Cell], seeds: int, comm
     page = Page(table.name, table.title, str(date.today()), __version__, commit(), platform.python_version(),
                 torch.__version__, platform.machine(), setup.name, setup.teacher, setup.source, setup.split, setup.n,
                 seeds, _file(table, setup), own, setup.measures.get(table.name, table.measures), command, rows)
-    return replace(page, headline=headline(page), answers=(*answers(page), *findings(page)))
+    return replace(page, headline=best_rows(page), answers=(*answered(page), *findings(page)))
 
 
 def _file(table: Table, setup: Setup) -> str:
@@ -143,7 +143,7 @@ def _result(group: list[Cell], setup: Setup) -> Result:
 
 
 def _compared(result: Result, base: Result) -> Result:
-    """With diversity as a ratio to the multi-step ControlNet's on the same column."""
+    """A result with its diversity also as a ratio to the multi-step ControlNet's on the same column."""
     own, other = (r.values.get("diversity") for r in (result, base))
     if not own or not other or other.mean <= 0:
         return result
@@ -151,7 +151,8 @@ def _compared(result: Result, base: Result) -> Result:
 
 
 def _line(row: Row, results: dict[str, Result]) -> Line:
-    average = {key: value for key in (*KEYS, "diversity_ratio") if (value := over(list(results.values()), key))}
+    """A row of the page, with its averages where it has several columns."""
+    average = {key: value for key in (*KEYS, "diversity_ratio") if (value := mean_over(list(results.values()), key))}
     return Line(row.key, row.title, results, row.part, row.beside, row.steps, row.published,
                 average if average and len(results) > 1 else None)
 
@@ -174,7 +175,7 @@ def commit() -> str:
 
 
 def listed(table: Table, setup: Setup, seeds: int = 1, patterns: str | None = None) -> str:
-    """Prints for `--dry-run` each cell, whether it is there, and what is left of it at about which cost."""
+    """Lists for `--dry-run` each cell, whether it is there, and what is left of it at about which cost."""
     rows: list[Sequence[str]] = [("cell", "seed", "state", "left to do", "about")]
     seen: set[str] = set()
     total, unknown = 0.0, False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from jdm.reproduce.form import CONTROLNET, CONTROLS, MANY, Published, Row, Table
-from jdm.reproduce.models import Composed, Given, Spec, Trained
+from jdm.reproduce.models import COLUMN, Composed, Given, Spec, Trained
 from jdm.reproduce.studies import STUDIES
 
 # What several rows share.
@@ -18,18 +18,14 @@ PHASE_2 = Trained("shared", needs=(("student.start", PHASE_1),))
 WEAK = Trained("weak-teacher", control="", needs=(("vae", Given(part="vae")),))
 
 
-def _on_diff_instruct(recipe: str) -> Trained:
-    return Trained(recipe, needs=(("base", DIFF_INSTRUCT),))
+def _trained(path: str, model: Spec, recipe: str, *needs: tuple[str, Spec], control: str = COLUMN) -> Trained:
+    """The model that a recipe trains, given another one at that path of its method."""
+    return Trained(recipe, control, ((path, model), *needs))
 
 
-def _from_diff_instruct(recipe: str, *needs: tuple[str, Spec]) -> Trained:
-    return Trained(recipe, needs=(("student.start", DIFF_INSTRUCT), *needs))
-
-
-def _on_weak(recipe: str, *needs: tuple[str, Spec]) -> Trained:
-    return Trained(recipe, control="", needs=(("model", WEAK), *needs))
-
-
+_on_diff_instruct = partial(_trained, "base", DIFF_INSTRUCT)
+_from_diff_instruct = partial(_trained, "student.start", DIFF_INSTRUCT)
+_on_weak = partial(_trained, "model", WEAK, control="")
 FROZEN = _from_diff_instruct("no-warm-up")
 _new = partial(Row, part="In no paper", beside="no-warm-up")
 BOLTED = Row("di-controlnet", "DI + ControlNet", Composed(DIFF_INSTRUCT, CONTROLNET), published="di-controlnet")

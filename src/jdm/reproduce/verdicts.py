@@ -20,8 +20,8 @@ TEXTUAL = (("prompt agreement", "prompt_agreement", max), ("judge", "judge", max
            ("CLIP", "clip", max), ("distance", "fd", min))
 
 
-def headline(page: Page) -> str:
-    """Who wins, and among which rows: those measured on every column, where two are; else on the one that most have.
+def best_rows(page: Page) -> str:
+    """Says which row is best at what, among the rows measured on every column, or else on the column that most have.
 
     Over several controls the geometric mean decides, so that each counts alike, as a ratio to the yardstick's.
     """
@@ -36,7 +36,7 @@ def headline(page: Page) -> str:
     best = []
     for name, key, choose in TEXTUAL if text else OBEYING:
         several = len(columns) > 1
-        if means := {row: value.mean for row in rows if (value := page.over(row, columns, key, logs=several))}:
+        if means := {row: value.mean for row in rows if (value := page.mean_over(row, columns, key, logs=several))}:
             row = choose(means, key=means.__getitem__)
             digits = 4 if key == "consistency" else 3
             shown = _beside(row, means, rows, digits) if several else f"{means[row]:.{digits}f}"
@@ -72,7 +72,7 @@ def _measured(page: Page, columns: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one measurement is from another.
+    """The distance of one measurement from another.
 
     Attributes:
         more: the first less the second, means over the columns.
@@ -95,12 +95,12 @@ class Difference:
         return cls(more, a.mean / b.mean if b.mean > 0 else None, more / error if error else None)
 
     @classmethod
-    def over(cls, page: Page, a: str, b: str, columns: Sequence[str], key: str) -> Difference | None:
+    def between(cls, page: Page, a: str, b: str, columns: Sequence[str], key: str) -> Difference | None:
         """Row `a` beside row `b` over columns; None where one of them lacks the measurement."""
-        one, other = (page.over(row, columns, key) for row in (a, b))
+        one, other = (page.mean_over(row, columns, key) for row in (a, b))
         if not one or not other:
             return None
-        logs = [page.over(row, columns, key, logs=True) for row in (a, b)] if len(columns) > 1 else []
+        logs = [page.mean_over(row, columns, key, logs=True) for row in (a, b)] if len(columns) > 1 else []
         if None in logs or not logs:
             return cls.of(one, other)
         apart = cls.of(*logs)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ class Question:
     controls: bool = False
 
     def answer(self, page: Page) -> Answer | None:
-        """From the pairs that the page has; None where it has none."""
+        """The answer by the pairs that the page has; None where it has none."""
         pairs = [pair for pair in self._pairs(page) if pair.found.keys() & {*self.by}]
         if not pairs:
             return None
@@ -171,7 +171,7 @@ class Question:
         for a, b in self.pairs or [(line.row, line.beside) for line in page.rows if line.beside]:
             shared = page.shared(a, b)
             for columns in [(c,) for c in shared if page.columns[c] != "canny"] if self.controls else [shared]:
-                found = {key: Difference.over(page, a, b, columns, key) for key in self.keys} if columns else {}
+                found = {key: Difference.between(page, a, b, columns, key) for key in self.keys} if columns else {}
                 yield Pair(a, b, columns, {key: own for key, own in found.items() if own})
 
 
@@ -233,7 +233,7 @@ def _ignored(page: Page) -> Answer | None:
 
 
 def _turned(page: Page) -> Answer | None:
-    """Says where reward hacking begins: how judge and reward moved from the judge's best probe to the run's end."""
+    """Tells where reward hacking begins: how judge and reward moved from the judge's best probe to the run's end."""
     found = {}
     for line, _, record in page.records():
         course = [at for at in record.course if record.seed == 0 and at.keys() >= {"judge", "reward", "fd"}]
@@ -274,6 +274,6 @@ QUESTIONS: dict[str, tuple[Callable[[Page], Answer | None], ...]] = {
     "fig6": (REWARDED.answer, _turned)}
 
 
-def answers(page: Page) -> tuple[Answer, ...]:
+def answered(page: Page) -> tuple[Answer, ...]:
     """The questions of this table that its cells can answer."""
     return tuple(answer for question in QUESTIONS.get(page.table, ()) if (answer := question(page)))

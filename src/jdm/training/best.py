@@ -23,17 +23,15 @@ FOLDER = "best"  # in a run's folder; its checkpoints hold only averages
 class Best:
     """Tracks the best probe so far by run.best; a resumed run restores this from its log.
 
+    Args:
+        log: the run's metrics.jsonl.
+        measures: True if the task has a probe.
+
     Raises:
         UsageError: run.best is not a known measurement, or the run never measures it.
     """
 
     def __init__(self, run: Run, log: Path, measures: bool = True):
-        """Reads the measurements so far.
-
-        Args:
-            log: the run's metrics.jsonl.
-            measures: True if the task has a probe.
-        """
         self.run, self.seen = run, []
         if not run.best:
             if run.patience:
@@ -59,7 +57,7 @@ class Best:
     @property
     def place(self) -> Path | None:
         """The checkpoint of the best averages, or None."""
-        found = {_step(place): place for place in checkpoint.all_checkpoints(self.run.out / FOLDER)}
+        found = {checkpoint.step_of(place): place for place in checkpoint.all_checkpoints(self.run.out / FOLDER)}
         return found.get(self.seen[self._best][0]) if self.seen else None
 
     def note(self, step: int, measured: Mapping[str, Any], averages: Mapping[str, dict[str, Tensor]]) -> None:
@@ -84,7 +82,7 @@ class Best:
         measurements."""
         taken = {step for step, _ in self.seen}
         for place in checkpoint.all_checkpoints(self.run.out / FOLDER) if distributed.first() else ():
-            if _step(place) not in taken or checkpoint.damage_of(place):
+            if checkpoint.step_of(place) not in taken or checkpoint.damage_of(place):
                 shutil.rmtree(place)
         distributed.barrier()
         if self.place is None:
@@ -95,7 +93,3 @@ class Best:
         """Index of the best measurement; the first one in a tie."""
         values = [BETTER[self.run.best] * value for _, value in self.seen]
         return max(range(len(values)), key=values.__getitem__)
-
-
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step-"))

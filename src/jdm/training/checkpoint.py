@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -98,6 +99,10 @@ def name_of(step: int) -> str:
     return f"step-{step:07d}"
 
 
+def step_of(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))
+
+
 def save(state: State, out: Path, step: int) -> Path:
     """Writes OUT/checkpoints/step-NNNNNNN and deletes all but the last KEPT checkpoints.
 
@@ -116,16 +121,7 @@ def save(state: State, out: Path, step: int) -> Path:
         else:
             save_file(_apart(_tensors(state)), draft / WHOLE)
         if distributed.first():
-            info = {"step": step, **state.counters, **_scalars(state)}
-            files = sorted(draft.iterdir())
-            with ThreadPoolExecutor() as hashing:  # while the disk writes
-                hashes = hashing.map(sha256_of, files)
-                for file in files:
-                    _flush(file)
-                info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
-            info["sha256"][INFO] = _digest(info)
-            (draft / INFO).write_text(json.dumps(info), encoding="utf-8")
-            _flush(draft / INFO)
+            _seal(draft, {"step": step, **state.counters, **_scalars(state)})
             umasked(draft)
             shutil.rmtree(place, ignore_errors=True)
             draft.rename(place)
@@ -139,6 +135,19 @@ def save(state: State, out: Path, step: int) -> Path:
     for old in all_checkpoints(out)[:-KEPT] if distributed.first() else ():
         shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def _seal(draft: Path, info: dict) -> None:
+    """Flushes a checkpoint's files to disk and writes state.json, with the SHA-256 of each of them."""
+    files = sorted(draft.iterdir())
+    with ThreadPoolExecutor() as hashing:  # while the disk writes
+        hashes = hashing.map(sha256_of, files)
+        for file in files:
+            _flush(file)
+        info["sha256"] = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
+    info["sha256"][INFO] = _digest(info)
+    (draft / INFO).write_text(json.dumps(info), encoding="utf-8")
+    _flush(draft / INFO)
 
 
 def newest_whole(out: Path, aside: bool = False) -> Path | None:
@@ -206,7 +215,7 @@ def load(state: State, place: Path, alone: bool = False) -> dict:
         tensors = load_file(place / WHOLE) if (place / WHOLE).is_file() else _gathered(state, place, alone)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as error:
         raise UsageError(f"{place} is damaged ({_cause(error)}); {DELETE}") from None
-    if f"step-{info['step']:07d}" != place.name or not state.optimizers.keys() <= info["optimizers"].keys():
+    if name_of(info["step"]) != place.name or not state.optimizers.keys() <= info["optimizers"].keys():
         raise UsageError(f"{place / 'state.json'}: step {info['step']} and optimisers "
                          f"{', '.join(info['optimizers']) or 'none'} are not this folder's; {DELETE}")
     for group, held in _held(state).items():
@@ -254,11 +263,8 @@ def _digest(info: dict) -> str:
 
 def _unused(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist."""
-    number = 2
-    found = path
-    while found.exists():
-        found, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return found
+    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(found for found in chain([path], others) if not found.exists())
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jdm.errors import RunError, TerminatedError, UsageError, in_short, plural
 from jdm.models.adapters import Adapter
-from jdm.run import Phase, Run, Task
+from jdm.run import Run, Task
 from jdm.sharing import mean_over_processes_, processes
 
 T = TypeVar("T")
@@ -36,9 +36,7 @@ WAIT = 3.0  # seconds for another process's error to arrive
 GRACE = 20.0  # seconds from SIGTERM to the end of the step, before the process ends without it
 
 
-def size() -> int:
-    """Number of processes in the run; 1 without a process group."""
-    return processes()
+size = processes  # in the run; 1 without a process group
 
 
 def rank() -> int:
@@ -122,16 +120,13 @@ def shard(task: Task, run: Run) -> None:
     for unit in [unit for unit in units if unit not in inner]:
         # FSDP2 makes the first module that runs a root; a ControlNet may run its transformer's parts before that does.
         unit._get_fsdp_state()._lazy_init()
-    for phase in task.phases:
-        _renew(phase, before)
 
-
-def _renew(phase: Phase, before: Mapping[int, tuple[nn.Module, str]]) -> None:
     def now(p: nn.Parameter) -> nn.Parameter:
         part, key = before[id(p)]
         return part._parameters[key]  # type: ignore[return-value]
 
-    phase.groups = [([now(p) for p in parameters], optimiser) for parameters, optimiser in phase.groups]
+    for phase in task.phases:
+        phase.groups = [([now(p) for p in parameters], optimiser) for parameters, optimiser in phase.groups]
 
 
 def averaged_gradients(loss: Tensor, parameters: Sequence[nn.Parameter],

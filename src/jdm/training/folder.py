@@ -40,12 +40,8 @@ def claimed(run: Run) -> Iterator[None]:
 def _claim(run: Run, held: ExitStack) -> None:
     _refuse_inputs(run)
     _refuse_foreign(run.out)
-
-    def busy(holder: str) -> None:
-        raise UsageError(f"{run.out} is in use by {holder}; wait for it to end, or choose another --out")
-
     try:
-        held.enter_context(alone(run.out, busy))
+        held.enter_context(alone(run.out))
     except OSError as error:
         raise UsageError(f"{run.out} cannot be written ({error.strerror or error}); choose another --out") from None
     for file in (RECORD, LOG, PAGE):

@@ -9,8 +9,7 @@ apart and ignores z passes. Diversity over z at fixed prompt and control is meas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -48,7 +47,7 @@ class Monitors:
                 values.append(float(logs[key]))
                 if len(values) >= WINDOW:
                     self._lowest[key] = min(self._lowest.get(key, inf), median(values[-WINDOW:]))
-        found = [(check.name, text) for check in CHECKS if (text := check.of(self))]
+        found = [(name, text) for name, check in CHECKS.items() if (text := check(self))]
         place = "" if step is None else f"step {step:.0f}: "
         new = [place + text for name, text in found if name not in self._told]
         self._told |= {name for name, _ in found}
@@ -101,11 +100,5 @@ def _collapsed(m: Monitors) -> str:
             "that have one answer, or add an anchor")
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    of: Callable[[Monitors], str]
-
-
 KEYS = ("fake/loss", "std_x", "saturation", "dm_over_ca", "spread_x")
-CHECKS = (Check("lag", _lagging), Check("growth", _overbaked), Check("collapse", _collapsed))
+CHECKS = {"lag": _lagging, "growth": _overbaked, "collapse": _collapsed}  # each says what is wrong, or ""

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from jdm.errors import UsageError
 from jdm.run import Phase
+from jdm.training.distributed import local
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 BLOCK = 256  # largest number of elements in a row that share a scale
@@ -89,7 +90,7 @@ class AdamW(torch.optim.AdamW):
             for name in MOMENTS if _packed(parameter, group) else ():
                 if name in slots:
                     kind = torch.uint8 if name == "exp_avg_sq" else torch.int8
-                    codes, scale = quantised(_local(slots[name]), slots["step"], kind)
+                    codes, scale = quantised(local(slots[name]), slots["step"], kind)
                     slots |= {name: _sharded(codes, parameter), f"{name}_scale": _sharded(scale, parameter)}
 
     def _moment(self, parameter: Tensor, name: str) -> Tensor:
@@ -98,7 +99,7 @@ class AdamW(torch.optim.AdamW):
         if name not in slots:
             slots[name] = torch.zeros_like(parameter)
         elif (scale := slots.pop(f"{name}_scale", None)) is not None:
-            value = dequantised(_local(slots[name]), _local(scale)).to(parameter.dtype)
+            value = dequantised(local(slots[name]), local(scale)).to(parameter.dtype)
             slots[name] = _sharded(value, parameter)
         slots[name] = _laid_out(slots[name], parameter)
         return slots[name]
@@ -156,20 +157,15 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
 
-def _local(value: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor unchanged."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _sharded(local: Tensor, like: Tensor) -> Tensor:
+def _sharded(rows: Tensor, like: Tensor) -> Tensor:
     """Makes a tensor sharded like `like` from this process's rows, which are contiguous."""
     if not isinstance(like, DTensor):
-        return local
+        return rows
     if any(isinstance(place, Shard) and place.dim for place in like.placements):
         raise ValueError(f"8bit states need parameters sharded by their first dimension, got {like.placements}")
-    shape = torch.Size((like.shape[0], *local.shape[1:]))
+    shape = torch.Size((like.shape[0], *rows.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def adamw(phase: Phase) -> AdamW:

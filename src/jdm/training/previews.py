@@ -42,11 +42,6 @@ class Previews:
                 if step > start:
                     file.unlink()
 
-    def due(self, done: int, last: bool) -> bool:
-        """Whether a preview is drawn after `done` steps: every preview_every, before the first and after the last."""
-        every = self.run.preview_every
-        return bool(every) and (done % every == 0 or last)
-
     def draw(self, done: int, averages: dict[str, nn.Module]) -> Image.Image | None:
         """Draws the preview after `done` steps, in every process, and writes it in the first.
 

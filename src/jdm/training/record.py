@@ -12,7 +12,7 @@ import torch
 from jdm.data.cache import facts, sha256
 from jdm.data.sources import Pictures, fingerprint
 from jdm.errors import UsageError
-from jdm.files import read_json, read_lines, write
+from jdm.files import read_json, read_lines, write, write_json
 from jdm.loading import Loaded
 from jdm.run import Record, Run, described, without_cache
 from jdm.training import distributed
@@ -76,11 +76,11 @@ def record(run: Run, pictures: Pictures, step: int, preprocessor: dict | None) -
     whole = {"run": described(run), "data": data, "before": others, "found": pictures.report.summary(),
              "unreadable": list(pictures.unread.found.values()), "versions": versions,
              "threads": torch.get_num_threads(), "preprocessor": preprocessor}
-    write(run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+    write_json(run.out / "run.json", whole)
 
 
 class Skipped:
-    """Says what was found of a run's pictures, once, and which of them a step found to be unreadable."""
+    """Prints once what was found of a run's pictures, then each picture that a step finds to be unreadable."""
 
     def __init__(self, run: Run, loaded: Loaded):
         self.run, self.pictures, self.known = run, loaded.pictures, 0
@@ -96,8 +96,8 @@ class Skipped:
               for n, why in enumerate(found[self.known :], self.known + 1)])
         self.known = len(found)
         if distributed.first():
-            whole = read_json(self.run.out / "run.json", Record, GIVE_UP) | {"unreadable": found}
-            write(self.run.out / "run.json", json.dumps(whole, indent=1) + "\n")
+            file = self.run.out / "run.json"
+            write_json(file, read_json(file, Record, GIVE_UP) | {"unreadable": found})
 
 
 def _say(lines: list[str]) -> None:
@@ -118,11 +118,11 @@ class Log:
     def write(self, step: int, values: dict[str, Any]) -> None:
         if not distributed.first():
             return
-        row = {"step": step} | {k: float(v) for k, v in values.items()}
+        numbers = {k: float(v) for k, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | numbers) + "\n")
         for tracker in self.trackers:
-            tracker.numbers(step, {k: v for k, v in row.items() if k != "step"})
+            tracker.numbers(step, numbers)
 
 
 def measurements(path: Path) -> list[dict[str, float]]:

@@ -66,7 +66,7 @@ class Seen:
         return {key: value for row in self.rows for key, value in row.items() if key != "step"}
 
     def film(self) -> list[str]:
-        """Its film, and its last preview where there is no film; nothing where there are no previews."""
+        """The run's film, or else its last preview; empty where there are no previews."""
         files = previews.kept(self.folder)
         if not files:
             return []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,22 +18,6 @@ from jdm.files import write
 from jdm.run import Run, described
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # a tracker -> the package that it needs
-
-
-class Tracker(Protocol):
-    """Gets numbers and pictures of a run, in order of steps."""
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the numbers of a logged step."""
-        ...
-
-    def picture(self, step: int, image: Image.Image) -> None:
-        """Takes a preview."""
-        ...
-
-    def close(self, failed: bool) -> None:
-        """Ends it; nothing is given to it afterwards."""
-        ...
 
 
 def refuse_missing(run: Run) -> None:
@@ -50,7 +34,7 @@ def opened(run: Run, start: int) -> list[Tracker]:
     Raises:
         UsageError: a tracker cannot start.
     """
-    kinds: dict[str, Callable[[Run, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    kinds = {"tensorboard": TensorBoard, "wandb": WandB}
     return [kinds[name](run, start) for name in dict.fromkeys(run.trackers) if name in kinds]
 
 
@@ -96,6 +80,9 @@ class WandB:
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
+
+
+Tracker = TensorBoard | WandB  # gets a run's numbers and pictures in the order of its steps, then its end
 
 
 def _id(file: Path) -> str:

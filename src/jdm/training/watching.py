@@ -41,14 +41,15 @@ class Watching:
             tracker.close(kind is not None)
 
     def show(self, done: int, ended: bool, averages: Averages) -> None:
-        """Draws the preview after `done` steps, where one is due, and shows it.
+        """Draws and shows the preview after `done` steps: every preview_every, before the first and after the last.
 
         Args:
             ended: no step follows.
             averages: a context in which the trained modules hold their averages.
         """
         self.ended = ended
-        if not self.previews.due(done, ended):
+        every = self.run.preview_every
+        if not every or (done % every and not ended):
             return
         with averages() as modules:
             drawn = self.previews.draw(done, modules)

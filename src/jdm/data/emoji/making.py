@@ -113,7 +113,7 @@ def _draw(jobs: Sequence[tuple[Emoji, str, str | bytes]], size: int, copies: int
 def _sources(emoji: dict[str, Emoji], tarballs: dict[Package, bytes]) -> dict[str, dict[str, str | bytes]]:
     """style -> code -> SVG or picture file."""
     files = {package: members(data, "chars.json", "icons.json", ".webp") for package, data in tarballs.items()}
-    names = {_slug(one.name): code for code, one in emoji.items()}
+    names = {re.sub(r"[^a-z0-9]+", "-", one.name.lower()).strip("-"): code for code, one in emoji.items()}
     for each in files.values():  # sets without chars.json's table use the names of those that have one
         names |= {name: normalised(code) for code, name in json.loads(each.get("chars.json", b"{}")).items()}
     found: dict[str, dict[str, str | bytes]] = {}
@@ -121,10 +121,6 @@ def _sources(emoji: dict[str, Emoji], tarballs: dict[Package, bytes]) -> dict[st
         pictures = {normalised(Path(f).stem): data for f, data in each.items() if f.endswith(".webp")}
         found[package.style] = {**(vectors(each, names) if "icons.json" in each else {}), **pictures}
     return found
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _close_pairs(drawn: Sequence[Drawn], bound: float) -> list[tuple[int, int, float]]:

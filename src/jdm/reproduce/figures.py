@@ -28,7 +28,7 @@ def figure(found: Sequence[Cell], setup: Setup, page: Page) -> Image.Image:
     """The sheet: the pictures asked about and their controls, then a row for each cell; a label alone where there is no
     model to draw with."""
     model = load_model(setup.teacher)
-    control = checked(load_control(found[0].control), model.size) if found[0].control else None
+    control = checked(load_control(found[0].control), model.size, likelihood=False) if found[0].control else None
     pictures = load_pictures(setup.source, setup.split, model.size)
     questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED, setup.device)
     rows: list[tuple[str, Tensor | None]] = [("real pictures", to_bytes(questions.images * 2 - 1))]

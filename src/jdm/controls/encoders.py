@@ -105,7 +105,7 @@ def image_encoder(place: str, weights: bool = True) -> Encoder:
         from jdm.metrics.extractors import EffLite0, efflite0  # stands beside this room, and reads it
 
         network = efflite0(EffLite0.SIDE)
-        return Encoder(network, Pixels((EffLite0.SIDE,) * 2, None, "bicubic"), _mean_over_positions)
+        return Encoder(network, Pixels((EffLite0.SIDE, EffLite0.SIDE), None, "bicubic"), _mean_over_positions)
     from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
 
     from jdm.rewards.networks import frozen, pretrained  # stands beside this room

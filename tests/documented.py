@@ -30,6 +30,7 @@ NOT_RUN = {
     ("docs/emoji.md", "jdm data emoji"): "fetches npm packages; tests/data/test_emoji.py makes the data of small ones",
     ("docs/emoji.md", "jdm train emoji-"): "needs that data set; tests/training/test_every_recipe.py trains each",
     ("docs/emoji.md", "python examples/hand_drawings.py"): "needs that student; tests/evaluation/test_sketches.py",
+    ("docs/extending.md", "jdm train sd15-image-prompt"): "needs CLIP; tests/controls/test_image_prompt.py",
     ("docs/scale.md", "python benchmarks/gpu.py"): "needs a GPU; tests/benchmarks/test_gpu_benchmark.py has its smoke",
     ("docs/scale.md", "torchrun --nnodes 4"): "needs four machines",
     ("docs/scale.md", "#!/bin/bash"): "needs SLURM",

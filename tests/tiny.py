@@ -116,6 +116,8 @@ def _small(settings: Any, teacher: Path, path: str = "") -> Any:
             found[field.name] = f"{__file__}:Taste"
         elif name == "control" and value in NETWORKS:
             found[field.name] = "soft-edge"
+        elif name == "control" and value.startswith("image-prompt:"):
+            found[field.name] = "image-prompt"  # whose weights are inside a package
         elif name.endswith("posterior.rank"):
             found[field.name] = 2
     return replace(settings, **found)

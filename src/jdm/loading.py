@@ -157,7 +157,7 @@ class Loaded:
         spec, found = self.needs.control, self.__dict__.get("control")
         if not spec:
             return None
-        if found is None and spec in NAMED:
+        if found is None and spec.partition(":")[0] in NAMED:
             found = load_control(spec)
         if found is None:
             source, _, name = spec.rpartition(":")

@@ -184,7 +184,7 @@ def _further(name: str, model: Family, device: str) -> Named:
     net, spec = load_controlnet(name, model)
     if not spec:
         raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
-    return Named(name, checked(load_control(spec), model.size), placed(net, device))
+    return Named(name, checked(load_control(spec), model.size, likelihood=False), placed(net, device))
 
 
 def _shipped(kind: str, control: str | None) -> list[str]:

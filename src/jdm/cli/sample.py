@@ -133,7 +133,8 @@ def _with_further(shown: Tensor | None, specs: Sequence[str | None], asked: argp
     for spec, name in zip(specs, asked.also, strict=True):
         if not spec:
             raise UsageError(f"{name} does not say which control it draws to; it needs a jdm.json with one")
-        parts.append(_measured(checked(load_control(spec), size_of(shown)), asked.image, size_of(shown)))
+        control = checked(load_control(spec), size_of(shown), likelihood=False)
+        parts.append(_measured(control, asked.image, size_of(shown)))
     return torch.cat(parts, dim=1)
 
 

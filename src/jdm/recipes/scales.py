@@ -45,6 +45,7 @@ class Scale:
         text_guidance: w of text-to-image students.
         reward: the reward that is climbed.
         shared: the control of phase 2, unless another is asked for.
+        prompted: the control of image prompts, with its encoder.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Scale:
     text_guidance: float
     reward: str
     shared: str
+    prompted: str
 
     def jdm(self, condition: Any = None, **changes: Any) -> JDM:
         """JDM at the scale's rates."""
@@ -136,7 +138,7 @@ NANO = Scale(
     control=Optimiser(lr=2e-3, betas=(0.9, 0.95)), adapter=Optimiser(lr=2e-3, betas=(0.9, 0.95)), guidance=2.0,
     fake_rank=0, bound=Bound(0.3, 0.8), student_folder="nano-canny", generator="nano-diff-instruct",
     controlnet="nano-controlnet", guide="nano-sd", text_teacher="runs/nano-weak-teacher/model", text_guidance=2.0,
-    reward="nano-reward", shared="soft-edge")
+    reward="nano-reward", shared="soft-edge", prompted="image-prompt")
 
 # Paper: no rate is printed; here: those of the same group's nearest work, with its fake score five times faster.
 # Paper: no guidance is printed; here: 4.5, at which SiD-LSG's one-step SD1.5 follows prompts best; FID is better at
@@ -149,6 +151,6 @@ SD15_SCALE = Scale(
     control=Optimiser(lr=1e-5, betas=(0.9, 0.95)), adapter=Optimiser(lr=1e-5, betas=(0.9, 0.95)), guidance=4.5,
     fake_rank=64, bound=Bound(1.0, 1.0), student_folder="runs/sd15-canny/model",
     generator="runs/sd15-diff-instruct/model", controlnet="runs/sd15-controlnet/model", guide=SD21, text_teacher=SD15,
-    text_guidance=4.5, reward="image-reward", shared="depth")
+    text_guidance=4.5, reward="image-reward", shared="depth", prompted="image-prompt:openai/clip-vit-large-patch14")
 
 SCALES = {scale.name: scale for scale in (NANO, SD15_SCALE)}

@@ -21,6 +21,11 @@ def shared(s: Scale) -> Run:
     return s.run(f"{s.name}-shared", replace(s.frozen(s.student_folder), control=s.shared))
 
 
+def image_prompt(s: Scale) -> Run:
+    """A ControlNet for image prompts (draw what looks like this picture) on the frozen Diff-Instruct UNet."""
+    return s.run(f"{s.name}-image-prompt", replace(s.frozen(s.generator), control=s.prompted))
+
+
 def diff_instruct(s: Scale) -> Run:
     """The one-step student without control: Diff-Instruct."""
     return s.run(f"{s.name}-diff-instruct", s.diff_instruct(), steps=6000)

@@ -27,7 +27,7 @@ PICTURES, HEIGHT, LABEL, TEXT = 12, 64, 380, 15  # pictures in a row, and pixels
 def figure(found: Sequence[Cell], setup: Setup, page: Page) -> Image.Image:
     """The pictures asked about, their controls, then a row for each cell; one without a model has its label alone."""
     model = load_model(setup.teacher)
-    control = checked(load_control(found[0].control), model.size) if found[0].control else None
+    control = checked(load_control(found[0].control), model.size, likelihood=False) if found[0].control else None
     pictures = load_pictures(setup.source, setup.split, model.size)
     questions = Questions.of(pictures, control, min(PICTURES, len(pictures)), ASKED, setup.device)
     rows: list[tuple[str, Tensor | None]] = [("real pictures", to_bytes(questions.images * 2 - 1))]

@@ -25,7 +25,7 @@ class Curve:
 # key of metrics.jsonl, as a pattern -> its curve; {0} is what the pattern's bracket holds. The first that fits counts.
 KNOWN: dict[str, Curve] = {
     "probe/fd": Curve("Fréchet distance to the teacher", "squared distance of features", MEASUREMENTS),
-    "probe/consistency": Curve("Consistency: error of the control", "mean |h(x) - c|, control units", MEASUREMENTS),
+    "probe/consistency": Curve("Consistency: error of the control", "mean |h(x) - c| or its own", MEASUREMENTS),
     "probe/prompt_agreement": Curve("Prompt agreement", "share of pictures, 0 to 1", MEASUREMENTS),
     "probe/judge": Curve("Judge's log-probability of the prompt", "nats", MEASUREMENTS),
     "probe/judge_accuracy": Curve("Prompt agreement by the judge", "share of pictures, 0 to 1", MEASUREMENTS),

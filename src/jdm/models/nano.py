@@ -131,7 +131,7 @@ def unet(config: TeacherConfig, latent: Sequence[int]) -> UNet2DConditionModel:
         if config.text_width % POOLING_HEADS:
             raise UsageError(f"pooled text needs a width that is a multiple of {POOLING_HEADS}, got "
                              f"{config.text_width}; change --method.network.text-width")
-        levels["addition_embed_type"] = "text"
+        blocks["addition_embed_type"] = "text"
     return UNet2DConditionModel(
         in_channels=latent[0], out_channels=latent[0], block_out_channels=config.widths,
         layers_per_block=config.layers, norm_num_groups=16, cross_attention_dim=config.text_width,

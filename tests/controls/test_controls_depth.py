@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jdm.controls import Depth, checked, load_control
-from jdm.controls.depth import Preprocessing, normalised, resized
+from jdm.controls.depth import Preprocessing, normalised
+from jdm.controls.processors import resized
 from jdm.errors import UsageError
 
 DPT = {"image_processor_type": "DPTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
@@ -113,7 +114,7 @@ def test_preprocessing_is_the_librarys_on_8_bit_pictures(name, shape, tmp_path):
     got = preprocessing(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255)
     assert got.shape == expected.shape
     # PIL rounds to 8 bits after each of its two passes: half a level, up to 1.3 of it through the second, and half.
-    level = preprocessing.scale / 255 / min(preprocessing.std)
+    level = preprocessing.standard.scale / 255 / min(preprocessing.standard.std)
     assert (got - expected).abs().max() < (1.3 * level if preprocessing.size else 1e-4)
 
 
@@ -175,7 +176,7 @@ def test_padding_is_taken_off_again(tmp_path):
     pictures = images(1, 30, 41)
     padded = preprocessing(pictures)
     assert padded.shape[-2:] == (42, 42)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.standard.mean, preprocessing.standard.std))
     assert torch.allclose(preprocessing.undone(padded * std + mean, pictures), 255 * pictures, atol=1e-4)
 
 

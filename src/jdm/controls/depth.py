@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from jdm.controls.base import Control
 from jdm.controls.filters import in_pieces
+from jdm.controls.processors import Standard, kernel_of, resized
 from jdm.errors import UsageError, in_short
 from jdm.models import hub
 from jdm.schedule import precise
 
-KERNELS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's numbers, torch's names
 FLAT = 1e-5  # a range below this share of the greatest magnitude is float32 noise of a constant map, not depth
 
 
@@ -78,7 +78,7 @@ class Depth(Control):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """(resized(images) scale - mean) / std, padded: DPT's image processor for 8-bit pictures, in torch.
+    """standard(resized(images)), padded: DPT's image processor for 8-bit pictures, in torch.
 
     Resizing is antialiased, as PIL's is, but neither rounded to 8 bits nor clipped to [0, 1], so that gradients
     survive; beside sharp edges bicubic overshoots, which PIL clips.
@@ -89,8 +89,7 @@ class Preprocessing:
         multiple: sides are rounded to a multiple of this.
         divisor: sides are padded evenly with 0 to a multiple of this.
         kernel: bilinear or bicubic.
-        scale: factor applied to images in [0, 1].
-        mean, std: for R, G and B.
+        standard: what is done to each value.
     """
 
     size: tuple[int, int] | None
@@ -98,14 +97,12 @@ class Preprocessing:
     multiple: int
     divisor: int
     kernel: str
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    standard: Standard
 
     @classmethod
     def of(cls, processor: Any, model: str) -> Preprocessing:
         """Reads the settings of a DPT image processor from transformers, of either backend."""
-        kernel = KERNELS.get(getattr(processor.resample, "value", processor.resample))
+        kernel = kernel_of(processor)
         if not type(processor).__name__.startswith("DPTImageProcessor") or kernel is None:
             raise UsageError(f"depth cannot differentiate the preprocessing of {model} ({type(processor).__name__}, "
                              f"kernel {processor.resample}); name a DPT, MiDaS or Depth Anything model")
@@ -115,16 +112,13 @@ class Preprocessing:
             multiple=processor.ensure_multiple_of or 1,
             divisor=(getattr(processor, "size_divisor", None) or 1) if processor.do_pad else 1,
             kernel=kernel,
-            scale=255 * processor.rescale_factor if processor.do_rescale else 255.0,
-            mean=tuple(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
-            std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
+            standard=Standard.of(processor),
         )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> the network's input."""
         sides = self.sides(*images.shape[-2:])
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return functional.pad((resized(images, sides, self.kernel) * self.scale - mean) / std, self._padding(*sides))
+        return functional.pad(self.standard(resized(images, sides, self.kernel)), self._padding(*sides))
 
     def undone(self, depth: Tensor, images: Tensor) -> Tensor:
         """Removes the padding from depth [B, 1, h, w] and resizes it to the size of the pictures."""
@@ -151,13 +145,6 @@ class Preprocessing:
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         across, down = (math.ceil(side / self.divisor) * self.divisor - side for side in (width, height))
         return across // 2, across - across // 2, down // 2, down - down // 2
-
-
-def resized(images: Tensor, size: tuple[int, int], kernel: str) -> Tensor:
-    """[B, C, H, W] -> [B, C, *size] with PIL's kernels, which torch uses if antialias is set."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return functional.interpolate(images, size, mode=kernel, align_corners=False, antialias=True)
 
 
 def normalised(depth: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jdm.controls.depth import KERNELS, resized
+from jdm.controls.processors import Standard, kernel_of, resized
 from jdm.errors import UsageError, in_short
 from jdm.files import expanded
 from jdm.models import hub
@@ -22,7 +22,7 @@ REMEDY = "name a folder or hub id of a CLIP, SigLIP, DINOv2 or ViT model"
 
 @dataclass(frozen=True)
 class Pixels:
-    """(crop(resized(images)) scale - mean) / std: an image processor of transformers, in torch.
+    """standard(crop(resized(images))): an image processor of transformers, in torch.
 
     Resizing has PIL's kernels; values that leave [0, 1] are clipped, as PIL clips them, but not rounded to 8 bits.
 
@@ -30,21 +30,18 @@ class Pixels:
         size: (height, width), or the length of the shorter side.
         crop: (height, width) of the centre that is kept; None keeps all.
         kernel: bilinear or bicubic.
-        scale: factor on images in [0, 1].
-        mean, std: for R, G and B.
+        standard: what is done to each value.
     """
 
     size: tuple[int, int] | int
     crop: tuple[int, int] | None
     kernel: str
-    mean: tuple[float, ...] = (0.5,) * 3
-    std: tuple[float, ...] = (0.5,) * 3
-    scale: float = 1.0
+    standard: Standard = field(default_factory=Standard)
 
     @classmethod
     def of(cls, processor: Any, place: str) -> Pixels:
         """Reads the settings of an image processor; UsageError for one that does more than these settings say."""
-        size, kernel = _plain(processor.size), KERNELS.get(getattr(processor.resample, "value", processor.resample))
+        size, kernel = _plain(processor.size), kernel_of(processor)
         crop = _plain(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
         sides = {"height", "width"}
         if (kernel is None or not processor.do_resize or set(size) not in (sides, {"shortest_edge"})
@@ -56,9 +53,7 @@ class Pixels:
             size=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
             crop=(crop["height"], crop["width"]) if crop else None,
             kernel=kernel,
-            mean=tuple(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
-            std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
-            scale=255 * processor.rescale_factor if processor.do_rescale else 255.0,
+            standard=Standard.of(processor),
         )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -70,8 +65,7 @@ class Pixels:
         if self.crop is not None:
             top, left = ((whole - kept) // 2 for whole, kept in zip(size, self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return (x * self.scale - mean) / std
+        return self.standard(x)
 
 
 @dataclass(frozen=True)

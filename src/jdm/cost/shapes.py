@@ -18,6 +18,7 @@ from jdm.controls.depth import Depth, Preprocessing
 from jdm.controls.encoders import image_encoder
 from jdm.controls.hed import HED, HEDNetwork
 from jdm.controls.image_prompt import ImagePrompt
+from jdm.controls.processors import Standard
 from jdm.cost.known_configs import clip_vision, dpt_hybrid, frozen, image_reward, without_weights
 from jdm.data.sources import Pictures
 from jdm.loading import Loaded
@@ -87,8 +88,7 @@ class Shapes(Loaded):
                 control.__dict__["network"] = self.others["control: HED"] = frozen(HEDNetwork(control.widths))
         elif isinstance(control, Depth):
             network = self._emptied(dpt_hybrid)
-            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", 1.0, (0.5,) * 3,
-                                                                (0.5,) * 3)
+            control.__dict__["loaded"] = network, Preprocessing((384, 384), False, 32, 1, "bicubic", Standard())
             self.others["control: DPT"] = network
             if control.model != Depth.model:
                 self.notes.append(f"the depth estimator {control.model} is counted as {Depth.model}")

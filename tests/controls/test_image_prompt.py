@@ -23,6 +23,7 @@ from jdm.evaluation.questions import Questions, answers
 from jdm.evaluation.sampling import Drawing, Sampler, control_named
 from jdm.generator import starting_noise
 from jdm.library import load_model
+from jdm.metrics.consistency import chance
 from jdm.metrics.extractors import EffLite0
 from jdm.recipes import all_recipes
 from jdm.space import from_bytes, to_bytes, unit
@@ -215,7 +216,8 @@ def test_a_student_trains_and_is_evaluated(recipe, folders, teacher, tmp_path, c
     distances = control.distance(*(control.compared(images) for images in (asked.images, drawn)))
     assert row["consistency"] == pytest.approx(float(distances.mean()), abs=1e-5)
     assert 0 < row["consistency_round_trip"] <= 2
-    assert row["consistency_chance"] > 0
+    seen, asked = (control.compared(images) for images in (drawn, asked.images))
+    assert row["consistency_chance"] == pytest.approx(float(chance(asked, seen, control=control).mean()), abs=1e-5)
 
 
 def test_the_control_image_is_the_picture(student, tmp_path):

@@ -15,7 +15,7 @@ from jdm.evaluation.sampling import Sampler, warn_of_misfit
 from jdm.generator import starting_noise
 from jdm.library import SHIPPED, load_model
 from jdm.models import nano
-from jdm.models.teacher_check import doubts
+from jdm.models.teacher_check import DEAF, PARTS, _heard, doubts
 from jdm.space import from_bytes
 
 
@@ -57,11 +57,11 @@ def test_another_scheduler_is_found(teacher, pictures, changes, sentence):
 def test_another_autoencoder_is_found(teacher, pictures):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert doubted(teacher.with_parts(vae=nano.vae(nano.VAEConfig(), 32).eval()), pictures)
+        assert PARTS in doubted(teacher.with_parts(vae=nano.vae(nano.VAEConfig(), 32).eval()), pictures)
     turned = copy.deepcopy(teacher.vae)  # decodes what it encodes as well as before
     for value in (turned.quant_conv.weight[:4], turned.quant_conv.bias[:4], turned.post_quant_conv.weight[:, :4]):
         value.mul_(-1)
-    assert doubted(teacher.with_parts(vae=turned), pictures)
+    assert PARTS in doubted(teacher.with_parts(vae=turned), pictures)
 
 
 @pytest.mark.parametrize("how", ["new", "shuffled"])
@@ -86,7 +86,12 @@ def test_prompts_that_are_alike_say_nothing(teacher, pictures):
 def test_captions_of_other_pictures_are_found(teacher, pictures):
     rows = torch.tensor([0, 1, 2, 8])
     y = pictures.prompts(rows, torch.zeros(4))
-    assert doubts(teacher, from_bytes(pictures.batch(rows)), [*y[1:], y[0]])
+    pixels, others = from_bytes(pictures.batch(rows)), [*y[1:], y[0]]
+    assert "at t = 0.9" in doubts(teacher, pixels, others)
+    assert doubts(teacher, pixels, y) == ""
+    with torch.no_grad():
+        x = teacher.space.encode(pixels)
+        assert _heard(teacher, x, y) < DEAF < _heard(teacher, x, others)
 
 
 @pytest.mark.hostile("parts")

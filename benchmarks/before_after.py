@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -84,9 +85,14 @@ def interleaved(command: list[str], trees: list[Path], rounds: int) -> list[list
     return times
 
 
-def change(before: list[float], after: list[float]) -> float:
-    """The change of the median, in percent."""
-    return 100 * (statistics.median(after) / statistics.median(before) - 1)
+def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """The change of the median in percent, and the middle 95% of it over 2,000 resamplings of the rounds."""
+    def of(*times: Sequence[float]) -> float:
+        return 100 * (statistics.median(times[1]) / statistics.median(times[0]) - 1)
+
+    rng = random.Random(0)
+    drawn = sorted(of(*(rng.choices(times, k=len(times)) for times in (before, after))) for _ in range(2000))
+    return of(before, after), drawn[50], drawn[-51]
 
 
 def main() -> None:
@@ -96,14 +102,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="times that each is run (default: %(default)s)")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     asked = parser.parse_args()
-    trees, rng = [asked.before.resolve(), asked.after.resolve()], random.Random(0)
+    trees = [asked.before.resolve(), asked.after.resolve()]
     print(f"{platform.machine()}, one thread, medians of {asked.rounds} processes ({10 * asked.rounds} of help and "
           "import)\n\n| | before, s | after, s | change [95%] |\n|---|---|---|---|", flush=True)
     for name in [name for name in WORK if asked.only in name]:
         before, after = interleaved(WORK[name], trees, asked.rounds * (10 if name in QUICK else 1))
-        drawn = sorted(change(*(rng.choices(times, k=len(times)) for times in (before, after))) for _ in range(2000))
+        slower, low, high = change(before, after)
         print(f"| {name} | {statistics.median(before):.3f} | {statistics.median(after):.3f} | "
-              f"{change(before, after):+.1f}% [{drawn[50]:+.1f}, {drawn[-51]:+.1f}] |", flush=True)
+              f"{slower:+.1f}% [{low:+.1f}, {high:+.1f}] |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/reading.py [--pictures 5000] [--side 64] [--format png] [--rounds 30]
 
 Two runs of nano-canny on the same pictures step in turn, so that both meet the same machine; the change is that of the
-median, with the middle 95% of 2,000 bootstrap samples of the rounds. The pictures are Fashion-MNIST's, enlarged, on
+median, with the middle 95% of resampled rounds. The pictures are Fashion-MNIST's, enlarged, on
 grounds of every brightness, and each has a caption beside it.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from before_after import change
 from PIL import Image
 
 from jdm.data.batches import Batches
@@ -70,17 +70,6 @@ def step_times(trainers: Sequence[Trainer], rounds: int, warm_up: int) -> list[l
     return [seconds[warm_up:] for seconds in times]
 
 
-def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Change of the median, and the middle 95% of it over resampled rounds."""
-    chance = random.Random(0)
-    found = []
-    for _ in range(2000):
-        rows = chance.choices(range(len(before)), k=len(before))
-        found.append(statistics.median(after[i] for i in rows) / statistics.median(before[i] for i in rows) - 1)
-    found.sort()
-    return statistics.median(after) / statistics.median(before) - 1, found[50], found[-51]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=5000, help="pictures that the runs train on")
@@ -104,7 +93,7 @@ def main() -> None:
         found |= {"memory": memory, "files": files, "slower": slower}
         print(f"a step on {args.pictures:,} pictures of {args.side} px ({args.format}): "
               f"{statistics.median(memory):.3f} s from memory, {statistics.median(files):.3f} s from files, "
-              f"{slower:+.1%} [{low:+.1%}, {high:+.1%}]; "
+              f"{slower:+.1f}% [{low:+.1f}, {high:+.1f}]; "
               f"batch {args.batch}, {args.rounds} rounds, {torch.get_num_threads()} threads")
         if args.doctor:
             many = Path(place, "many")

@@ -1,11 +1,16 @@
 """The benchmarks run, on the tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from jdm.data.batches import Batches
+from jdm.data.sources import load_pictures
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -38,6 +43,20 @@ def test_settings_of_openmp_are_timed_alone_and_busy(teacher, tmp_path):
         assert min(alone["seconds"], busy["seconds"]) > 0
         assert busy["others"] > 0, "the busy process takes a core"
         assert f"| {name} | {found['threads'][name]} | {alone['seconds']:.2f} [" in done.stdout
+
+
+def test_memory_holds_what_files_hold(tmp_path, monkeypatch):
+    """The reading benchmark's yardstick: the same batches, and no file is opened for them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from reading import in_memory, write_pictures
+
+    write_pictures(tmp_path / "pictures", 12, 40, "png")
+    pictures = load_pictures(str(tmp_path / "pictures"), "train", 32)
+    wanted = [Batches(pictures, 4, 0)(step).images for step in range(3)]
+    memory = in_memory(pictures, 4, 0)
+    shutil.rmtree(tmp_path / "pictures")
+    assert all(torch.equal(memory(step).images, images) for step, images in enumerate(wanted))
+    assert not torch.equal(wanted[0], wanted[1])
 
 
 def test_steps_from_files_are_timed_beside_memory(teacher, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jdm.controls.base import Control
-from jdm.controls.filters import filtered, gaussian
+from jdm.controls.filters import chances, filtered, gaussian
 from jdm.errors import UsageError
 from jdm.schedule import precise
 
@@ -54,8 +54,7 @@ class ColourHints(Control):
     def drawn(self, images: Tensor, luck: Tensor) -> Tensor:
         """Random blobs [B, 3, H, W] of the pictures' colours; a later blob covers the earlier ones."""
         blurred, sheets = self._blurred(images), []
-        for picture, number in zip(blurred.clamp(0, 1), luck.double().tolist(), strict=True):
-            chance = torch.Generator().manual_seed(int(number * 2**31))
+        for picture, chance in zip(blurred.clamp(0, 1), chances(luck), strict=True):
             sheet = torch.zeros_like(picture)
             for _ in range(int(torch.randint(MOST + 1, (1,), generator=chance))):
                 row, column, size = torch.rand(3, generator=chance, dtype=torch.float64).tolist()

@@ -1,4 +1,4 @@
-"""Building blocks that several controls share: luma, Gaussian kernels, networks run in pieces."""
+"""Building blocks that several controls share: luma, Gaussian kernels, chance, networks run in pieces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 PICTURES_AT_ONCE = 16
+
+
+def chances(luck: Tensor) -> list[torch.Generator]:
+    """A random stream for each picture that follows from its `luck` [B] in [0, 1) alone."""
+    return [torch.Generator().manual_seed(int(number * 2**31)) for number in luck.double().tolist()]
 
 
 def luma(images: Tensor) -> Tensor:

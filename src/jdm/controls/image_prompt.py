@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from jdm.controls.base import Control
 from jdm.controls.encoders import EFFLITE0, Encoder, image_encoder
-from jdm.controls.filters import in_pieces
+from jdm.controls.filters import chances, in_pieces
 from jdm.errors import UsageError
 from jdm.schedule import precise
 
@@ -60,8 +60,7 @@ class ImagePrompt(Control):
     def drawn(self, images: Tensor, luck: Tensor) -> Tensor:
         """Each picture [B, 3, H, W] mirrored or not, cut to 80 to 100% of each side, and shifted by up to 5% of it."""
         views = []
-        for number in luck.double().tolist():
-            chance = torch.Generator().manual_seed(int(number * 2**31))
+        for chance in chances(luck):
             mirror, size, right, down = torch.rand(4, generator=chance, dtype=torch.float64).tolist()
             size = SMALLEST + (1 - SMALLEST) * size
             views.append([[size if mirror < 0.5 else -size, 0, SHIFT * (2 * right - 1)],

@@ -6,11 +6,11 @@ import json
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -24,6 +24,9 @@ from jdm.models.folder import whole_network
 from jdm.models.stable_diffusion import StableDiffusion
 from jdm.ranges import Count, Whole
 from jdm.size import Size, height_width, sized, spelled
+
+if TYPE_CHECKING:
+    from jdm.models.nano_flow import FlowConfig  # which reads this module
 
 POOLING_HEADS = 64  # diffusers' ControlNet takes no other number
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -201,8 +204,9 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def text_encoder(config: Any, tokens: CLIPTokenizer, kind: Any = CLIPTextModel) -> Any:
-    """A text encoder of that class, of the sizes in a `TeacherConfig` or nano_flow's `FlowConfig`."""
+def text_encoder(config: TeacherConfig | FlowConfig, tokens: CLIPTokenizer,
+                 kind: Callable[[CLIPTextConfig], nn.Module] = CLIPTextModel) -> nn.Module:
+    """A text encoder of that class, CLIPTextModel or one with a projection, of the config's sizes."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     width = config.text_width
